@@ -34,7 +34,7 @@ def pick_device(request: str = "auto") -> tuple[torch.device, str]:
         device = torch.device(request)
     except RuntimeError:
         raise ValueError(
-            f"`request` must be 'auto' or a torch device such as 'cpu' or 'cuda:0'; got {request!r}."
+            f"`request` must be 'auto' or a torch device such as 'cuda:0'; got {request!r}."
         ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
