@@ -115,7 +115,7 @@ class Results:
             schema = content["schema"]
         except (KeyError, TypeError, ValueError):
             raise ValueError(
-                f"`path` must name a results file written by `Results.save`; got {os.fspath(path)!r}."
+                f"`path` must name a results file written by `Results.save`; got {str(path)!r}."
             ) from None
         if schema != _SCHEMA:
             raise ValueError(f"`path` has schema {schema!r}; this version reads schema {_SCHEMA}.")
