@@ -72,7 +72,9 @@ smoke:  ## install each built wheel alone in a clean environment and try it
 
 bench: setup  ## benchmarks of one package: make bench PKG=mole ARGS="..."
 	@test -n "$(PKG)" || { echo "say which: make bench PKG=mole"; exit 2; }
-	$(BIN)/$(PKG) bench $(ARGS)
+	@set -e; for script in packages/$(PKG)/benchmarks/bench_*.py; do \
+	  echo "$$script"; $(BIN)/python $$script $(ARGS); \
+	done
 
 docs: setup  ## build the documentation strictly into docs/site
 	cd docs && ../$(BIN)/zensical build --strict
