@@ -9,7 +9,10 @@ packages=("${1:-}")
 
 for package in "${packages[@]}"; do
   echo "building $package"
-  "$python" -m build --no-isolation --outdir dist "packages/$package" >/dev/null
+  name=${package/#common/fourfold_common}
+  rm -f dist/"${name//-/_}"-*
+  "$python" -m build --no-isolation --outdir dist "packages/$package" >/dev/null 2>&1 ||
+    "$python" -m build --no-isolation --outdir dist "packages/$package"
 done
 
 limit=$((15 * 1024 * 1024))
