@@ -55,8 +55,8 @@ def convert(
 
     Raises:
         TypeError: `model` is no `MoleForCausalLM`.
-        ValueError: It is in table form, its vocabulary was resized, `fmt` is unknown, or `chunk`
-            is below 1.
+        ValueError: It is in table form, its vocabulary was resized, `fmt` is unknown, `chunk` is
+            below 1, or `output` holds a model that is not in table form.
         LutError: The experts give values that the format cannot hold.
         OSError: The disk is full or not writable.
 
@@ -64,6 +64,7 @@ def convert(
     """
     meta = _plan(model, fmt, chunk)
     output = Path(output)
+    _check_output(output)
     output.mkdir(parents=True, exist_ok=True)
     _write_table(model, meta, output, resume, progress)
     _write_backbone(model, meta, output)
@@ -92,7 +93,7 @@ def fingerprint(model: MoleForCausalLM) -> str:
 
 
 def verify(path: str | Path, model: MoleForCausalLM | None = None) -> LutMeta:
-    """Return the description of a table after checking all its bytes and, given a model, its origin.
+    """Return a table's description after checking its bytes and, given a model, its origin.
 
     Args:
         path: Folder that holds `lut.json`.
@@ -149,6 +150,19 @@ def _plan(model: MoleForCausalLM, fmt: str, chunk: int | None) -> LutMeta:
     )
 
 
+def _check_output(output: Path) -> None:
+    """Raise an error if writing to the folder would replace a model that is no table."""
+    try:
+        there = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if there.get("lookup_form") != "table":
+        raise ValueError(
+            f"`output` must be a new folder or that of a model in table form; {output} holds a "
+            f"model of type {there.get('model_type')!r} that would be lost."
+        )
+
+
 def _write_table(
     model: MoleForCausalLM, meta: LutMeta, output: Path, resume: bool, progress: bool
 ) -> None:
@@ -186,7 +200,7 @@ def _same_table(folder: Path, meta: LutMeta) -> bool:
 
 
 def _journaled(partial: Path, meta: LutMeta) -> list[int]:
-    """Return the checksums of the chunks that need not be written again; begin if there are none."""
+    """Return the checksums of the chunks that are written already; begin anew if none are."""
     plan = json.dumps({**meta.__dict__, "crcs": None}, sort_keys=True)
     journal, data = partial / _JOURNAL, partial / DATA_FILE
     crcs: list[int] = []
@@ -231,7 +245,7 @@ def _write_chunks(
         data.seek(HEADER_BYTES + first * meta.row_stride)
         for start in range(first, meta.vocab, meta.chunk):
             ids = slice(start, min(start + meta.chunk, meta.vocab))
-            chunk = LutRows.encode(_values(model, ids), meta).to_bytes(meta).numpy()
+            chunk: Any = LutRows.encode(_values(model, ids), meta).to_bytes(meta).numpy()
             data.write(chunk)
             data.flush()
             crcs.append(zlib.crc32(chunk))
@@ -253,7 +267,8 @@ def _values(model: MoleForCausalLM, ids: slice) -> Tensor:
 
 
 def _lookups(model: MoleForCausalLM) -> list[Lookup]:
-    return [layer.lookup for layer in model.model.layers if layer.lookup is not None]
+    found: list[Any] = [layer.lookup for layer in model.model.layers]
+    return [lookup for lookup in found if lookup is not None]
 
 
 def _write_backbone(model: MoleForCausalLM, meta: LutMeta, output: Path) -> None:

@@ -29,7 +29,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .config import DenseConfig, MoeConfig, MoleConfig
-from .kernels.combine import combine
+from .kernels.combine import dispatch
 from .lookup import Lookup, distinct_ids
 from .lut import LutRows, LutStore, open_lut
 
@@ -183,10 +183,10 @@ class _SparseMlp(nn.Module):
         """Run only the chosen experts: reads the fewest weights, for decoding."""
         up = self.up.view(self.num_experts, -1, x.shape[-1])[chosen]
         down = self.down_t.view(self.num_experts, -1, x.shape[-1])[chosen]
-        inner = self.act(torch.matmul(up, x[..., None, :, None]).squeeze(-1))
-        return (gates.to(x.dtype)[..., None, :] @ (inner[..., None, :] @ down).squeeze(-2)).squeeze(
-            -2
-        )
+        inner = self.act((up @ x[..., None, :, None]).squeeze(-1))
+        outputs = (inner[..., None, :] @ down).squeeze(-2)
+        mixed: Tensor = gates.to(outputs.dtype)[..., None, :] @ outputs
+        return mixed.squeeze(-2)
 
     def _all(self, x: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
         """Run all experts and weigh those not chosen by zero: static shapes, two products."""
@@ -212,7 +212,7 @@ class _DecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden: Float[Tensor, "batch seq_q dim"],
-        embeddings: Tensor | None,
+        embeddings: Tensor,
         inverse: Tensor | None,
         rows: LayerRows | None,
         rotary: tuple[Tensor, Tensor],
@@ -220,8 +220,8 @@ class _DecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the new hidden states and the router's logits.
 
-        The lookup experts read either `embeddings` (of every token, or of the distinct ids when
-        `inverse` tells which one is each token's) or `rows` of the table.
+        The lookup block reads `rows` of the table, or else runs its experts on `embeddings`: those
+        of every token, or of the distinct ids when `inverse` tells which one is each token's.
         """
         attended = hidden + self.self_attn(self.input_layernorm(hidden), rotary, **kwargs)[0]
         x = self.post_attention_layernorm(attended)
@@ -232,14 +232,8 @@ class _DecoderLayer(GradientCheckpointingLayer):
         if self.lookup is None:
             return output, None
         logits = self.lookup.router(x)
-        if rows is None:
-            values = self.lookup.values(embeddings)
-            if inverse is not None:
-                values = nn.functional.embedding(inverse, values.flatten(1)).unflatten(
-                    -1, values.shape[1:]
-                )
-            rows = values.flatten(0, 1), None
-        mixed = combine(logits.flatten(0, 1), rows[0], output.flatten(0, 1), rows[1])
+        values, scales = rows or (self.lookup.token_values(embeddings, inverse), None)
+        mixed = dispatch(logits.flatten(0, 1), values, output.flatten(0, 1), scales)
         return mixed.view_as(output), logits
 
 
@@ -291,9 +285,9 @@ class _Decoder(MolePreTrainedModel):
 
     def _sources(
         self, ids: Tensor | None, embeds: Tensor, lut_rows: LutRows | None
-    ) -> tuple[Tensor | None, Tensor | None, list[LayerRows | None]]:
+    ) -> tuple[Tensor, Tensor | None, list[LayerRows | None]]:
         """Return embeddings, their inverse index, and every layer's rows, for the lookup."""
-        return None, None, [None] * len(self.layers)
+        return embeds, None, [None] * len(self.layers)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -391,26 +385,30 @@ class MoleModel(_Decoder):
 
     def _sources(
         self, ids: Tensor | None, embeds: Tensor, lut_rows: LutRows | None
-    ) -> tuple[Tensor | None, Tensor | None, list[LayerRows | None]]:
-        none: list[LayerRows | None] = [None] * len(self.layers)
-        if ids is None and lut_rows is None:
+    ) -> tuple[Tensor, Tensor | None, list[LayerRows | None]]:
+        if self.config.lookup_form == "table" and lut_rows is not None:
+            return embeds, None, self._layer_rows(lut_rows, embeds.dtype)
+        if lut_rows is not None:
+            raise ValueError("`lut_rows` needs a model whose `lookup_form` is 'table'.")
+        if ids is None:
             raise ValueError("`lookup_ids` must be given along with `inputs_embeds`; got None.")
         if self.config.lookup_form == "experts":
-            if ids is None:
-                raise ValueError("`lut_rows` needs a model with `lookup_form` 'table'.")
+            none: list[LayerRows | None] = [None] * len(self.layers)
             if self.config.dedup == "micro":
                 distinct, inverse = distinct_ids(ids, self.config.vocab_size)
                 return self.embed_tokens(distinct), inverse, none
             return self.embed_tokens(ids), None, none
-        if lut_rows is None:
-            if self.lut is None:
-                raise ValueError(
-                    "This model is in table form and has no table yet: load it with "
-                    "`MoleForCausalLM.from_pretrained(folder)` or call `open_lut(path)`."
-                )
-            lut_rows = self.lut.rows(ids)
-        rows = iter(lut_rows.layers(embeds.dtype))
-        return None, None, [None if layer.lookup is None else next(rows) for layer in self.layers]
+        if self.lut is None:
+            raise ValueError(
+                "This model is in table form and has no table yet: load it with "
+                "`MoleForCausalLM.from_pretrained(folder)` or call `open_lut(path)`."
+            )
+        return embeds, None, self._layer_rows(self.lut.rows(ids), embeds.dtype)
+
+    def _layer_rows(self, rows: LutRows, dtype: torch.dtype) -> list[LayerRows | None]:
+        """Return the rows of every layer, None for layers without lookup experts."""
+        found = iter(rows.layers(dtype))
+        return [None if layer.lookup is None else next(found) for layer in self.layers]
 
 
 class _ForCausalLM(MolePreTrainedModel, GenerationMixin):
@@ -519,7 +517,8 @@ class MoleForCausalLM(_ForCausalLM):
     @property
     def lut(self) -> LutStore | None:
         """The open lookup table of a model in table form."""
-        return self.model.lut
+        store: LutStore | None = self.model.lut
+        return store
 
     def open_lut(self, path: str | Path, store: str = "mmap") -> None:
         """Open a lookup table and use it from now on.

@@ -27,10 +27,11 @@ from typing import Any
 
 import click
 import torch
-from fourfold_common import environment_report, pick_device, seed_everything
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+
+from fourfold_common import environment_report, pick_device, seed_everything
 
 from ..config import DenseConfig, MoeConfig, MoleConfig
 from ..evaluation import paired_difference, summarise, window_losses

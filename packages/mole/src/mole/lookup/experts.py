@@ -1,7 +1,7 @@
 """The lookup block of one layer: a router over experts that see only the token's embedding."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -42,6 +42,23 @@ class Lookup(nn.Module):
         down = self.down_t.view(self.num_experts, -1, dim).to(inner.dtype)
         values = torch.bmm(inner.transpose(0, 1), down)
         return values.transpose(0, 1).reshape(*tokens, self.num_experts, dim)
+
+    def token_values(
+        self, embeddings: Float[Tensor, "*tokens dim"], inverse: Int[Tensor, "batch seq_q"] | None
+    ) -> Float[Tensor, "all experts dim"]:
+        """Return every expert's output for every token of the batch, flattened.
+
+        Args:
+            embeddings: Embeddings of all tokens or, with `inverse`, of the distinct ids.
+            inverse: For every token, which of the distinct ids is its own.
+
+        Source: own; the gradient of a distinct id's output is the sum over its tokens.
+        """
+        values = self.values(embeddings)
+        if inverse is None:
+            return values.flatten(0, -3)
+        picked: Tensor = nn.functional.embedding(inverse.flatten(), values.flatten(1))
+        return picked.view(-1, *values.shape[1:])
 
 
 __all__ = ["Lookup"]

@@ -3,8 +3,8 @@
 A table is a folder with two files. `lut.safetensors` holds one tensor `rows`, uint8
 `[vocab, row_stride]`: row `i` has the codes of all layers and experts of id `i`, layer by layer,
 expert by expert, then the block scales, then zeros up to a multiple of 512 bytes. Its header fills
-4,096 bytes, so that every row starts on a 512-byte boundary of the file. `lut.json` holds the shape,
-the format, a CRC-32 for every chunk of rows, and the fingerprint of the weights.
+4,096 bytes, so that every row starts on a 512-byte boundary of the file. `lut.json` holds the
+shape, the format, a CRC-32 for every chunk of rows, and the fingerprint of the weights.
 """
 
 import json
@@ -18,7 +18,13 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from ..kernels.combine.reference import NF4_CODEBOOK, dequantise
-from .errors import LutError, LutShapeError, LutTruncatedError, LutVersionError
+from .errors import (
+    LutError,
+    LutFingerprintError,
+    LutShapeError,
+    LutTruncatedError,
+    LutVersionError,
+)
 
 VERSION = 1
 HEADER_BYTES = 4096
@@ -155,8 +161,6 @@ class LutMeta:
             LutShapeError: Vocabulary, layers, experts or width differ.
             LutFingerprintError: The configuration names another fingerprint.
         """
-        from .errors import LutFingerprintError
-
         expected = {
             "vocab": config.vocab_size,
             "layers": len(config.lookup_layers),

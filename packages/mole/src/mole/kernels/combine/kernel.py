@@ -1,6 +1,6 @@
 """Triton kernel of the combine operation, forward only.
 
-    out[t, :] = residual[t, :] + sum_j softmax(logits[t, :])_j * scale[t, j, :] * code(values[t, j, :])
+    out[t, :] = residual[t, :] + sum_j softmax(logits[t, :])_j scale[t, j, :] code(values[t, j, :])
 
 Layout: all tensors row-major with unit stride in the last axis; the other strides are free, so that
 one layer's slice of the gathered rows needs no copy. Softmax and sum accumulate in float32; the
@@ -13,6 +13,7 @@ Source: Jie et al. 2025 (arXiv 2503.15798), equation 6.
 import torch
 import triton
 import triton.language as tl
+
 from fourfold_common import tuning_configs
 
 _TUNING = tuning_configs(

@@ -6,9 +6,10 @@ from importlib import import_module
 from typing import Literal
 
 import torch
-from fourfold_common import triton_status
 from jaxtyping import Float, Shaped
 from torch import Tensor
+
+from fourfold_common import triton_status
 
 from .reference import NF4_CODEBOOK, combine_reference
 
@@ -45,7 +46,7 @@ def combine(
     """
     _check(logits, values, residual, scales)
     if backend == "auto":
-        backend = _choose(logits, values, residual)
+        return dispatch(logits, values, residual, scales)
     if backend == "reference":
         return combine_reference(logits, values, residual, scales)
     if backend != "triton":
@@ -60,15 +61,20 @@ def combine(
         )
     if _needs_gradient(logits, values, residual):
         raise ValueError("`backend` 'triton' has no gradient; use 'reference' or `torch.no_grad`.")
-    return _combine_triton(logits, values, residual, scales)
+    combined: Tensor = _combine_triton(logits, values, residual, scales)
+    return combined
 
 
-def _choose(logits: Tensor, values: Tensor, residual: Tensor) -> Backend:
-    """Return the backend that `"auto"` stands for."""
-    if residual.is_cuda and not _needs_gradient(logits, values, residual):
-        if torch.compiler.is_compiling() or _triton_works():
-            return "triton"
-    return "reference"
+def dispatch(logits: Tensor, values: Tensor, residual: Tensor, scales: Tensor | None) -> Tensor:
+    """Return what `combine` does with the backend `"auto"`, for arguments known to be right.
+
+    A decoding step runs this once a layer, where the checks would cost as much as the mathematics.
+    """
+    wanted = residual.is_cuda and not _needs_gradient(logits, values, residual)
+    if wanted and (torch.compiler.is_compiling() or _triton_works()):
+        combined: Tensor = _combine_triton(logits, values, residual, scales)
+        return combined
+    return combine_reference(logits, values, residual, scales)
 
 
 @cache
@@ -154,4 +160,4 @@ def _codebook(device: torch.device) -> Tensor:
     return torch.tensor(NF4_CODEBOOK, dtype=torch.float32, device=device)
 
 
-__all__ = ["combine"]
+__all__ = ["combine", "dispatch"]

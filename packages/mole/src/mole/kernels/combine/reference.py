@@ -49,7 +49,8 @@ def dequantise(
     blocks = codes.to(scales.dtype if scales.dtype == torch.float64 else torch.float32).unflatten(
         -1, (scales.shape[-1], -1)
     )
-    return (blocks * scales[..., None]).flatten(-2).to(dtype)
+    decoded: Tensor = (blocks * scales[..., None]).flatten(-2).to(dtype)
+    return decoded
 
 
 def combine_reference(
