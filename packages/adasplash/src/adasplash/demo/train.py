@@ -11,6 +11,7 @@ import csv
 import gzip
 import json
 import logging
+import lzma
 import math
 import os
 import shutil
@@ -37,8 +38,8 @@ _SNIPPET = slice(40_000, 60_000)  # characters of the first validation book that
 
 
 def read_books(path: Path) -> list[str]:
-    """Return the text of every book of a `.jsonl.gz` file."""
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
+    """Return the text of every book of a `.jsonl.gz` or `.jsonl.xz` file."""
+    with (lzma if path.suffix == ".xz" else gzip).open(path, "rt", encoding="utf-8") as lines:
         return [json.loads(line)["text"] for line in lines]
 
 
@@ -179,6 +180,7 @@ def _pack(folder: Path, path: Path) -> None:
 @click.option(
     "--data", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True
 )
+@click.option("--corpus", default="books_large.jsonl.xz", show_default=True, help="In DATA/text.")
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True)
 @click.option("--steps", default=4000, show_default=True, help="Optimiser steps of each twin.")
 @click.option("--batch", default=64, show_default=True, help="Windows of 512 tokens a step.")
@@ -186,9 +188,16 @@ def _pack(folder: Path, path: Path) -> None:
 @click.option("--books", default=0, help="Use only so many books; 0 for all.")
 @click.option("--seed", default=0, show_default=True)
 def main(
-    data: Path, output: Path, steps: int, batch: int, rate: float, books: int, seed: int
+    data: Path,
+    corpus: str,
+    output: Path,
+    steps: int,
+    batch: int,
+    rate: float,
+    books: int,
+    seed: int,
 ) -> None:
-    """Train the twins on DATA/text/books_train.jsonl.gz and write assets.tar into OUTPUT."""
+    """Train the twins on the books of DATA and write assets.tar into OUTPUT."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     register_with_transformers()
     seed_everything(seed)
@@ -197,7 +206,7 @@ def main(
     assets = output / "assets"
     shutil.rmtree(assets, ignore_errors=True)
     (assets / "tokenizer").mkdir(parents=True)
-    texts = read_books(data / "text" / "books_train.jsonl.gz")
+    texts = read_books(data / "text" / corpus)
     held_out = read_books(data / "text" / "books_valid.jsonl.gz")
     texts = texts[:books] if books else texts
     tokenizer = train_tokenizer(texts, assets / "tokenizer")
@@ -205,6 +214,7 @@ def main(
     (assets / "snippet.txt").write_text(held_out[0][_SNIPPET], encoding="utf-8")
     _logger.info("%d training and %d validation tokens", len(stream), len(valid))
     record: dict[str, Any] = {
+        "corpus": corpus,
         "seed": seed,
         "steps": steps,
         "batch": batch,
