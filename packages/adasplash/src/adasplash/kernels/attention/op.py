@@ -35,7 +35,8 @@ def adasplash(
 
     The weights of row i are `p = relu(z - tau_i) ** 2` with `z = scale / 2 * q_i k^T` and `tau_i`
     such that they sum to 1. Differentiable in q, k and v; deterministic. A row without a visible
-    key gives zeros and zero gradients; a NaN stays in the rows that see it.
+    key gives zeros and zero gradients; a NaN stays in the rows that see it. Under autocast q, k and
+    v are cast to its dtype, as in torch's own attention.
 
     Args:
         q: Queries, float16, bfloat16, float32 or (reference only) float64. Any strides.
@@ -58,6 +59,9 @@ def adasplash(
 
     Source: AdaSplash (arXiv 2502.12082), equations 5 to 9.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, alpha, scale, key_padding_mask)
     chosen = _choose(backend, q)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
