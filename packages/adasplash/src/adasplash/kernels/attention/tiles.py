@@ -41,7 +41,7 @@ _FULL = {
 
 def padded(dim: int) -> int:
     """Return the size that a head of `dim` channels is padded to in the kernels."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def tiles_for(q: torch.Tensor, v: torch.Tensor) -> Tiles:
