@@ -2,7 +2,7 @@
 
 import zlib
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int, UInt8
@@ -12,6 +12,7 @@ from .errors import LutChecksumError, LutIdError, LutTruncatedError
 from .format import DATA_FILE, HEADER_BYTES, LutMeta, LutRows
 
 
+@runtime_checkable
 class LutStore(Protocol):
     """What a model needs of a lookup table."""
 
