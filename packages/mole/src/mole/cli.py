@@ -93,7 +93,13 @@ def env(as_json: bool) -> None:
     help="Format of the table that generates and is timed.",
 )
 @click.option("--prompt", help="Text to continue.")
-@click.option("--new-tokens", default=60, show_default=True, help="Tokens to generate.")
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(min=1),
+    default=60,
+    show_default=True,
+    help="Tokens to generate.",
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of the sampled continuation.")
 @click.option("--progress/--no-progress", default=True, help="Show progress bars.")
 def demo(
