@@ -236,7 +236,7 @@ def test_progress_bar_counts_ids(make_mole, tmp_path, capsys):
 
 def test_bad_arguments_are_named(make_mole, make_config, tmp_path, our_checks_only):
     model = make_mole()
-    with pytest.raises(ValueError, match="`fmt` must be one of fp32, .*; got 'fp8'"):
+    with pytest.raises(ValueError, match=r"`fmt` must be one of fp32, .*; got 'fp8'"):
         convert(model, tmp_path / "a", "fp8")
     with pytest.raises(ValueError, match="`chunk` must be at least 1; got 0"):
         convert(model, tmp_path / "a", chunk=0)
@@ -252,7 +252,7 @@ def test_bad_arguments_are_named(make_mole, make_config, tmp_path, our_checks_on
     with pytest.raises(ValueError, match="`open_lut` needs a model with `lookup_form` 'table'"):
         model.open_lut(tmp_path / "table" / "lut")
     model.model.embed_tokens = torch.nn.Embedding(61, 32)
-    with pytest.raises(ValueError, match="`model` must have 60 embeddings .*; got 61"):
+    with pytest.raises(ValueError, match=r"`model` must have 60 embeddings .*; got 61"):
         convert(model, tmp_path / "c")
 
 

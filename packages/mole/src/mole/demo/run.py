@@ -180,7 +180,7 @@ def _add_format(
         gap: float = (model(window).logits - exact).abs().max().item()
     loss = summarise(window_losses(model, excerpt, window.shape[1]), excerpt, sizes)
     results.add(meta.format, "table", meta.file_bytes / 2**20, "MiB")
-    results.add(meta.format, "read per token", meta.row_bytes, "B")
+    results.add(meta.format, "read per token", float(meta.row_bytes), "B")
     results.add(meta.format, "conversion", seconds, "s")
     results.add(meta.format, "max logit difference", gap, "")
     results.add(meta.format, "excerpt loss", loss.nats, "nats/token")
@@ -242,18 +242,22 @@ def _decode_speed(models: dict[str, Any], excerpt: Tensor) -> dict[str, tuple[fl
 
 def _add_memory(results: Results, folders: dict[str, Path]) -> dict[str, dict[str, float]]:
     """Add what every form holds in memory, measured in a process of its own."""
-    found = {}
-    for name, folder in folders.items():
-        done = subprocess.run(
+    running = {
+        name: subprocess.Popen(
             [sys.executable, "-m", "mole.demo.memory", str(folder), str(_MEMORY_TOKENS)],
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         )
-        if done.returncode:
-            raise OSError(f"measuring memory failed: {done.stderr.strip().splitlines()[-1:]}")
-        figures = json.loads(done.stdout.splitlines()[-1])
+        for name, folder in folders.items()
+    }
+    found = {}
+    for name, process in running.items():
+        printed, complaint = process.communicate()
+        if process.returncode:
+            raise OSError(f"measuring memory failed: {complaint.strip().splitlines()[-1:]}")
+        figures = json.loads(printed.splitlines()[-1])
         found[name] = figures
         results.add(NAMES[name], "weights", figures["weights_mib"], "MiB")
         if figures["resident_mib"] is not None:
