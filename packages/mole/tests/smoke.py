@@ -1,6 +1,7 @@
 """Smoke test of the installed wheel: public import, one tiny run on the CPU, the command."""
 
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -29,4 +30,5 @@ for name in ("mole/model.safetensors", "dense/model.safetensors", "tokenizer/tok
     if not (shipped / name).is_file():
         raise SystemExit(f"the wheel lacks mole/demo/assets/{name}")
 for command in (["--help"], ["generate", "Alice was", "--new-tokens", "4"]):
-    subprocess.run(["mole", *command], check=True, stdout=subprocess.DEVNULL)
+    script = Path(sys.executable).with_name("mole")
+    subprocess.run([script, *command], check=True, stdout=subprocess.DEVNULL)

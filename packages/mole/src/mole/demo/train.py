@@ -462,7 +462,8 @@ def _train(
     settings, steps = trainer.settings, len(starts)
     optimizer = trainer.optimizer()
     sample = valid[: 64 * settings.context]
-    every, checkpoint = max(1, steps // 60), max(1, steps // 4)
+    every = max(1, steps // 60)
+    checkpoint = 15 * every
     spent, begin = 0.0, time.perf_counter()
     trainer.model.train()
     for step, crops in enumerate(starts):
