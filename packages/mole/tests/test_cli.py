@@ -68,7 +68,10 @@ def test_convert_verify_generate(run, saved, tmp_path):
     ]
     assert plain[0] == plain[1]
     assert plain[0].startswith("A B B A")  # this tokenizer has no decoder
-    sampled = [run("generate", "ABBA", "--model", table, "--seed", s).output for s in (1, 1, 2)]
+    sampled = [
+        run("generate", "ABBA", "--model", table, "--new-tokens", 20, "--seed", seed).output
+        for seed in (1, 1, 2)
+    ]
     assert sampled[0] == sampled[1] != sampled[2]
 
 

@@ -44,7 +44,7 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("demo")
     library(root / "data/text/books_train.jsonl.gz", ["One", "Two"], 0)
     library(root / "data/text/books_valid.jsonl.gz", ["Three", SNIPPET_BOOK], 1)
-    arguments = ["--steps", 8, "--batch", 4, "--context", 32, "--dim", 32, "--layers", 2,
+    arguments = ["--steps", 16, "--batch", 4, "--context", 32, "--dim", 32, "--layers", 2,
                  "--vocab", 300, "--device", "cpu"]  # fmt: skip
     command = ["--data", root / "data", "--output", root / "assets", *arguments]
     done = CliRunner().invoke(train, [str(a) for a in command], catch_exceptions=False)
@@ -58,7 +58,7 @@ def test_training_learns_and_says_so(trained):
         rows = list(csv.DictReader(file))
     for name in ("dense", "mole", "moe"):
         steps = [row for row in rows if row["model"] == name]
-        assert [int(row["step"]) for row in steps] == list(range(1, 9))
+        assert [int(row["step"]) for row in steps] == list(range(1, 17))
         assert float(steps[-1]["loss"]) < float(steps[0]["loss"])
         assert f"{name}: validation" in output
 
@@ -68,7 +68,7 @@ def test_report_holds_what_the_weights_give(trained):
     report = json.loads((folder / "training.json").read_text())
     assert set(report["models"]) == {"dense", "mole", "moe"}
     assert set(report["versus_dense"]) == {"mole", "moe"}
-    assert report["settings"]["steps"] == 8
+    assert report["settings"]["steps"] == 16
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     excerpt = encode(tokenizer, [(folder / "snippet.txt").read_text(encoding="utf-8")])
     for name, kind in (

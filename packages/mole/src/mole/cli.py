@@ -212,7 +212,7 @@ def generate(
 
     from fourfold_common import seed_everything
 
-    from .demo.run import ASSETS
+    from .demo import ASSETS
 
     loaded = _load(ASSETS / "mole" if model is None else model).eval()
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tokenizer" if model is None else model)

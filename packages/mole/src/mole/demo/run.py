@@ -21,9 +21,9 @@ from ..conversion import convert, verify
 from ..evaluation import summarise, window_losses
 from ..lut import FORMATS
 from ..modeling import MoleForCausalLM
+from . import ASSETS
 from .train import encode, token_bytes
 
-ASSETS = Path(__file__).parent / "assets"
 PROMPT = "Alice was not a bit hurt, and she jumped up on to her feet in a moment:"
 NAMES = {
     "dense": "dense",
@@ -262,7 +262,7 @@ def _add_memory(results: Results, folders: dict[str, Path]) -> dict[str, dict[st
         results.add(NAMES[name], "weights", figures["weights_mib"], "MiB")
         if figures["resident_mib"] is not None:
             results.add(NAMES[name], "resident growth", figures["resident_mib"], "MiB")
-            results.add(NAMES[name], "table pages", figures["table_mib"], "MiB")
+            results.add(NAMES[name], "of it table pages", figures["table_mib"], "MiB")
     return found
 
 
@@ -325,4 +325,4 @@ def _picture(
     return path
 
 
-__all__ = ["ASSETS", "PROMPT", "Report", "run"]
+__all__ = ["PROMPT", "Report", "run"]
