@@ -19,6 +19,7 @@ from mole.demo.train import (
     END_OF_TEXT,
     SNIPPET_BOOK,
     Settings,
+    _check_forms,
     crop_starts,
     encode,
     learning_rate,
@@ -104,6 +105,16 @@ def test_token_bytes_add_up_to_the_text(trained):
     assert sum(sizes[i] for i in ids) == 2 * len(text.encode())
     assert ids.count(tokenizer.convert_tokens_to_ids(END_OF_TEXT)) == 2
     assert tokenizer.decode(ids[: len(ids) // 2 - 1]) == text
+
+
+def test_forms_are_compared_for_every_format_and_store(trained):
+    folder, _ = trained
+    ids = torch.arange(20)[None]
+    gaps = _check_forms(folder / "mole", ids, torch.device("cpu"))
+    assert len(gaps) == 10
+    assert gaps["fp32, mmap"] <= 1e-5
+    for name, gap in gaps.items():
+        assert gap == gaps[name.replace("device", "mmap")]
 
 
 def test_every_model_sees_the_same_crops():

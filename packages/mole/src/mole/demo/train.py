@@ -300,29 +300,25 @@ def _check_kernel(device: torch.device) -> dict[str, Any]:
     return {"kernel_cases": len(cases), "kernel_worst": worst}
 
 
-def _check_forms(model: Any, ids: Tensor) -> dict[str, float]:
+def _check_forms(folder: Path, ids: Tensor, device: torch.device) -> dict[str, float]:
     """Return the largest difference of logits, table form to expert form, for every format."""
     from ..conversion import convert
     from ..lut import FORMATS
 
-    gaps = {}
-    model = model.eval()
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        exact = model(ids).logits
+    expert: Any = MoleForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    ids, gaps = ids.to(device), {}
+    with tempfile.TemporaryDirectory() as tables, torch.inference_mode():
+        exact = expert(ids).logits
         for fmt in FORMATS:
-            convert(model, Path(folder) / fmt, fmt, progress=False)
+            target = convert(expert, Path(tables) / fmt, fmt, progress=False)
+            table: Any = MoleForCausalLM.from_pretrained(target).to(device).eval()
             for store in ("mmap", "device"):
-                table = MoleForCausalLM.from_pretrained(Path(folder) / fmt, lut_store=store)
-                table = table.to(ids.device)
-                if store == "device":
-                    table.open_lut(Path(folder) / fmt / "lut", store=store)
-                gap = (table.eval()(ids).logits - exact).abs().max().item()
-                gaps[f"{fmt}, {store}"] = gap
-                table.lut.close()
-    click.echo(
-        f"table form against expert form, largest logit {exact.abs().max().item():.1f}: "
-        + ", ".join(f"{name} {gap:.1e}" for name, gap in gaps.items())
-    )
+                table.open_lut(target / "lut", store)
+                gaps[f"{fmt}, {store}"] = (table(ids).logits - exact).abs().max().item()
+            table.lut.close()
+    click.echo(f"table form against expert form, largest logit {exact.abs().max().item():.1f}:")
+    for name, gap in gaps.items():
+        click.echo(f"  {name}: {gap:.1e}")
     return gaps
 
 
@@ -414,22 +410,27 @@ def main(
         }
         if name != "dense":
             report["versus_dense"][name] = paired_difference(losses[name], losses["dense"])
-        if name == "mole" and cuda:
-            checks["forms"] = _check_forms(
-                model, text.excerpt[None, : settings.context].to(where).long()
-            )
-        _write(output / "training_log.csv", log.getvalue())
-        _write(output / "training.json", json.dumps(report, indent=1) + "\n")
-        shared = ["tokenizer", "snippet.txt", "training.json", "training_log.csv"]
-        _pack(output / "assets.tar", output, [*shared, "mole", "dense"])
-        _pack(output / "moe.tar", output, ["moe"])
+        _write_report(output, log, report)
         figures = report["models"][name]["validation"]
         click.echo(
             f"{name}: validation {figures['nats']:.4f} nats/token "
             f"[{figures['low']:.4f}, {figures['high']:.4f}], "
             f"{figures['bits_per_byte']:.4f} bits/byte, {seconds:.0f} s"
         )
+    if cuda:
+        window = text.excerpt[None, : settings.context].long()
+        checks["forms"] = _check_forms(output / "mole", window, where)
+        _write_report(output, log, report)
     click.echo(f"done in {time.perf_counter() - begin:.0f} s: {output.name}")
+
+
+def _write_report(output: Path, log: io.StringIO, report: dict[str, Any]) -> None:
+    """Write log, report and the two archives of what there is so far."""
+    _write(output / "training_log.csv", log.getvalue())
+    _write(output / "training.json", json.dumps(report, indent=1) + "\n")
+    shared = ["tokenizer", "snippet.txt", "training.json", "training_log.csv"]
+    _pack(output / "assets.tar", output, [*shared, "mole", "dense"])
+    _pack(output / "moe.tar", output, ["moe"])
 
 
 def _fit(settings: Settings, trainers_: dict[str, Trainer], minutes: float | None) -> Settings:
