@@ -27,8 +27,9 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread():
+    """Models this small are slowed by a second thread, badly so on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

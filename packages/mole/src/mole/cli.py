@@ -107,8 +107,12 @@ def demo(
 ) -> None:
     """Convert the shipped model to a table, generate from it, and compare it with its twins."""
     _quiet()
+    import torch
+
     from .demo.run import PROMPT, run
 
+    # Models this small are slowed by a second thread, badly so on a busy machine.
+    torch.set_num_threads(1)
     report = run(
         output, fmt, seed, PROMPT if prompt is None else prompt, new_tokens, progress=progress
     )
