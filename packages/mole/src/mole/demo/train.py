@@ -1,6 +1,6 @@
 """Train the demonstration's models: dense, mixture of experts, and mixture of lookup experts.
 
-    python -m mole.demo.train --data ../shared/data --output assets-new --minutes 6
+    python -m mole.demo.train --data ../shared/data --corpus books_large.jsonl.xz --output new
 
 All three see the same tokens in the same order for the same number of steps. With `--minutes`, the
 number of steps is lowered so that the three fit into that time together. What is written:
