@@ -10,10 +10,10 @@ from pathlib import Path
 
 import click
 import torch
-from fourfold_common import Results
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from fourfold_common import Results
 from mole import DenseForCausalLM, MoleForCausalLM, convert
 from mole.demo import ASSETS
 from mole.demo.run import decode_speed
