@@ -289,7 +289,7 @@ def _picture(
     panels: list[tuple[str, str, dict[str, tuple[float, ...]]]] = [
         (
             "validation loss, all books (stored)",
-            "nats per token",
+            "nats per token (axis cut)",
             {name: (f["nats"], f["low"], f["high"]) for name, f in losses.items()},
         ),
         ("decoding, measured now", "ms per token", dict(speed)),
