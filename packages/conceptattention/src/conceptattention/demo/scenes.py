@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -160,25 +161,25 @@ def sample_scenes(
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         return torch.rand(shape, generator=generator, device=device) * (high - low) + low
 
-    pairs, colour_pairs = (mask.to(device) for mask in allowed_pairs())
+    def choose(weight: Tensor, number: int) -> Tensor:
+        # Exponential races draw without replacement and, unlike multinomial, without a device sync.
+        return (torch.empty_like(weight).exponential_(generator=generator) / weight).topk(
+            number, largest=False
+        ).indices
+
+    constant = _constants(device)
+    pairs, colour_pairs = constant["pairs"], constant["colour_pairs"]
     if held_out_pairs:
         pairs, colour_pairs = torch.ones_like(pairs), torch.ones_like(colour_pairs)
-    backgrounds = torch.rand((count, 8), generator=generator, device=device).topk(2).indices
+    backgrounds = choose(torch.ones(count, len(BACKGROUNDS), device=device), 2)
     single = uniform(count) < 0.5
     backgrounds[:, 1] = torch.where(single, backgrounds[:, 0], backgrounds[:, 1])
     fits = pairs.T[backgrounds].all(dim=1)  # [count, items]
-    # Paintables count double: each of their colours has to be seen often enough.
-    weight = torch.ones(16, device=device)
-    weight[len(NOUNS) :] = 2.0
-    items = torch.multinomial(fits * weight, MAX_OBJECTS, generator=generator)
-    number = torch.multinomial(
-        torch.tensor([0.25, 0.3, 0.25, 0.2], device=device), count, True, generator=generator
-    )
-    present = torch.arange(MAX_OBJECTS, device=device) <= number[:, None]
+    items = choose(fits * constant["frequency"], MAX_OBJECTS)
+    # One object in 25 % of the scenes, two in 30 %, three in 25 %, four in 20 %.
+    present = uniform(count, 1) > constant["fewer"]
     paint = (items - len(NOUNS)).clamp(min=0)
-    colours = torch.multinomial(
-        colour_pairs[paint].float().flatten(0, 1), 1, generator=generator
-    ).view(count, MAX_OBJECTS)
+    colours = choose(colour_pairs[paint].float(), 1)[..., 0]
     items = items.masked_fill(~present, -1)
     colours = colours.masked_fill(items < len(NOUNS), -1)
 
@@ -199,9 +200,34 @@ def sample_scenes(
         fine=uniform(count, 2, size // 2, size // 2),
         grain=torch.randn((count, 3, size, size), generator=generator, device=device),
     )
-    images, labels = _draw(layout, size)
+    images, labels = _draw(layout, size, constant)
     tokens = _captions(items, colours, backgrounds, generator, plain_captions)
     return Scenes(images, labels, tokens, backgrounds, items, colours)
+
+
+@lru_cache(maxsize=8)
+def _constants(device: torch.device) -> dict[str, Tensor]:
+    """Return the tables on a device; copied once, as every copy would wait for the device."""
+    pairs, colour_pairs = allowed_pairs()
+    # Paintables count double: each of their colours has to be seen often enough.
+    frequency = torch.tensor([1.0] * len(NOUNS) + [2.0] * len(PAINTABLE))
+    synonym = torch.arange(len(VOCABULARY))
+    for word, other in SYNONYMS.items():
+        synonym[_TOKEN[word]] = _TOKEN[other]
+    paint = torch.tensor(_COLOUR_RGB)
+    tables = {
+        "pairs": pairs,
+        "colour_pairs": colour_pairs,
+        "frequency": frequency,
+        "fewer": torch.tensor([-1.0, 0.25, 0.55, 0.8]),
+        "radius_low": torch.tensor([0.20, 0.19, 0.17, 0.15]),
+        "radius_range": torch.tensor([0.10, 0.07, 0.05, 0.05]),
+        "synonym": synonym,
+        "noun_rgb": torch.tensor(_NOUN_RGB),
+        "paint_rgb": torch.stack([paint, paint * 0.35], dim=1),  # [colours, 2, 3]
+        "background_rgb": torch.tensor(_BACKGROUND_RGB),
+    }
+    return {name: table.to(device) for name, table in tables.items()}
 
 
 @dataclass(frozen=True)
@@ -231,9 +257,12 @@ def _place(present: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
     """
     count, tries, device = len(present), 48, present.device
     number = present.sum(1)
-    low, high = torch.tensor([[0.20, 0.19, 0.17, 0.15], [0.30, 0.26, 0.22, 0.20]], device=device)
+    constant = _constants(device)
     spread = torch.rand((count, MAX_OBJECTS), generator=generator, device=device)
-    radii = low[number - 1, None] + (high - low)[number - 1, None] * spread
+    radii = (
+        constant["radius_low"][number - 1, None]
+        + constant["radius_range"][number - 1, None] * spread
+    )
     draw = torch.rand((count, tries, MAX_OBJECTS, 2), generator=generator, device=device)
     margin = 0.9 * radii[:, None, :, None]
     centres = margin + draw * (1 - 2 * margin)
@@ -248,25 +277,22 @@ def _place(present: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
     return centres[rows, best], radii * shrink[:, None]
 
 
-def _draw(layout: _Layout, size: int) -> tuple[Tensor, Tensor]:
+def _draw(layout: _Layout, size: int, tables: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return images in [0, 1] and label maps."""
     device = layout.items.device
     axis = (torch.arange(size, device=device) + 0.5) / size
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    rgb, labels = _draw_backgrounds(layout, x, y, size)
+    rgb, labels = _draw_backgrounds(layout, x, y, size, tables["background_rgb"])
 
     offset_x = (x - layout.centres[..., 0, None, None]) / layout.radii[..., None, None]
     offset_y = (y - layout.centres[..., 1, None, None]) / layout.radii[..., None, None]
     cos, sin = layout.angles.cos()[..., None, None], layout.angles.sin()[..., None, None]
     u, v = cos * offset_x + sin * offset_y, cos * offset_y - sin * offset_x
     inside, blend = _outline_and_texture(u, v, layout.items[..., None, None])
-    noun = torch.tensor(_NOUN_RGB, device=device)
-    paint = torch.tensor(_COLOUR_RGB, device=device)
-    painted = torch.stack([paint, paint * 0.35], dim=1)  # [colours, 2, 3]
     base = torch.where(
         (layout.colours >= 0)[..., None, None],
-        painted[layout.colours.clamp(min=0)],
-        noun[layout.items.clamp(0, len(NOUNS) - 1)],
+        tables["paint_rgb"][layout.colours.clamp(min=0)],
+        tables["noun_rgb"][layout.items.clamp(0, len(NOUNS) - 1)],
     )  # [count, objects, 2, 3]
     base = (base + layout.shade[:, :, None]).clamp(0, 1)
     blend = blend[:, :, None]  # [count, objects, 1, size, size]
@@ -284,7 +310,9 @@ def _draw(layout: _Layout, size: int) -> tuple[Tensor, Tensor]:
     return (rgb * light[:, None] + 0.015 * layout.grain).clamp(0, 1), labels
 
 
-def _draw_backgrounds(layout: _Layout, x: Tensor, y: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _draw_backgrounds(
+    layout: _Layout, x: Tensor, y: Tensor, size: int, palette: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the backgrounds' colours and labels."""
     level, slope, wave = layout.horizon.unbind(1)
     line = 0.3 + 0.4 * level[:, None, None] + 0.2 * (slope[:, None, None] - 0.5) * (x - 0.5)
@@ -300,8 +328,8 @@ def _draw_backgrounds(layout: _Layout, x: Tensor, y: Tensor, size: int) -> tuple
             x, y, layout.backgrounds[:, side, None, None], layout.phase[:, side], coarse[:, side], fine[:, side]
         )
         blend = torch.where(mine, texture, blend)
-    palette = torch.tensor(_BACKGROUND_RGB, device=x.device)[which]  # [count, size, size, 2, 3]
-    rgb = palette[..., 0, :] * (1 - blend[..., None]) + palette[..., 1, :] * blend[..., None]
+    pair = palette[which]  # [count, size, size, 2, 3]
+    rgb = pair[..., 0, :] * (1 - blend[..., None]) + pair[..., 1, :] * blend[..., None]
     return rgb.permute(0, 3, 1, 2), which
 
 
@@ -408,9 +436,7 @@ def _captions(
     """
     count, device = len(items), items.device
     first_label, first_colour = _TOKEN[LABELS[0]], _TOKEN[COLOURS[0]]
-    synonym = torch.arange(len(VOCABULARY), device=device)
-    for word, other in SYNONYMS.items():
-        synonym[_TOKEN[word]] = _TOKEN[other]
+    synonym = _constants(device)["synonym"]
 
     def chance(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, device=device)

@@ -197,6 +197,8 @@ def check_observer(pipe: DemoPipeline) -> dict[str, Any]:
         images.sum().item()
         return images, time.perf_counter() - started
 
+    if pipe.device.type == "cpu":
+        return {}
     generate()
     plain, plain_seconds = min((timed() for _ in range(3)), key=lambda pair: pair[1])
     with ConceptAttention(pipe, ["box", "grass", "fish"]) as observer:
@@ -326,8 +328,7 @@ def main(
     checkpoint = output / "checkpoint.pt"
     before = trainer.load(checkpoint) if resume else 0.0
     flops = count_flops(trainer.average)
-    observer = check_observer(trainer.average.to(torch.bfloat16))
-    trainer.average.to(torch.float32)
+    observer = check_observer(copy.deepcopy(trainer.average).to(torch.bfloat16))
     with torch.no_grad():
         for mine, weight in zip(trainer.averages, trainer.weights, strict=True):
             if not resume:
