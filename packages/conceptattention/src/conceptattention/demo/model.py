@@ -225,7 +225,8 @@ def load_pipeline(
                 f"`folder` {str(folder)!r} holds other weights than its config.json describes: "
                 f"missing {missing[:3]}, unexpected {unexpected[:3]}."
             )
-    return pipe.to(device, dtype)  # type: ignore[no-any-return]
+    pipe.to(device)
+    return pipe if dtype == torch.float32 else pipe.to(dtype)
 
 
 def _parts(pipe: DemoPipeline) -> dict[str, torch.nn.Module]:
