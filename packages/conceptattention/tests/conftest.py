@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jaxtyping
 import pytest
+
 from conceptattention.testing import tiny_flux
 
 

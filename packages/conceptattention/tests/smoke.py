@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import torch
+
 from conceptattention import ConceptAttention, segment
 from conceptattention.testing import tiny_flux
 
@@ -17,6 +18,5 @@ maps = segment(pipe, torch.rand(1, 3, 16, 16), ["cat", "grass"]).values
 if maps.shape != (1, 2, 4, 4):
     sys.exit(f"unexpected maps: {maps.shape}")
 for arguments in (["--help"], ["env"], ["demo", "--help"]):
-    subprocess.run(
-        [sys.executable, "-m", "conceptattention", *arguments], check=True, stdout=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-m", "conceptattention", *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

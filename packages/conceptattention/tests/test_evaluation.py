@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
-from conceptattention.evaluation import Confusion
 from hypothesis import given
 from hypothesis import strategies as st
+
+from conceptattention.evaluation import Confusion
 
 
 def test_a_case_worked_by_hand():
@@ -42,6 +43,7 @@ def test_the_papers_miou_is_a_function_of_accuracy(pixels):
     assert stacked.iou[1] == pytest.approx(confusion.miou_paper)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_errors():
     confusion = Confusion(2)
     with pytest.raises(ValueError, match=r"must have the shape \(3,\) of `target`; got \(2,\)"):

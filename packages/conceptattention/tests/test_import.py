@@ -13,8 +13,9 @@ def test_import_is_light():
 
 
 def test_unknown_name_is_an_attribute_error():
-    import conceptattention
     import pytest
+
+    import conceptattention
 
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = conceptattention.nothing

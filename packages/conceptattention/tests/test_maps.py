@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from conceptattention import ConceptMaps
-from conceptattention.scores import RunningMean, concept_scores
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+
+from conceptattention import ConceptMaps
+from conceptattention.scores import RunningMean, concept_scores
 
 NAMES = ("cat", "grass", "sky")
 
@@ -92,7 +93,7 @@ def test_load_refuses_other_and_truncated_files(tmp_path):
     whole = path.read_bytes()
     for content in (b"", b"nothing", whole[: len(whole) // 2]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="must name a file written by `ConceptMaps.save`"):
+        with pytest.raises(ValueError, match="must name a file written by"):
             ConceptMaps.load(path)
     with pytest.raises(FileNotFoundError):
         ConceptMaps.load(tmp_path / "missing.npz")
@@ -100,7 +101,7 @@ def test_load_refuses_other_and_truncated_files(tmp_path):
 
 @pytest.mark.usefixtures("unchecked")
 def test_errors():
-    maps = make()
+    maps, picture = make(), Image.new("RGB", (2, 2))
     for call, message in (
         (lambda: maps.with_reduce("median"), "`reduce` must be 'softmax_mean'.*; got 'median'"),
         (lambda: maps.with_reduce("raw", -1.0), "`temperature` must be above 0; got -1.0"),
@@ -112,7 +113,7 @@ def test_errors():
         (lambda: maps.resize((0, 3)), "`size` must be a width and a height of at least 1"),
         (lambda: maps.resize((3, 3), "cubic"), "`mode` must be 'nearest'.*; got 'cubic'"),
         (lambda: maps["cat"].unit("all"), "`scale` must be 'joint' or 'each'; got 'all'"),
-        (lambda: maps["cat"].overlay(Image.new("RGB", (2, 2)), alpha=2.0), "`alpha` must be between"),
+        (lambda: maps["cat"].overlay(picture, alpha=2.0), "`alpha` must be between"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+
 from conceptattention import Adapter, ConceptAttention, register_adapter, segment
 from conceptattention.testing import (
     ORACLE_ERROR,
@@ -218,7 +219,7 @@ def test_multi_token_words(flux, caplog):
         ({"concepts": ["cat", 3]}, TypeError, "`concepts` must hold strings; got 3"),
         ({"concepts": ["cat", " "]}, ValueError, "`concepts` must hold words; got ' '"),
         ({"concepts": ["cat", "sky", "cat"]}, ValueError, "got 'cat' twice"),
-        ({"concepts": [["cat"], ["a", "b"]]}, ValueError, r"lists of one length; got lengths \[1, 2\]"),
+        ({"concepts": [["cat"], ["a", "b"]]}, ValueError, r"one length; got lengths \[1, 2\]"),
         ({"concepts": [str(i) for i in range(513)]}, ValueError, "at most 512 words; got 513"),
         ({"layers": [3]}, ValueError, "`layers` must be between -3 and 2; got 3"),
         ({"layers": "some"}, ValueError, "`layers` must be 'all', indices or a slice; got 'some'"),
@@ -231,7 +232,8 @@ def test_multi_token_words(flux, caplog):
         ({"normalize": "l1"}, ValueError, "`normalize` must be one of .*; got 'l1'"),
         ({"vectors": ["q"]}, ValueError, "`vectors` must be one of .*; got 'q'"),
         ({"temperature": 0.0}, ValueError, "`temperature` must be above 0; got 0.0"),
-        ({"concept_embeds": torch.zeros(2, 24)}, ValueError, r"with 3 concepts in one list; got \(2, 24\)"),
+        ({"concept_embeds": torch.zeros(2, 24)}, ValueError,
+         r"3 concepts in one list; got \(2, 24\)"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("unchecked")
@@ -241,16 +243,19 @@ def test_bad_arguments(flux, kwargs, error, message):
 
 
 def test_step_out_of_range(flux):
-    with pytest.raises(ValueError, match="`steps` must be between -3 and 2; got 7"):
-        with ConceptAttention(flux, CONCEPTS, steps=[7]):
-            generate(flux)
+    message = "`steps` must be between -3 and 2; got 7"
+    with pytest.raises(ValueError, match=message), ConceptAttention(flux, CONCEPTS, steps=[7]):
+        generate(flux)
     assert hooks(flux) == 0
 
 
 def test_wrong_batch_of_word_lists(flux):
-    with pytest.raises(ValueError, match="`concepts` has 3 lists of words, one per image"):
-        with ConceptAttention(flux, [["cat"], ["dog"], ["sky"]]):
-            generate(flux)
+    message = "`concepts` has 3 lists of words, one per image"
+    with (
+        pytest.raises(ValueError, match=message),
+        ConceptAttention(flux, [["cat"], ["dog"], ["sky"]]),
+    ):
+        generate(flux)
     assert hooks(flux) == 0
 
 
@@ -288,7 +293,7 @@ def test_compiled_before_is_refused(flux):
 def test_missing_encoders(flux):
     pipe = copy.deepcopy(flux)
     pipe.tokenizer_2 = None
-    with pytest.raises(ValueError, match="cannot encode concepts.*pass `concept_embeds`"):
+    with pytest.raises(ValueError, match=r"cannot encode concepts.*pass `concept_embeds`"):
         ConceptAttention(pipe, CONCEPTS).__enter__()
     assert hooks(pipe) == 0
 

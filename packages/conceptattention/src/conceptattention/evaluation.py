@@ -42,8 +42,7 @@ class Confusion:
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self.classes:
                 raise ValueError(
-                    f"`{name}` must hold classes from 0 to {self.classes - 1}; "
-                    f"got {low} to {high}."
+                    f"`{name}` must hold classes from 0 to {self.classes - 1}; got {low} to {high}."
                 )
         pairs = target.long().flatten().cpu() * self.classes + prediction.long().flatten().cpu()
         counts = torch.bincount(pairs, minlength=self.classes**2)

@@ -257,8 +257,7 @@ class ConceptAttention:
         else:
             run.step += 1
         run.call, run.last_index, run.last_text = call, index, text
-        total = len(timesteps) if index is not None or run.step else 0
-        total = max(total, run.step + 1, len(timesteps) if timesteps is not None else 0)
+        total = max(run.step + 1, 0 if timesteps is None else len(timesteps))
         if run.step not in resolve_steps(self.steps, total):
             return False
         run.steps.add(run.step)
@@ -296,20 +295,20 @@ class ConceptAttention:
             if block.index != self._next or len(taps) < len(self.adapter.taps(block)):
                 # A cache skipped a layer: the concept stream of this pass ends here.
                 self._stream = None
-            if self._stream is not None and self._temb is not None:
+            stream, temb = self._stream, self._temb
+            if stream is not None and temb is not None:
                 with self._aside():
-                    self._observe(block, self.adapter.image_side(block, taps, kwargs))
+                    image = self.adapter.image_side(block, taps, kwargs)
+                    self._observe(block, image, stream, temb)
             self._next = block.index + 1
             if self.stop_early and block.index == self.layers[-1]:
                 raise StopForward
 
         return step
 
-    def _observe(self, block: Block, image: ImageSide) -> None:
+    def _observe(self, block: Block, image: ImageSide, stream: Tensor, temb: Tensor) -> None:
         """Carry the concept stream through one layer and record its scores."""
-        assert self._stream is not None
-        assert self._temb is not None
-        normed, state = self.adapter.pre(block, self._stream, self._temb)
+        normed, state = self.adapter.pre(block, stream, temb)
         q, k, v = self.adapter.qkv(block, normed)
         keys = torch.cat([k, image.keys], dim=2) if self.self_attention else image.keys
         values = torch.cat([v, image.values], dim=2) if self.self_attention else image.values
@@ -346,7 +345,7 @@ class ConceptAttention:
             for name in self.kept:
                 run.vectors[name, block.index, run.step] = available[name].detach().clone()
         if block.index < self.layers[-1]:
-            self._stream = self.adapter.post(block, self._stream, outputs, state)
+            self._stream = self.adapter.post(block, stream, outputs, state)
 
     def _after_model(self, model: nn.Module, args: Any, output: Any) -> None:
         self._reset()
@@ -458,7 +457,9 @@ class ConceptAttention:
             layers = slice(max(count - int(layers[5:]), 0), None)
         chosen = resolve("layers", layers, count)
         if not chosen:
-            raise ValueError(f"`layers` must select at least one of {count} layers; got {layers!r}.")
+            raise ValueError(
+                f"`layers` must select at least one of {count} layers; got {layers!r}."
+            )
         return tuple(sorted(chosen))
 
 

@@ -105,7 +105,8 @@ def _pixels(pipe: Any, image: Any) -> Tensor:
         pixels = 2 * torch.from_numpy(pixels).permute(0, 3, 1, 2) - 1
     else:
         raise TypeError(
-            f"`image` must be a PIL picture, a list of them or a tensor; got {type(image).__name__}."
+            "`image` must be a PIL picture, a list of them or a tensor; "
+            f"got {type(image).__name__}."
         )
     height, width = (side // patch * patch for side in pixels.shape[-2:])
     if not height or not width:

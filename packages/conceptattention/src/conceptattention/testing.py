@@ -73,7 +73,13 @@ def _word_tokenizer(length: int) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<s>", "<pad>", "</s>", "<unk>", "a", "cat", "dog", "grass", "sky", "on", "snow", "tree"]
+    words = [
+        "<s>",
+        "<pad>",
+        "</s>",
+        "<unk>",
+        *["a", "on", "cat", "dog", "grass", "sky", "snow", "tree"],
+    ]
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     )

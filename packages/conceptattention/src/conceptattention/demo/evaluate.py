@@ -129,9 +129,7 @@ def noun_swap(pipe: DemoPipeline, scenes: Scenes, t: float, batch: int = 128) ->
         total = 0.0
         for start in range(0, len(clean), batch):
             part = slice(start, start + batch)
-            velocity = predict(
-                pipe, (1 - t) * clean[part] + t * noise[part], rows[part], t
-            )
+            velocity = predict(pipe, (1 - t) * clean[part] + t * noise[part], rows[part], t)
             error = (velocity.float().cpu() - (noise - clean)[part]) ** 2
             total += float(error.mean(dim=(1, 2)).sum())
         losses[name] = total / len(clean)

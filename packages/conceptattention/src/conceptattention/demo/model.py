@@ -1,4 +1,4 @@
-"""The embedded demo model: a small Flux.1 pipeline built from diffusers' and transformers' classes."""
+"""The embedded demo model: a small Flux.1 pipeline of diffusers' and transformers' classes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, FlowMatchEulerDiscreteScheduler, FluxPipeline
-from diffusers import FluxTransformer2DModel, ModelMixin
+from diffusers import (
+    ConfigMixin,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    ModelMixin,
+)
 from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers

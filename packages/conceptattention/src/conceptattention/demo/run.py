@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fourfold_common import Results
 from torch import Tensor
+
+from fourfold_common import Results
 
 from ..maps import ConceptMaps
 from ..observer import ConceptAttention

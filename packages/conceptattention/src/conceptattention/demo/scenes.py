@@ -1,7 +1,7 @@
 """Procedural captioned scenes with exact masks, drawn for a whole batch at once in tensor code.
 
-A scene is one or two textured backgrounds, split by a wavy horizon, with one to four objects that do
-not overlap. Twelve nouns have a palette, a texture and an outline of their own; four more are
+A scene is one or two textured backgrounds, split by a wavy horizon, with one to four objects that
+do not overlap. Twelve nouns have a palette, a texture and an outline of their own; four more are
 "paintable" and take one of eight colours. Everything follows from the generator's seed.
 """
 
@@ -163,9 +163,11 @@ def sample_scenes(
 
     def choose(weight: Tensor, number: int) -> Tensor:
         # Exponential races draw without replacement and, unlike multinomial, without a device sync.
-        return (torch.empty_like(weight).exponential_(generator=generator) / weight).topk(
-            number, largest=False
-        ).indices
+        return (
+            (torch.empty_like(weight).exponential_(generator=generator) / weight)
+            .topk(number, largest=False)
+            .indices
+        )
 
     constant = _constants(device)
     pairs, colour_pairs = constant["pairs"], constant["colour_pairs"]
@@ -321,11 +323,18 @@ def _draw_backgrounds(
     coarse = F.interpolate(layout.coarse, size, mode="bicubic")
     fine = F.interpolate(layout.fine, size)
     blend = torch.zeros_like(line)
-    which = torch.where(above, layout.backgrounds[:, 1, None, None], layout.backgrounds[:, 0, None, None])
+    which = torch.where(
+        above, layout.backgrounds[:, 1, None, None], layout.backgrounds[:, 0, None, None]
+    )
     for side in range(2):
         mine = above if side else ~above
         texture = _background_texture(
-            x, y, layout.backgrounds[:, side, None, None], layout.phase[:, side], coarse[:, side], fine[:, side]
+            x,
+            y,
+            layout.backgrounds[:, side, None, None],
+            layout.phase[:, side],
+            coarse[:, side],
+            fine[:, side],
         )
         blend = torch.where(mine, texture, blend)
     pair = palette[which]  # [count, size, size, 2, 3]
@@ -344,12 +353,19 @@ def _background_texture(
     plank = (x * 4 + p) % 1
     textures = (
         0.55 * fine + 0.3 * coarse + 0.15 * torch.sin(turn * (14 * x + 2 * fine)),
-        0.5 + 0.35 * torch.sin(turn * (6 * y + 0.5 * torch.sin(turn * (2 * x + p)) + q)) + 0.3 * (coarse - 0.5),
-        0.25 + 0.5 * coarse + 0.25 * torch.sin(turn * (4 * (x + 0.6 * y) + 0.6 * coarse + p)) + 0.2 * (fine - 0.5),
+        0.5
+        + 0.35 * torch.sin(turn * (6 * y + 0.5 * torch.sin(turn * (2 * x + p)) + q))
+        + 0.3 * (coarse - 0.5),
+        0.25
+        + 0.5 * coarse
+        + 0.25 * torch.sin(turn * (4 * (x + 0.6 * y) + 0.6 * coarse + p))
+        + 0.2 * (fine - 0.5),
         torch.maximum((row[0] < 0.2).float(), (brick_x < 0.12).float()) + 0.15 * (fine - 0.5),
         (fine > 0.955).float() * (0.6 + 0.4 * r) + 0.06 * coarse,
         0.2 + 0.7 * (coarse - 0.3) + 0.12 * fine,
-        (plank < 0.1).float() + 0.4 + 0.35 * torch.sin(turn * (5 * coarse + 3 * x + s)) * (plank >= 0.1),
+        (plank < 0.1).float()
+        + 0.4
+        + 0.35 * torch.sin(turn * (5 * coarse + 3 * x + s)) * (plank >= 0.1),
         (2.6 * (coarse - 0.42)),
     )
     blend = torch.zeros_like(coarse)
@@ -402,7 +418,9 @@ def _outline_and_texture(u: Tensor, v: Tensor, item: Tensor) -> tuple[Tensor, Te
     shine = ((u + 0.3) ** 2 + (v + 0.3) ** 2).sqrt()
     textures = (
         ((u.abs() < 0.13) & (v < -0.3)).float(),
-        torch.maximum((v.abs() < 0.09).float(), (torch.sin(11 * (u.abs() - v.abs())) > 0.72).float()),
+        torch.maximum(
+            (v.abs() < 0.09).float(), (torch.sin(11 * (u.abs() - v.abs())) > 0.72).float()
+        ),
         ((radius * 3.2) % 1 < 0.42).float(),
         (torch.sin(8.5 * u + 0.8) > 0.25).float(),
         (torch.sin(9 * u + 1) * torch.sin(9 * v) > 0.35).float(),
@@ -460,7 +478,13 @@ def _captions(
     upper = places[:, 1] * two
     things = torch.stack([paints, nouns], dim=2).flatten(1)
     backward = torch.stack(
-        [places[:, 0], torch.where(under > 0, _TOKEN["under"], 0), upper, torch.full_like(on, _TOKEN["with"])], dim=1
+        [
+            places[:, 0],
+            torch.where(under > 0, _TOKEN["under"], 0),
+            upper,
+            torch.full_like(on, _TOKEN["with"]),
+        ],
+        dim=1,
     )
     forward = torch.stack([on, places[:, 0], under, upper], dim=1)
     opening = torch.where(

@@ -4,8 +4,9 @@ Reproduces the package's assets:
 
     python -m conceptattention.demo.train --output OUT --minutes 8
 
-The run is time-boxed. Figures go to training.json and training_log.csv; everything the package
-ships is also packed into assets.tar, rewritten at every checkpoint, so a crash loses minutes only.
+The run is time-boxed: the learning rate follows the clock, or the step count with `--steps`.
+Figures go to training.json and training_log.csv; everything the package ships is also packed into
+assets.tar, rewritten at every checkpoint, so a crash loses minutes only.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from typing import Any
 
 import click
 import torch
-from fourfold_common import environment_report, pick_device, seed_everything
 from torch import Tensor, nn
+
+from fourfold_common import environment_report, pick_device, seed_everything
 
 from . import scenes as scene_module
 from .evaluate import SPACES, held_out_scenes, noun_swap, predict, score, segment_scenes
@@ -34,6 +36,7 @@ from .model import DemoPipeline, build_pipeline, encode_tokens, load_pipeline, s
 from .scenes import Scenes, patchify, sample_scenes
 
 _logger = logging.getLogger(__name__)
+POOLED_DROPPED = 0.9
 NOISE_LEVELS = (0.2, 0.4, 0.6, 0.8)
 SAMPLE_PROMPTS = (
     "a red box and a fish on grass", "an apple on wood", "a bee and a flower on grass under clouds",
@@ -111,8 +114,10 @@ class Trainer:
             t = torch.randn(len(clean), 1, 1, **draw).sigmoid()
             noise = torch.randn(clean.shape, **draw)
             noised = (1 - t) * clean + t * noise
-            # Concepts are modulated with a zero pooled vector: let the model know it.
-            keep = (torch.rand(len(clean), 1, **draw) >= 0.1).float()
+            # Concepts are modulated with a zero pooled vector, and a pooled vector that is always
+            # there lets the model read the caption from it instead of from the tokens: with 10 %
+            # dropped, swapping it raised the loss by 6 % at t = 0.6, swapping all tokens by 1 %.
+            keep = (torch.rand(len(clean), 1, **draw) >= POOLED_DROPPED).float()
         with torch.autocast(self.device.type, torch.bfloat16):
             states, pooled = encode_tokens(self.text, scenes.tokens)
             velocity = self.model(
@@ -181,7 +186,7 @@ def count_flops(pipe: DemoPipeline) -> float:
 
 
 def check_observer(pipe: DemoPipeline) -> dict[str, Any]:
-    """Return whether pictures are the same bits with the observer attached, and its cost in time."""
+    """Return whether pictures are the same bits with the observer attached, and its cost."""
     from .. import ConceptAttention
 
     def generate() -> Any:
@@ -229,9 +234,7 @@ def evaluate(pipe: DemoPipeline, count: int) -> dict[str, Any]:
                         "t": t, "caption": captions, "space": space, "layers": chosen,
                     }  # fmt: skip
                     for protocol in ("binary", "argmax"):
-                        result = score(
-                            found, scenes, layers=chosen, space=space, protocol=protocol
-                        )
+                        result = score(found, scenes, layers=chosen, space=space, protocol=protocol)
                         row[protocol] = {
                             "accuracy": round(result.accuracy, 4),
                             "miou": round(result.miou, 4),
@@ -271,7 +274,9 @@ def draw_samples(pipe: DemoPipeline, path: Path) -> None:
 def pack(folder: Path) -> None:
     """Write assets.tar with everything the package ships, whole or not at all."""
     temporary = folder / "assets.tar.tmp"
-    names = ("weights.safetensors", "config.json", "training.json", "training_log.csv", "samples.png")
+    names = (
+        "weights.safetensors", "config.json", "training.json", "training_log.csv", "samples.png",
+    )  # fmt: skip
     with tarfile.open(temporary, "w") as tar:
         for name in names:
             if (folder / name).exists():
@@ -321,6 +326,8 @@ def main(
     )  # fmt: skip
     _logger.setLevel(logging.INFO)
     torch.backends.cuda.matmul.allow_tf32 = True
+    # cuDNN's attention backward read illegal memory on an H200 (torch 2.11, 5 heads of 32).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     output.mkdir(parents=True, exist_ok=True)
     place, reason = pick_device(device)
     started = time.monotonic()
@@ -343,7 +350,10 @@ def main(
     rows: list[dict[str, Any]] = []
     losses: list[Tensor] = []
     last_step, last_time, saved = trainer.step, time.monotonic(), time.monotonic()
-    settings = {"batch": batch, "rate": rate, "seed": seed, "minutes": minutes}
+    settings = {
+        "batch": batch, "rate": rate, "seed": seed, "minutes": minutes, "compiled": compiled,
+        "pooled_dropped": POOLED_DROPPED,
+    }  # fmt: skip
     while trainer.step < steps:
         progress = max(elapsed() / (60 * minutes), trainer.step / steps)
         if progress >= 1:
