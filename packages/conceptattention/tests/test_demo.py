@@ -94,7 +94,7 @@ def test_weights_round_trip(demo_pipe, tmp_path):
     assert first.size == (64, 64)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="must hold config and weights.safetensors"):
+    with pytest.raises(ValueError, match="must hold config"):
         load_pipeline(folder)
     path.write_bytes(whole)
     config = json.loads((folder / "config.json").read_text())
@@ -157,7 +157,7 @@ def test_demo_writes_pictures_and_results(weights, tmp_path):
         assert {f"{stem}.png", f"{stem}-segmentation.png", f"{stem}-overview.png"} <= names
     assert {"generated-heatmap-box.png", "generated-overlay-grass.png", "results.json"} <= names
     cases = json.loads((out / "results.json").read_text())["cases"]
-    assert {case["provider"] for case in cases} == {"output", "cross_attention"}
+    assert {case["provider"] for case in cases} == {"output", "cross_attention", "random"}
     assert all(0 <= case["median"] <= 100 for case in cases)
 
 
@@ -235,7 +235,7 @@ class TestShippedWeights:
         result = evaluate.noun_swap(load_pipeline(), evaluate.held_out_scenes(12), 0.8)
         assert result["rise"] > 0.02
 
-    def test_stored_figures_are_what_the_weights_give(self):
+    def test_loss_agrees_with_the_training_report(self):
         report = json.loads((ASSETS / "training.json").read_text())
         stored = report["evaluation"]["noun_swap"]["0.8"]["true"]
         measured = evaluate.noun_swap(load_pipeline(), evaluate.held_out_scenes(12), 0.8)["true"]

@@ -319,11 +319,11 @@ class ConceptMaps:
             raise ValueError(
                 f"`path` must name a file written by `ConceptMaps.save`; got {str(path)!r}."
             ) from None
-        words = meta["concepts"]
+        words: Any = tuple(w if isinstance(w, str) else tuple(w) for w in meta["concepts"])
         return cls(
             raw=raw,
             soft=soft,
-            concepts=tuple(w if isinstance(w, str) else tuple(w) for w in words),
+            concepts=words,
             keys=[(layer, step) for layer, step in meta["keys"]],
             counts=meta["counts"],
             coverage={int(layer): share for layer, share in meta["coverage"].items()},

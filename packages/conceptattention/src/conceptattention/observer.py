@@ -116,10 +116,11 @@ class ConceptAttention:
                     raise ValueError(f"`{name}` must be one of {known}; got {value!r}.")
         if not temperature > 0:
             raise ValueError(f"`temperature` must be above 0; got {temperature}.")
-        transformer = getattr(pipe, "transformer", None)
+        transformer: Any = getattr(pipe, "transformer", None)
         self.adapter = adapter_for(transformer)
         assert_ready(transformer)
-        self.pipe, self.model = pipe, transformer
+        self.pipe = pipe
+        self.model: nn.Module = transformer
         self.blocks = self.adapter.blocks(transformer)
         self.layers = self._select_layers(layers)
         self.steps = steps
@@ -194,7 +195,7 @@ class ConceptAttention:
 
     def _retap(self) -> None:
         """Attach again if LoRA, fusing or a new text projection replaced a tapped module."""
-        wanted = [(self.adapter.seed(self.model),)]
+        wanted: list[tuple[nn.Module, ...]] = [(self.adapter.seed(self.model),)]
         for block in self.blocks[: self.layers[-1] + 1]:
             wanted.append(tuple(module for module, _ in self.adapter.taps(block).values()))
         if wanted != self._tapped:
@@ -390,7 +391,7 @@ class ConceptAttention:
         if not stacked[0].isfinite().all():
             raise ValueError(
                 f"the scores of space {name!r} are not finite; the model overflows in "
-                f"{self.model.dtype}, try torch.bfloat16 or torch.float32."
+                f"{self.pipe.transformer.dtype}, try torch.bfloat16 or torch.float32."
             )
         return ConceptMaps(
             raw=stacked[0],
@@ -492,7 +493,7 @@ def check_concepts(
         raise ValueError(f"`concepts` must differ from each other; got {repeated[0]!r} twice.")
     if len(concepts) > MAX_CONCEPTS:
         raise ValueError(f"`concepts` must hold at most {MAX_CONCEPTS} words; got {len(concepts)}.")
-    return tuple(concepts)  # type: ignore[arg-type]
+    return tuple(str(word) for word in concepts)
 
 
 def assert_ready(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def run(
     concepts: Sequence[str] | None = None,
     image: Path | None = None,
     seed: int = 0,
-    steps: int = 24,
+    steps: int = 12,
     guidance: float = 3.0,
     t: float = 0.5,
     scenes: int = 50,
@@ -118,13 +119,23 @@ def run(
 
     held_out = held_out_scenes(scenes)
     by_space = segment_scenes(pipe, held_out, t=t, batch=8, progress=progress)
-    for space in SPACES:
+    _add_random(by_space, seed)
+    for space in (*SPACES, "random"):
         for protocol in ("binary", "argmax"):
             confusion = score(by_space, held_out, space=space, protocol=protocol)
             for metric, value in (("mIoU", confusion.miou), ("accuracy", confusion.accuracy)):
                 results.add(space, f"{protocol} {metric}", 100 * value, "%", t=t, scenes=scenes)
     results.save(output / "results.json")
     return results
+
+
+def _add_random(found: Sequence[tuple[Any, Any, dict[str, ConceptMaps]]], seed: int) -> None:
+    """Add maps of uniform noise, so that every figure stands beside what chance gives."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, _, by_space in found:
+        maps = by_space["output"]
+        noise = torch.rand(maps.soft.shape, generator=generator)
+        by_space["random"] = replace(maps, raw=noise, soft=noise, space="random")
 
 
 def _generate(pipe: DemoPipeline, prompt: str, seed: int, steps: int, guidance: float) -> Image:
@@ -141,7 +152,7 @@ def _generate(pipe: DemoPipeline, prompt: str, seed: int, steps: int, guidance: 
 
 def _picture(image: Path | None, words: list[str]) -> tuple[Image, list[str], str]:
     """Return the picture to segment, its words and its caption."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if image is None:
         scene = held_out_scenes(DEFAULT_SCENE + 1)[[DEFAULT_SCENE]]
@@ -150,7 +161,7 @@ def _picture(image: Path | None, words: list[str]) -> tuple[Image, list[str], st
     try:
         with Image.open(image) as opened:
             picture = ImageOps.fit(opened.convert("RGB"), (PIXELS, PIXELS))
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ValueError(f"`image` must be a picture; {str(image)!r} is none.") from None
     return picture, words, ""
 

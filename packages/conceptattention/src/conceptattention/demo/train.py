@@ -110,7 +110,7 @@ class Trainer:
         """Return the rectified-flow loss at logit-normal noise levels."""
         with torch.no_grad():
             clean = patchify(scenes.images)
-            draw = {"generator": self.generator, "device": self.device}
+            draw: dict[str, Any] = {"generator": self.generator, "device": self.device}
             t = torch.randn(len(clean), 1, 1, **draw).sigmoid()
             noise = torch.randn(clean.shape, **draw)
             noised = (1 - t) * clean + t * noise
@@ -129,7 +129,8 @@ class Trainer:
                 img_ids=self.ids,
                 return_dict=False,
             )[0]
-        return (velocity.float() - (noise - clean)).square().mean()
+        loss: Tensor = (velocity.float() - (noise - clean)).square().mean()
+        return loss
 
     def update(self, progress: float) -> Tensor:
         """Make one step at a share `progress` of the run; return the loss, on the device."""
