@@ -152,7 +152,7 @@ def demo(
 def _best(results: Any, provider: str) -> float:
     """Return the highest mIoU of one kind of maps, in percent."""
     return max(
-        case["median"]
+        float(case["median"])
         for case in results.cases
         if case["provider"] == provider and case["metric"].endswith("mIoU")
     )

@@ -211,6 +211,8 @@ def _overview(
         return
     columns = len(words) + 1
     figure = Figure(figsize=(2.3 * columns, 5.4), dpi=150, layout="constrained")
+    engine: Any = figure.get_layout_engine()
+    engine.set(h_pad=0.12)
     axes: Any = figure.subplots(2, columns)
     for axis in axes.flat:
         axis.set_axis_off()
