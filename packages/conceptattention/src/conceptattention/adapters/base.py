@@ -1,0 +1,189 @@
+"""The adapter contract and the registry of model families."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer in which image and text attend to each other.
+
+    Args:
+        index: Layer number, counted from 0.
+        name: Name of the block inside the transformer.
+        module: The block.
+        attention: Its attention module; the observer's step runs after its forward pass.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    attention: nn.Module
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one forward pass of the transformer, by name."""
+
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Concept words, encoded one by one.
+
+    Args:
+        embeds: One text vector per word, (words, dim_text).
+        tokens: Number of tokens of each word.
+        unknown: Words that the tokenizer does not know.
+    """
+
+    embeds: Tensor
+    tokens: tuple[int, ...]
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageSide:
+    """What one layer computed for the image tokens, as attention used it.
+
+    Args:
+        keys: With rotary positions applied, (batch, heads, patches, dim_head).
+        values: (batch, heads, patches, dim_head).
+        outputs: Attention output before the output projection, (batch, patches, dim).
+    """
+
+    keys: Tensor
+    values: Tensor
+    outputs: Tensor
+
+
+class Adapter(ABC):
+    """How to read one family of multi-modal diffusion transformers.
+
+    The observer calls modules, never raw weights, so that offloading and LoRA keep working.
+    """
+
+    family: ClassVar[str]
+
+    @abstractmethod
+    def matches(self, model: nn.Module) -> bool:
+        """Return whether the transformer belongs to this family."""
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> list[Block]:
+        """Return the layers in the order they run."""
+
+    @abstractmethod
+    def default_layers(self, model: nn.Module) -> Sequence[int]:
+        """Return the layers that the maps average by default."""
+
+    @abstractmethod
+    def encode(
+        self, pipe: Any, words: Sequence[str], token: Literal["auto", "first", "mean", "last"]
+    ) -> Encoded:
+        """Return one text vector per word, each encoded by itself."""
+
+    @abstractmethod
+    def seed(self, model: nn.Module) -> nn.Module:
+        """Return the text-input projection: applied to concept vectors it starts their stream."""
+
+    @abstractmethod
+    def temb(self, model: nn.Module, call: Call) -> Tensor:
+        """Return the conditioning vector of the concept stream, (batch, dim)."""
+
+    @abstractmethod
+    def taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
+        """Return the modules whose input or output `image_side` needs, by tap name."""
+
+    @abstractmethod
+    def image_side(
+        self, block: Block, taps: Mapping[str, Tensor], arguments: Mapping[str, Any]
+    ) -> ImageSide:
+        """Return keys, values and outputs of the image tokens from one layer's taps.
+
+        Args:
+            block: The layer.
+            taps: What the taps of the layer saw.
+            arguments: Keyword arguments of the attention module's call.
+        """
+
+    @abstractmethod
+    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
+        """Return the normalised, modulated concepts, and what `post` needs."""
+
+    @abstractmethod
+    def qkv(self, block: Block, concepts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of the concepts, (batch, heads, concepts, dim_head)."""
+
+    @abstractmethod
+    def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
+        """Return the concept stream after the layer."""
+
+    @abstractmethod
+    def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
+        """Return which tokens belong to the picture, and the grid they fill.
+
+        May synchronise with the device: it is called once per run, after it.
+        """
+
+    @abstractmethod
+    def encode_image(self, pipe: Any, image: Tensor) -> Tensor:
+        """Return clean latents as the transformer takes them, (batch, patches, channels).
+
+        Args:
+            pipe: The pipeline.
+            image: Colour in [-1, 1], (batch, 3, height, width).
+        """
+
+    @abstractmethod
+    def arguments(
+        self, pipe: Any, latents: Tensor, grid: tuple[int, int], prompt: list[str], t: float
+    ) -> dict[str, Any]:
+        """Return the transformer's keyword arguments for latents at noise level `t`."""
+
+
+_ADAPTERS: list[Adapter] = []
+
+
+def register_adapter(adapter: Adapter) -> None:
+    """Make a model family known; the newest registration is asked first.
+
+    Raises:
+        TypeError: `adapter` is not an instance of `Adapter`.
+    """
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"`adapter` must be an instance of Adapter; got {adapter!r}.")
+    _ADAPTERS.insert(0, adapter)
+
+
+def adapter_for(model: object) -> Adapter:
+    """Return the adapter of a transformer.
+
+    Raises:
+        ValueError: No registered family matches.
+    """
+    from .flux import FluxAdapter
+
+    known = [*_ADAPTERS, FluxAdapter()]
+    for adapter in known:
+        if isinstance(model, nn.Module) and adapter.matches(model):
+            return adapter
+    families = ", ".join(dict.fromkeys(adapter.family for adapter in known))
+    raise ValueError(
+        f"`pipe` has a transformer of class {type(model).__name__}, which no adapter knows; "
+        f"known families: {families}. Add one with `register_adapter`."
+    )
+
+
+def execution_device(pipe: Any) -> torch.device:
+    """Return the device that the pipeline computes on, also when its weights are offloaded."""
+    device = pipe._execution_device
+    return device if isinstance(device, torch.device) else torch.device(device)

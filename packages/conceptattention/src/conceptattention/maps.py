@@ -1,0 +1,343 @@
+"""Saliency maps as a value: reduce, select, threshold, resize, draw, save, load."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Reduce = Literal["softmax_mean", "mean_softmax", "raw"]
+# Dark violet over red to light yellow, even in lightness.
+_RAMP = (
+    (8, 6, 28), (42, 14, 84), (92, 22, 108), (142, 36, 100), (190, 55, 78),
+    (228, 86, 48), (247, 132, 22), (248, 186, 54), (250, 244, 170),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ConceptMap:
+    """The map of one concept.
+
+    Args:
+        name: The concept.
+        values: Saliency, (batch, height, width).
+        limits: Least and greatest value over all concepts of the set it comes from.
+    """
+
+    name: str
+    values: Tensor
+    limits: tuple[float, float]
+
+    def unit(self, scale: Literal["joint", "each"] = "joint") -> Float[Tensor, "batch h w"]:
+        """Return the map scaled to [0, 1], over all concepts jointly or by itself.
+
+        Raises:
+            ValueError: `scale` is neither "joint" nor "each".
+        """
+        if scale not in ("joint", "each"):
+            raise ValueError(f"`scale` must be 'joint' or 'each'; got {scale!r}.")
+        low, high = self.limits
+        if scale == "each":
+            low, high = float(self.values.min()), float(self.values.max())
+        return ((self.values - low) / max(high - low, 1e-12)).clamp(0, 1)
+
+    def to_image(
+        self,
+        size: tuple[int, int] | None = None,
+        *,
+        index: int = 0,
+        scale: Literal["joint", "each"] = "joint",
+    ) -> Image:
+        """Return the map as a coloured picture.
+
+        Args:
+            size: Width and height in pixels; one pixel per value when None.
+            index: Which image of the batch.
+            scale: As in `unit`.
+        """
+        from PIL import Image as Pictures
+
+        height, width = self.values.shape[-2:]
+        unit = _interpolate(self.unit(scale)[index][None], size or (width, height), "bicubic")[0]
+        place = unit.clamp(0, 1) * (len(_RAMP) - 1)
+        low = place.floor().long().clamp(max=len(_RAMP) - 2)
+        share = (place - low)[..., None]
+        ramp = torch.tensor(_RAMP, dtype=torch.float32)
+        colour = ramp[low] * (1 - share) + ramp[low + 1] * share
+        return Pictures.fromarray(colour.round().to(torch.uint8).numpy())
+
+    def overlay(
+        self,
+        image: Image,
+        *,
+        alpha: float = 0.6,
+        index: int = 0,
+        scale: Literal["joint", "each"] = "joint",
+    ) -> Image:
+        """Return the picture with the map laid over it.
+
+        Raises:
+            ValueError: `alpha` is outside 0 to 1.
+        """
+        from PIL import Image as Pictures
+
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"`alpha` must be between 0 and 1; got {alpha}.")
+        heat = self.to_image(image.size, index=index, scale=scale)
+        return Pictures.blend(image.convert("RGB"), heat, alpha)
+
+
+@dataclass(frozen=True)
+class ConceptMaps:
+    """Saliency maps of a set of concepts, for a batch of images.
+
+    Args:
+        raw: Mean scores before the softmax, (groups, batch, concepts, height, width).
+        soft: Mean of the softmax over concepts, same shape.
+        concepts: Words, or one tuple of words per image.
+        keys: Layer and step of every group, -1 where all were averaged.
+        counts: Number of layer-step pairs behind every group.
+        coverage: Share of the selected steps in which each layer was seen.
+        space: Where the scores come from.
+        temperature: Of the softmax.
+        reduce: "softmax_mean" (the paper's Flux.1 order), "mean_softmax", or "raw" scores.
+    """
+
+    raw: Tensor
+    soft: Tensor
+    concepts: tuple[str, ...] | tuple[tuple[str, ...], ...]
+    keys: Sequence[tuple[int, int]]
+    counts: Sequence[int]
+    coverage: Mapping[int, float]
+    space: str = "output"
+    temperature: float = 1.0
+    reduce: Reduce = "softmax_mean"
+
+    @property
+    def values(self) -> Float[Tensor, "batch concepts h w"]:
+        """The maps: mean over layers and steps, reduced as `reduce` says."""
+        weight = torch.tensor(self.counts, dtype=torch.float32)
+        weight = (weight / weight.sum()).view(-1, 1, 1, 1, 1)
+        if self.reduce == "softmax_mean":
+            return (self.soft * weight).sum(0)
+        mean = (self.raw * weight).sum(0)
+        return mean if self.reduce == "raw" else (mean / self.temperature).softmax(dim=1)
+
+    def __len__(self) -> int:
+        """Return the number of concepts."""
+        return self.raw.shape[2]
+
+    def names(self, index: int = 0) -> tuple[str, ...]:
+        """Return the concepts of one image of the batch."""
+        first = self.concepts[0]
+        if isinstance(first, str):
+            return self.concepts  # type: ignore[return-value]
+        lists: Any = self.concepts
+        return lists[index * len(lists) // self.raw.shape[1]]  # type: ignore[no-any-return]
+
+    def __getitem__(self, name: str) -> ConceptMap:
+        """Return the map of one concept.
+
+        Raises:
+            KeyError: It is not among the concepts.
+            ValueError: Every image has concepts of its own.
+        """
+        if not isinstance(self.concepts[0], str):
+            raise ValueError("`name` is ambiguous: every image has its own concepts; use `values`.")
+        if name not in self.concepts:
+            raise KeyError(f"`name` must be one of {self.concepts}; got {name!r}.")
+        values = self.values
+        limits = (float(values.min()), float(values.max()))
+        return ConceptMap(name, values[:, self.names().index(name)], limits)
+
+    def with_reduce(self, reduce: Reduce, temperature: float | None = None) -> ConceptMaps:
+        """Return the maps with another order of reduction.
+
+        Args:
+            reduce: "softmax_mean", "mean_softmax" or "raw".
+            temperature: Of "mean_softmax"; unchanged when None.
+
+        Raises:
+            ValueError: An argument is out of range.
+        """
+        if reduce not in ("softmax_mean", "mean_softmax", "raw"):
+            raise ValueError(
+                f"`reduce` must be 'softmax_mean', 'mean_softmax' or 'raw'; got {reduce!r}."
+            )
+        if temperature is not None and not temperature > 0:
+            raise ValueError(f"`temperature` must be above 0; got {temperature}.")
+        return replace(self, reduce=reduce, temperature=temperature or self.temperature)
+
+    def select(
+        self, *, layers: Iterable[int] | None = None, steps: Iterable[int] | None = None
+    ) -> ConceptMaps:
+        """Return the maps of some layers and steps only.
+
+        Raises:
+            ValueError: They were not stored one by one, or nothing is left.
+        """
+        chosen = range(len(self.keys))
+        for name, place, wanted in (("layers", 0, layers), ("steps", 1, steps)):
+            if wanted is None:
+                continue
+            wanted = set(wanted)
+            known = sorted({key[place] for key in self.keys})
+            if known == [-1]:
+                raise ValueError(
+                    f"`{name}` were averaged while recording; "
+                    f"record with store='{name}' or store='all'."
+                )
+            if not wanted <= set(known):
+                raise ValueError(f"`{name}` must be among {known}; got {sorted(wanted)}.")
+            chosen = [i for i in chosen if self.keys[i][place] in wanted]  # type: ignore[assignment]
+        if not len(chosen):
+            raise ValueError("`layers` and `steps` select nothing.")
+        rows = list(chosen)
+        return replace(
+            self,
+            raw=self.raw[rows],
+            soft=self.soft[rows],
+            keys=[self.keys[i] for i in rows],
+            counts=[self.counts[i] for i in rows],
+        )
+
+    def to_masks(
+        self, threshold: float | Literal["mean"] = "mean"
+    ) -> Bool[Tensor, "batch concepts h w"]:
+        """Return where each map lies above its own mean, or above a fixed value.
+
+        Source: Helbling et al. 2025, section 5 (binary protocol).
+        """
+        values = self.values
+        if threshold == "mean":
+            return values > values.mean(dim=(-2, -1), keepdim=True)
+        if isinstance(threshold, str):
+            raise ValueError(f"`threshold` must be 'mean' or a number; got {threshold!r}.")
+        return values > threshold
+
+    def argmax(self, background: Sequence[str] = ()) -> Int[Tensor, "batch h w"]:
+        """Return the strongest concept of every pixel.
+
+        Args:
+            background: Concepts merged into class 0; the others count from 1 in their order.
+
+        Returns:
+            Positions in `concepts`, or class numbers where `background` is given.
+
+        Raises:
+            ValueError: A background word is not among the concepts.
+        """
+        best = self.values.argmax(dim=1)
+        if not background:
+            return best
+        table = []
+        for index in range(self.raw.shape[1]):
+            names = self.names(index)
+            unknown = sorted(set(background) - set(names))
+            if unknown and isinstance(self.concepts[0], str):
+                raise ValueError(f"`background` must be among {names}; got {unknown[0]!r}.")
+            kept = [name for name in names if name not in background]
+            table.append([0 if n in background else kept.index(n) + 1 for n in names])
+        lookup = torch.tensor(table)
+        return lookup.gather(1, best.flatten(1)).view_as(best)
+
+    def resize(
+        self, size: tuple[int, int], mode: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    ) -> ConceptMaps:
+        """Return the maps at another width and height, given in PIL's order.
+
+        Raises:
+            ValueError: `size` or `mode` is out of range.
+        """
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"`size` must be a width and a height of at least 1; got {size}.")
+        if mode not in ("nearest", "bilinear", "bicubic"):
+            raise ValueError(f"`mode` must be 'nearest', 'bilinear' or 'bicubic'; got {mode!r}.")
+        groups = self.raw.shape[:2]
+        raw, soft = (
+            _interpolate(part.flatten(0, 1), size, mode).unflatten(0, groups)
+            for part in (self.raw, self.soft)
+        )
+        return replace(self, raw=raw, soft=soft)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the maps to an .npz file, whole or not at all, and return its path."""
+        import numpy as np
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        meta = {
+            "concepts": self.concepts,
+            "keys": list(self.keys),
+            "counts": list(self.counts),
+            "coverage": {str(layer): share for layer, share in self.coverage.items()},
+            "space": self.space,
+            "temperature": self.temperature,
+            "reduce": self.reduce,
+        }
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez_compressed(
+                    file, raw=self.raw.numpy(), soft=self.soft.numpy(), meta=json.dumps(meta)
+                )
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ConceptMaps:
+        """Return the maps that `save` wrote.
+
+        Raises:
+            ValueError: The file is no such file, or cut short.
+            OSError: It cannot be read.
+        """
+        import numpy as np
+
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                meta = json.loads(str(stored["meta"]))
+                raw, soft = (torch.from_numpy(stored[name]) for name in ("raw", "soft"))
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            raise ValueError(
+                f"`path` must name a file written by `ConceptMaps.save`; got {str(path)!r}."
+            ) from None
+        words: Any = tuple(w if isinstance(w, str) else tuple(w) for w in meta["concepts"])
+        return cls(
+            raw=raw,
+            soft=soft,
+            concepts=words,
+            keys=[(layer, step) for layer, step in meta["keys"]],
+            counts=meta["counts"],
+            coverage={int(layer): share for layer, share in meta["coverage"].items()},
+            space=meta["space"],
+            temperature=meta["temperature"],
+            reduce=meta["reduce"],
+        )
+
+
+def _interpolate(values: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Return maps (..., height, width) at another (width, height)."""
+    if tuple(values.shape[-2:]) == (size[1], size[0]):
+        return values
+    flat = values.reshape(1, -1, *values.shape[-2:])
+    align = {} if mode == "nearest" else {"align_corners": False}
+    flat = F.interpolate(flat, size=(size[1], size[0]), mode=mode, **align)  # type: ignore[arg-type]
+    return flat.view(*values.shape[:-2], size[1], size[0])

@@ -1,0 +1,550 @@
+"""The observer: a concept stream computed beside an unmodified pipeline.
+
+Hooks read what each layer computed for the image tokens, carry the concept vectors through the
+text weights, and never touch what the model computes, so images stay bit-identical.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapters import Block, Call, ImageSide, adapter_for
+from .maps import ConceptMaps
+from .scores import Normalize, RunningMean, concept_scores
+
+_logger = logging.getLogger(__name__)
+_logger.addHandler(logging.NullHandler())
+
+Space = Literal["output", "cross_attention", "value"]
+Store = Literal["mean", "layers", "steps", "all"]
+Token = Literal["auto", "first", "mean", "last"]
+Vector = Literal["concept_output", "image_output", "concept_query", "image_key", "concept_value"]
+Selection = str | int | slice | Sequence[int]
+MAX_CONCEPTS = 512
+
+_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class StopForward(Exception):
+    """Raised inside the model once every needed layer has been seen; `segment` catches it."""
+
+
+@dataclass
+class Run:
+    """What one pipeline run has shown so far."""
+
+    call: Call
+    timesteps: Any = None
+    step: int = 0
+    steps: set[int] = field(default_factory=set)
+    last_text: Tensor | None = None
+    last_index: int | None = None
+    seen: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    means: dict[tuple[str, int, int], RunningMean] = field(default_factory=dict)
+    vectors: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+
+
+class ConceptAttention:
+    """Records saliency maps of concepts while a diffusion pipeline runs.
+
+    Use it as a context manager around any number of pipeline calls. The pipeline's images are the
+    same bits with and without it.
+
+    Args:
+        pipe: A diffusers pipeline whose transformer belongs to a registered family.
+        concepts: Words, in or outside the prompt; or one list of words per image of the batch, all
+            of one length.
+        layers: "default" (the family's choice), "all", "last:N", an index, a slice, or indices.
+        steps: "all", an index, a slice, or indices; negative ones count from the last step.
+        space: "output" (the paper's maps), "cross_attention", "value", or several of them.
+        store: "mean" keeps one map; "layers", "steps" and "all" keep one per layer, per step, or
+            both, for `ConceptMaps.select`.
+        normalize: None for raw scores; "l2", "cosine" or "linear" as in `concept_scores`.
+        temperature: Divides scores before the softmax over concepts; above 0.
+        self_attention: Let concepts attend to each other too, as the paper does.
+        token: Which token of a word stands for it: "first" (the paper), "mean", "last", or "auto":
+            "first" for words of one token, else "mean".
+        vectors: Names of vectors to keep for `vectors`, on the model's device.
+        concept_embeds: Text vectors (concepts, dim_text) to use instead of encoding the words.
+
+    Raises:
+        ValueError: An argument is out of range or the model family is unknown.
+        TypeError: A concept is no string.
+
+    Source: Helbling et al. 2025 (arXiv 2502.04320), section 4.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        concepts: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        layers: Selection = "default",
+        steps: Selection = "all",
+        space: Space | Sequence[Space] = "output",
+        store: Store = "mean",
+        normalize: Normalize | None = None,
+        temperature: float = 1.0,
+        self_attention: bool = True,
+        token: Token = "auto",
+        vectors: Sequence[Vector] = (),
+        concept_embeds: Tensor | None = None,
+    ) -> None:
+        self.concepts = check_concepts(concepts)
+        self.spaces: tuple[str, ...] = (space,) if isinstance(space, str) else tuple(space)
+        for name, values, known in (
+            ("space", self.spaces or ("",), get_args(Space)),
+            ("store", (store,), get_args(Store)),
+            ("token", (token,), get_args(Token)),
+            ("normalize", (normalize,), (None, *get_args(Normalize))),
+            ("vectors", tuple(vectors), get_args(Vector)),
+        ):
+            for value in values:
+                if value not in known:
+                    raise ValueError(f"`{name}` must be one of {known}; got {value!r}.")
+        if not temperature > 0:
+            raise ValueError(f"`temperature` must be above 0; got {temperature}.")
+        transformer: Any = getattr(pipe, "transformer", None)
+        self.adapter = adapter_for(transformer)
+        assert_ready(transformer)
+        self.pipe = pipe
+        self.model: nn.Module = transformer
+        self.blocks = self.adapter.blocks(transformer)
+        self.layers = self._select_layers(layers)
+        self.steps = steps
+        check_steps(steps)
+        self.store, self.normalize, self.temperature = store, normalize, float(temperature)
+        self.self_attention, self.token = self_attention, token
+        self.kept = tuple(vectors)
+        self._embeds = self._check_embeds(concept_embeds)
+        self.runs: list[Run] = []
+        self.stop_early = False
+        self._signature = inspect.signature(type(transformer).forward)
+        self._handles: list[Any] = []
+        self._tapped: list[tuple[nn.Module, ...]] = []
+        self._reset()
+
+    # Attaching and detaching
+
+    def __enter__(self) -> ConceptAttention:
+        """Encode the concepts and attach the hooks.
+
+        Raises:
+            RuntimeError: The transformer is compiled, parallelised or observed already.
+            ValueError: The pipeline cannot encode the concepts.
+        """
+        assert_ready(self.model)
+        if self.model in _attached:
+            raise RuntimeError(
+                "`pipe` is observed by another ConceptAttention; leave that context first."
+            )
+        if self._embeds is None:
+            self._embeds = self._encode()
+        _attached.add(self.model)
+        try:
+            self._attach()
+        except BaseException:
+            self._detach()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove every hook."""
+        self._detach()
+
+    def _attach(self) -> None:
+        model, seed = self.model, self.adapter.seed(self.model)
+        self._handles = [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            model.register_forward_hook(self._after_model, always_call=True),
+            seed.register_forward_hook(self._on_seed),
+        ]
+        self._tapped = [(seed,)]
+        for block in self.blocks[: self.layers[-1] + 1]:
+            taps = self.adapter.taps(block)
+            self._tapped.append(tuple(module for module, _ in taps.values()))
+            for name, (module, side) in taps.items():
+                self._handles.append(self._tap(block.index, name, module, side))
+            self._handles.append(
+                block.attention.register_forward_hook(self._on_attention(block), with_kwargs=True)
+            )
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._tapped = [], []
+        _attached.discard(self.model)
+        self._reset()
+
+    def _retap(self) -> None:
+        """Attach again if LoRA, fusing or a new text projection replaced a tapped module."""
+        wanted: list[tuple[nn.Module, ...]] = [(self.adapter.seed(self.model),)]
+        for block in self.blocks[: self.layers[-1] + 1]:
+            wanted.append(tuple(module for module, _ in self.adapter.taps(block).values()))
+        if wanted != self._tapped:
+            _logger.debug("the model's projections changed; attaching again")
+            # The hooks on the model itself are running now and stay.
+            for handle in self._handles[2:]:
+                handle.remove()
+            keep = self._handles[:2]
+            self._attach()
+            for handle in self._handles[:2]:
+                handle.remove()
+            self._handles[:2] = keep
+
+    def _tap(self, index: int, name: str, module: nn.Module, side: str) -> Any:
+        def record_output(module: nn.Module, args: Any, output: Tensor) -> None:
+            if self._active and not self._busy:
+                self._taps[index][name] = output
+
+        def record_input(module: nn.Module, args: Any) -> None:
+            if self._active and not self._busy:
+                self._taps[index][name] = args[0]
+
+        if side == "input":
+            return module.register_forward_pre_hook(record_input)
+        return module.register_forward_hook(record_output)
+
+    # One forward pass
+
+    def _reset(self) -> None:
+        self._active = False
+        self._busy = False
+        self._next = 0
+        self._stream: Tensor | None = None
+        self._temb: Tensor | None = None
+        self._taps: dict[int, dict[str, Tensor]] = defaultdict(dict)
+
+    def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self._reset()
+        assert_ready(model)
+        self._retap()
+        bound = self._signature.bind_partial(model, *args, **kwargs)
+        self._active = self._route(Call(bound.arguments))
+
+    def _route(self, call: Call) -> bool:
+        """Return whether this forward pass is the conditional one of a selected step.
+
+        A scheduler makes a new list of timesteps for every run and counts its steps in Python, so
+        none of this reads the device. Within a step the first call is the conditional one.
+        """
+        scheduler = getattr(self.pipe, "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        index = getattr(scheduler, "step_index", None)
+        text = call.arguments.get("encoder_hidden_states")
+        run = self.runs[-1] if self.runs else None
+        if run is None or run.timesteps is not timesteps:
+            run = Run(call, timesteps)
+            self.runs.append(run)
+        elif index == run.last_index and text is not run.last_text:
+            return False
+        else:
+            run.step += 1
+        run.call, run.last_index, run.last_text = call, index, text
+        total = max(run.step + 1, 0 if timesteps is None else len(timesteps))
+        if run.step not in resolve_steps(self.steps, total):
+            return False
+        run.steps.add(run.step)
+        return True
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Compute without gradients and without hearing our own taps."""
+        self._busy = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._busy = False
+
+    def _on_seed(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if not self._active or self._busy or self._embeds is None:
+            return
+        with self._aside():
+            embeds = self._embeds.to(output.device, args[0].dtype)
+            if len(output) % len(embeds):
+                raise ValueError(
+                    f"`concepts` has {len(embeds)} lists of words, one per image; "
+                    f"got a batch of {len(output)} images."
+                )
+            embeds = embeds.repeat_interleave(len(output) // len(embeds), dim=0)
+            self._stream = module(embeds)
+            self._temb = self.adapter.temb(self.model, self.runs[-1].call)
+
+    def _on_attention(self, block: Block) -> Any:
+        def step(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not self._active or self._busy:
+                return
+            taps = self._taps.pop(block.index, {})
+            if block.index != self._next or len(taps) < len(self.adapter.taps(block)):
+                # A cache skipped a layer: the concept stream of this pass ends here.
+                self._stream = None
+            stream, temb = self._stream, self._temb
+            if stream is not None and temb is not None:
+                with self._aside():
+                    image = self.adapter.image_side(block, taps, kwargs)
+                    self._observe(block, image, stream, temb)
+            self._next = block.index + 1
+            if self.stop_early and block.index == self.layers[-1]:
+                raise StopForward
+
+        return step
+
+    def _observe(self, block: Block, image: ImageSide, stream: Tensor, temb: Tensor) -> None:
+        """Carry the concept stream through one layer and record its scores."""
+        normed, state = self.adapter.pre(block, stream, temb)
+        q, k, v = self.adapter.qkv(block, normed)
+        keys = torch.cat([k, image.keys], dim=2) if self.self_attention else image.keys
+        values = torch.cat([v, image.values], dim=2) if self.self_attention else image.values
+        out = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype))
+        outputs = out.transpose(1, 2).flatten(2)  # [batch, concepts, dim]
+        if block.index in self.layers:
+            run = self.runs[-1]
+            run.seen[block.index].add(run.step)
+            for space in self.spaces:
+                if space == "output":
+                    scores = concept_scores(outputs, image.outputs, self.normalize)
+                elif space == "value":
+                    scores = concept_scores(
+                        v.transpose(1, 2).flatten(2), image.values.transpose(1, 2).flatten(2),
+                        self.normalize,
+                    )  # fmt: skip
+                else:
+                    scale = q.shape[1] * q.shape[-1] ** 0.5  # mean over heads
+                    scores = (
+                        concept_scores(
+                            q.transpose(1, 2).flatten(2), image.keys.transpose(1, 2).flatten(2),
+                            self.normalize,
+                        )
+                        / scale
+                    )  # fmt: skip
+                layer = block.index if self.store in ("layers", "all") else -1
+                step = run.step if self.store in ("steps", "all") else -1
+                mean = run.means.setdefault((space, layer, step), RunningMean())
+                mean.add(scores, self.temperature)
+            available = {
+                "concept_output": outputs, "image_output": image.outputs, "concept_query": q,
+                "image_key": image.keys, "concept_value": v,
+            }  # fmt: skip
+            for name in self.kept:
+                run.vectors[name, block.index, run.step] = available[name].detach().clone()
+        if block.index < self.layers[-1]:
+            self._stream = self.adapter.post(block, stream, outputs, state)
+
+    def _after_model(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._reset()
+
+    # Reading
+
+    def heatmaps(self, *, space: Space | None = None, run: int = -1) -> ConceptMaps:
+        """Return the maps of one pipeline run.
+
+        Args:
+            space: Which of the recorded spaces; the first when None.
+            run: Which run inside this context, counted like a list index.
+
+        Raises:
+            RuntimeError: No forward pass was seen, or no layer could be observed.
+            ValueError: `space` or `run` was not recorded, or scores are not finite.
+        """
+        name = self.spaces[0] if space is None else space
+        if name not in self.spaces:
+            raise ValueError(f"`space` must be one of the recorded {self.spaces}; got {name!r}.")
+        if not self.runs:
+            raise RuntimeError(
+                "no forward pass of `pipe.transformer` was seen; "
+                "call the pipeline inside the `with` block."
+            )
+        try:
+            chosen = self.runs[run]
+        except IndexError:
+            raise ValueError(f"`run` must be below {len(self.runs)}; got {run}.") from None
+        means = {key[1:]: mean for key, mean in chosen.means.items() if key[0] == name}
+        if not means:
+            raise RuntimeError(
+                f"none of the layers {self.layers} was observed in steps {self.steps!r}: they were "
+                "skipped by a cache or the model was compiled before it was observed."
+            )
+        target, grid = self.adapter.positions(chosen.call)
+        stacked = []
+        for part in ("raw", "soft"):
+            values = torch.stack([getattr(mean, part) for mean in means.values()])
+            values = values[..., target.to(values.device)].unflatten(-1, grid)
+            stacked.append(values.float().cpu())
+        if not stacked[0].isfinite().all():
+            raise ValueError(
+                f"the scores of space {name!r} are not finite; the model overflows in "
+                f"{self.pipe.transformer.dtype}, try torch.bfloat16 or torch.float32."
+            )
+        return ConceptMaps(
+            raw=stacked[0],
+            soft=stacked[1],
+            concepts=self.concepts,
+            keys=list(means),
+            counts=[mean.count for mean in means.values()],
+            coverage={layer: len(chosen.seen[layer]) / len(chosen.steps) for layer in self.layers},
+            space=name,
+            temperature=self.temperature,
+        )
+
+    def vectors(self, name: Vector, *, layer: int, step: int = 0, run: int = -1) -> Tensor:
+        """Return one kept vector of one layer and step.
+
+        Raises:
+            ValueError: It was not kept.
+        """
+        kept = self.runs[run].vectors if self.runs else {}
+        if (name, layer, step) not in kept:
+            raise ValueError(
+                f"`name` {name!r} of layer {layer}, step {step} was not kept; "
+                f"kept: {sorted(kept) or 'nothing'}. Ask for it with `vectors=[...]`."
+            )
+        return kept[name, layer, step]
+
+    # Checks
+
+    def _encode(self) -> Tensor:
+        lists = self.concepts if isinstance(self.concepts[0], tuple) else (self.concepts,)
+        words = list(dict.fromkeys(word for row in lists for word in row))
+        try:
+            with torch.no_grad():
+                encoded = self.adapter.encode(self.pipe, words, self.token)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                "`pipe` cannot encode concepts, as its text encoders or tokenizers are missing; "
+                "pass `concept_embeds`."
+            ) from error
+        if encoded.unknown:
+            _logger.warning("the tokenizer does not know %s", ", ".join(encoded.unknown))
+        several = [w for w, n in zip(words, encoded.tokens, strict=True) if n > 1]
+        if several and self.token == "auto":
+            _logger.warning("%s: several tokens, their mean is used", ", ".join(several))
+        place = {word: index for index, word in enumerate(words)}
+        return torch.stack([encoded.embeds[[place[word] for word in row]] for row in lists])
+
+    def _check_embeds(self, embeds: Tensor | None) -> Tensor | None:
+        if embeds is None:
+            return None
+        count = len(self.concepts)
+        if isinstance(self.concepts[0], tuple) or embeds.ndim != 2 or len(embeds) != count:
+            raise ValueError(
+                f"`concept_embeds` must have shape (concepts, dim_text) with {count} concepts in "
+                f"one list; got {tuple(embeds.shape)}."
+            )
+        return embeds[None]
+
+    def _select_layers(self, layers: Selection) -> tuple[int, ...]:
+        count = len(self.blocks)
+        if layers == "default":
+            return tuple(self.adapter.default_layers(self.model))
+        if isinstance(layers, str) and layers.startswith("last:") and layers[5:].isdigit():
+            layers = slice(max(count - int(layers[5:]), 0), None)
+        chosen = resolve("layers", layers, count)
+        if not chosen:
+            raise ValueError(
+                f"`layers` must select at least one of {count} layers; got {layers!r}."
+            )
+        return tuple(sorted(chosen))
+
+
+def check_concepts(
+    concepts: Sequence[str] | Sequence[Sequence[str]],
+) -> tuple[str, ...] | tuple[tuple[str, ...], ...]:
+    """Return the concepts as tuples.
+
+    Raises:
+        TypeError: Not a sequence of strings or of sequences of strings.
+        ValueError: Empty, repeated, too many, or lists of unequal length.
+    """
+    if isinstance(concepts, str) or not isinstance(concepts, Sequence):
+        raise TypeError(f"`concepts` must be a list of words; got {concepts!r}.")
+    if not concepts:
+        raise ValueError("`concepts` must hold at least one word; got none.")
+    if not isinstance(concepts[0], str) and isinstance(concepts[0], Sequence):
+        lists = tuple(check_concepts(row) for row in concepts)  # type: ignore[arg-type]
+        lengths = [len(row) for row in lists]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"`concepts` must hold lists of one length; got lengths {lengths}.")
+        return lists  # type: ignore[return-value]
+    for word in concepts:
+        if not isinstance(word, str):
+            raise TypeError(f"`concepts` must hold strings; got {word!r}.")
+        if not word.strip():
+            raise ValueError(f"`concepts` must hold words; got {word!r}.")
+    repeated = [word for word in dict.fromkeys(concepts) if list(concepts).count(word) > 1]
+    if repeated:
+        raise ValueError(f"`concepts` must differ from each other; got {repeated[0]!r} twice.")
+    if len(concepts) > MAX_CONCEPTS:
+        raise ValueError(f"`concepts` must hold at most {MAX_CONCEPTS} words; got {len(concepts)}.")
+    return tuple(str(word) for word in concepts)
+
+
+def assert_ready(model: nn.Module) -> None:
+    """Check that hooks on the transformer will be heard.
+
+    Raises:
+        RuntimeError: It was compiled before it was observed, or is spread over devices.
+    """
+    compiled = type(model).__name__ == "OptimizedModule" or any(
+        module._compiled_call_impl is not None for module in model.modules()
+    )
+    if compiled and model not in _attached:
+        raise RuntimeError(
+            "`pipe.transformer` was compiled before it was observed, so its hooks stay silent; "
+            "enter the ConceptAttention context first and compile inside it."
+        )
+    if getattr(model, "_parallel_config", None) is not None:
+        raise RuntimeError(
+            "`pipe.transformer` runs with context or tensor parallelism, which is not supported; "
+            "observe a transformer on one device."
+        )
+
+
+def check_steps(steps: Selection) -> None:
+    """Check a selection of steps as far as it can be checked before the run."""
+    if isinstance(steps, str) and steps != "all":
+        raise ValueError(f"`steps` must be 'all', an index, a slice or indices; got {steps!r}.")
+    if not isinstance(steps, (str, int, slice)) and not list(steps):
+        raise ValueError("`steps` must select at least one step; got none.")
+
+
+def resolve_steps(steps: Selection, total: int) -> set[int]:
+    """Return the selected steps of a run of `total` steps."""
+    return resolve("steps", steps, total)
+
+
+def resolve(name: str, selection: Selection, total: int) -> set[int]:
+    """Return a selection as indices.
+
+    Raises:
+        ValueError: It selects an index out of range, or is of no known form.
+    """
+    if isinstance(selection, str):
+        if selection == "all":
+            return set(range(total))
+        raise ValueError(f"`{name}` must be 'all', indices or a slice; got {selection!r}.")
+    if isinstance(selection, slice):
+        return set(range(total)[selection])
+    chosen = set()
+    for index in [selection] if isinstance(selection, int) else selection:
+        if not -total <= index < total:
+            raise ValueError(f"`{name}` must be between {-total} and {total - 1}; got {index}.")
+        chosen.add(index % total)
+    return chosen

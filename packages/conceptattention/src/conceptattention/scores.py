@@ -1,0 +1,58 @@
+"""Scores of concepts against image tokens, and their running means."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Normalize = Literal["l2", "cosine", "linear"]
+
+
+def concept_scores(
+    concepts: Float[Tensor, "batch concepts dim"],
+    patches: Float[Tensor, "batch patches dim"],
+    normalize: Normalize | None = None,
+) -> Float[Tensor, "batch concepts patches"]:
+    """Return float32 dot products of every concept with every image token.
+
+    Args:
+        concepts: Concept vectors.
+        patches: Image vectors.
+        normalize: None for raw products; "l2" gives concept vectors length 1; "cosine" both sides;
+            "linear" maps every feature of the concepts to shares that add up to 1.
+
+    Source: Helbling et al. 2025, equation of the output-space map; "linear" is the evaluation
+        code's normalisation.
+    """
+    concepts, patches = concepts.float(), patches.float()
+    if normalize in ("l2", "cosine"):
+        concepts = torch.nn.functional.normalize(concepts, dim=-1)
+    if normalize == "cosine":
+        patches = torch.nn.functional.normalize(patches, dim=-1)
+    if normalize == "linear":
+        shifted = concepts - concepts.amin(dim=1, keepdim=True)
+        total = shifted.sum(dim=1, keepdim=True)
+        concepts = shifted / total.clamp(min=torch.finfo(torch.float32).tiny)
+    return concepts @ patches.mT
+
+
+class RunningMean:
+    """Float32 means of raw scores and of their softmax over concepts, without synchronising."""
+
+    def __init__(self) -> None:
+        self.raw: Tensor | None = None
+        self.soft: Tensor | None = None
+        self.count = 0
+
+    def add(self, scores: Float[Tensor, "batch concepts patches"], temperature: float) -> None:
+        """Count one layer at one step."""
+        soft = (scores / temperature).softmax(dim=1)
+        self.count += 1
+        if self.raw is None or self.soft is None:
+            self.raw, self.soft = scores.clone(), soft
+        else:
+            self.raw += (scores - self.raw) / self.count
+            self.soft += (soft - self.soft) / self.count

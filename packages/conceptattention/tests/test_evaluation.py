@@ -1,0 +1,56 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conceptattention.evaluation import Confusion
+
+
+def test_a_case_worked_by_hand():
+    # Targets: four pixels of class 0, three of class 1, one of class 2.
+    target = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 2]])
+    guess = torch.tensor([[0, 0, 0, 1], [1, 1, 0, 0]])
+    confusion = Confusion(4)
+    confusion.add(guess, target)
+    assert confusion.counts.tolist() == [[3, 1, 0, 0], [1, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert confusion.accuracy == pytest.approx(5 / 8)
+    # Class 0: 3 of 3 + 1 + 2; class 1: 2 of 4; class 2: none of 1; class 3 never occurs.
+    assert confusion.iou[:3].tolist() == pytest.approx([3 / 6, 2 / 4, 0.0])
+    assert math.isnan(confusion.iou[3])
+    assert confusion.miou == pytest.approx(1 / 3)
+    assert confusion.fg_iou == pytest.approx(0.25)
+
+
+def test_images_are_pooled_not_averaged():
+    confusion = Confusion(2)
+    confusion.add(torch.tensor([1, 1]), torch.tensor([1, 1]))
+    confusion.add(torch.tensor([0, 0, 0, 0]), torch.tensor([1, 1, 0, 0]))
+    assert confusion.fg_iou == pytest.approx(2 / 4)
+    assert confusion.iou[0] == pytest.approx(2 / 4)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_the_papers_miou_is_a_function_of_accuracy(pixels):
+    guess, target = (torch.tensor(side) for side in zip(*pixels, strict=True))
+    confusion = Confusion(2)
+    confusion.add(guess, target)
+    # Stack every mask with its complement, as the paper's code does, and score two classes.
+    stacked = Confusion(2)
+    stacked.add(torch.stack([~guess, guess]), torch.stack([~target, target]))
+    assert stacked.iou[0] == pytest.approx(confusion.miou_paper)
+    assert stacked.iou[1] == pytest.approx(confusion.miou_paper)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_errors():
+    confusion = Confusion(2)
+    with pytest.raises(ValueError, match=r"must have the shape \(3,\) of `target`; got \(2,\)"):
+        confusion.add(torch.tensor([0, 1]), torch.tensor([0, 1, 1]))
+    with pytest.raises(ValueError, match="`prediction` must hold classes from 0 to 1; got 0 to 2"):
+        confusion.add(torch.tensor([0, 2]), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="`target` must hold classes from 0 to 1; got -1 to 0"):
+        confusion.add(torch.tensor([0, 1]), torch.tensor([-1, 0]))
+    with pytest.raises(ValueError, match="`classes` must be at least 2; got 1"):
+        Confusion(1)

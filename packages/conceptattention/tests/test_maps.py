@@ -1,0 +1,153 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from conceptattention import ConceptMaps
+from conceptattention.scores import RunningMean, concept_scores
+
+NAMES = ("cat", "grass", "sky")
+
+
+def make(names=NAMES, batch=2, height=4, width=6, keys=((0, -1), (1, -1)), counts=(2, 2)):
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(len(keys), batch, 3, height, width, generator=generator)
+    return ConceptMaps(
+        raw=raw, soft=raw.softmax(2), concepts=names, keys=list(keys), counts=list(counts),
+        coverage={0: 1.0, 1: 0.5},
+    )  # fmt: skip
+
+
+def test_reductions_by_hand():
+    maps = make(counts=(1, 3))
+    soft = 0.25 * maps.soft[0] + 0.75 * maps.soft[1]
+    raw = 0.25 * maps.raw[0] + 0.75 * maps.raw[1]
+    torch.testing.assert_close(maps.values, soft)
+    torch.testing.assert_close(maps.with_reduce("raw").values, raw)
+    heated = maps.with_reduce("mean_softmax", 10.0).values
+    torch.testing.assert_close(heated, (raw / 10).softmax(1))
+    torch.testing.assert_close(maps.select(layers=[1]).values, maps.soft[1])
+
+
+def test_masks_and_argmax_by_hand():
+    values = torch.tensor([[[[0.6, 0.1]], [[0.3, 0.7]], [[0.1, 0.2]]]])
+    maps = ConceptMaps(values[None], values[None], NAMES, [(-1, -1)], [1], {0: 1.0})
+    expected = torch.tensor([[[[True, False]], [[False, True]], [[False, True]]]])
+    assert torch.equal(maps.to_masks(), expected)
+    assert torch.equal(maps.to_masks(0.5), values > 0.5)
+    assert maps.argmax().tolist() == [[[0, 1]]]
+    # "grass" becomes class 0; "cat" and "sky" count from 1.
+    assert maps.argmax(background=["grass"]).tolist() == [[[1, 0]]]
+    assert maps.argmax(background=["cat"]).tolist() == [[[0, 1]]]
+
+
+def test_lists_per_image_merge_their_own_background():
+    values = torch.zeros(2, 3, 1, 1)
+    values[0, 2], values[1, 2] = 1.0, 1.0
+    names = (("sky", "cat", "dog"), ("cow", "tree", "sky"))
+    maps = ConceptMaps(values[None], values[None], names, [(-1, -1)], [1], {0: 1.0})
+    assert maps.argmax(background=["sky"]).flatten().tolist() == [2, 0]
+    with pytest.raises(ValueError, match="every image has its own concepts"):
+        _ = maps["sky"]
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from(["nearest", "bilinear", "bicubic"]))
+def test_resize_has_pil_order_and_keeps_constants(width, height, mode):
+    maps = make().resize((width, height), mode)
+    assert maps.values.shape == (2, 3, height, width)
+    torch.testing.assert_close(maps.values.sum(1), torch.ones(2, height, width))
+
+
+def test_pictures():
+    maps = make()
+    picture = Image.new("RGB", (60, 40), (10, 200, 30))
+    heat = maps["cat"].to_image(picture.size)
+    assert heat.size == (60, 40)
+    assert maps["cat"].to_image().size == (6, 4)
+    faint, strong = (maps["cat"].overlay(picture, alpha=a) for a in (0.0, 1.0))
+    assert np.array_equal(np.asarray(faint), np.asarray(picture))
+    assert np.array_equal(np.asarray(strong), np.asarray(heat))
+    joint, each = maps["cat"].unit(), maps["cat"].unit("each")
+    assert each.min() == 0
+    assert each.max() == 1
+    assert torch.equal(joint.argmax(), each.argmax())
+
+
+def test_save_and_load_round_trip(tmp_path):
+    maps = make().with_reduce("mean_softmax", 2.0)
+    path = maps.save(tmp_path / "new" / "maps.npz")
+    again = ConceptMaps.load(path)
+    assert torch.equal(again.raw, maps.raw)
+    assert torch.equal(again.values, maps.values)
+    assert (again.concepts, again.keys, again.counts) == (maps.concepts, maps.keys, maps.counts)
+    assert again.coverage == maps.coverage
+    assert [p.name for p in path.parent.iterdir()] == ["maps.npz"]
+    lists = make(names=(("a", "b", "c"), ("d", "e", "f")))
+    assert ConceptMaps.load(lists.save(tmp_path / "l.npz")).names(1) == ("d", "e", "f")
+
+
+def test_load_refuses_other_and_truncated_files(tmp_path):
+    path = make().save(tmp_path / "maps.npz")
+    whole = path.read_bytes()
+    for content in (b"", b"nothing", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="must name a file written by"):
+            ConceptMaps.load(path)
+    with pytest.raises(FileNotFoundError):
+        ConceptMaps.load(tmp_path / "missing.npz")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_errors():
+    maps, picture = make(), Image.new("RGB", (2, 2))
+    for call, message in (
+        (lambda: maps.with_reduce("median"), "`reduce` must be 'softmax_mean'.*; got 'median'"),
+        (lambda: maps.with_reduce("raw", -1.0), "`temperature` must be above 0; got -1.0"),
+        (lambda: maps.select(steps=[0]), "`steps` were averaged while recording"),
+        (lambda: maps.select(layers=[4]), r"`layers` must be among \[0, 1\]; got \[4\]"),
+        (lambda: maps.select(layers=[]), "select nothing"),
+        (lambda: maps.to_masks("median"), "`threshold` must be 'mean' or a number; got 'median'"),
+        (lambda: maps.argmax(["sea"]), "`background` must be among .*; got 'sea'"),
+        (lambda: maps.resize((0, 3)), "`size` must be a width and a height of at least 1"),
+        (lambda: maps.resize((3, 3), "cubic"), "`mode` must be 'nearest'.*; got 'cubic'"),
+        (lambda: maps["cat"].unit("all"), "`scale` must be 'joint' or 'each'; got 'all'"),
+        (lambda: maps["cat"].overlay(picture, alpha=2.0), "`alpha` must be between"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(KeyError, match="`name` must be one of"):
+        _ = maps["sea"]
+
+
+def test_scores_against_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    concepts = torch.randn(2, 3, 5, generator=generator)
+    patches = torch.randn(2, 7, 5, generator=generator)
+    for name in (None, "l2", "cosine", "linear"):
+        scores = concept_scores(concepts, patches, name)
+        for b in range(2):
+            for j in range(3):
+                for i in range(7):
+                    c, x = concepts[b, j].double(), patches[b, i].double()
+                    if name in ("l2", "cosine"):
+                        c = c / c.norm()
+                    if name == "cosine":
+                        x = x / x.norm()
+                    if name == "linear":
+                        every = concepts[b].double()
+                        shifted = every - every.min(0).values
+                        c = shifted[j] / shifted.sum(0)
+                    assert abs(float(c @ x) - float(scores[b, j, i])) < 1e-5
+    constant = concept_scores(torch.ones(1, 2, 3), torch.ones(1, 4, 3), "linear")
+    assert constant.isfinite().all()
+
+
+def test_running_mean_equals_the_mean():
+    scores = torch.randn(6, 2, 3, 5, generator=torch.Generator().manual_seed(0))
+    mean = RunningMean()
+    for part in scores:
+        mean.add(part, 2.0)
+    torch.testing.assert_close(mean.raw, scores.mean(0))
+    torch.testing.assert_close(mean.soft, (scores / 2).softmax(2).mean(0))
