@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import torch
 
-_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-}
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def pick_device(request: str = "auto") -> tuple[torch.device, str]:
-    """Return the device to run on and the reason for the choice.
+    """Return the device to run on and one sentence that says why.
 
     Args:
-        request: `"auto"`, or any name that `torch.device` accepts, such as `"cpu"` or `"cuda:1"`.
-
-    Returns:
-        The device, and one sentence that says why.
-
-    Raises:
-        ValueError: The name is unknown, or the device is not there.
-
-    Source: own.
+        request: `"auto"`, or a name that `torch.device` accepts, such as `"cuda:1"`. Any other, or
+            a device that is not there, raises a ValueError.
     """
     if request == "auto":
         if torch.cuda.is_available():
@@ -36,30 +24,20 @@ def pick_device(request: str = "auto") -> tuple[torch.device, str]:
         raise ValueError(
             f"`request` must be 'auto' or a torch device such as 'cuda:0'; got {request!r}."
         ) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"`request` is {request!r}, but this machine has {torch.cuda.device_count()} CUDA "
-            "device(s); use 'auto' or 'cpu'."
-        )
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"`request` is {request!r}, but this machine has {count} CUDA device(s).")
     return device, "requested"
 
 
 def pick_dtype(
-    request: str = "auto", device: torch.device | str = "cpu"
+    request: str = "auto", device: str | torch.device = "cpu"
 ) -> tuple[torch.dtype, str]:
-    """Return the floating-point type to compute in and the reason for the choice.
+    """Return the floating-point type to compute in and one sentence that says why.
 
     Args:
-        request: `"auto"`, `"float32"`, `"float16"`, `"bfloat16"` or `"float64"`.
+        request: `"auto"`, `"float32"`, `"float16"`, `"bfloat16"` or `"float64"`; else ValueError.
         device: Where the computation will run.
-
-    Returns:
-        The dtype, and one sentence that says why.
-
-    Raises:
-        ValueError: `request` is none of the allowed names.
-
-    Source: own.
     """
     if request == "auto":
         if torch.device(device).type != "cuda":
@@ -70,4 +48,4 @@ def pick_dtype(
     if request not in _DTYPES:
         allowed = ", ".join(repr(name) for name in ("auto", *_DTYPES))
         raise ValueError(f"`request` must be one of {allowed}; got {request!r}.")
-    return _DTYPES[request], "requested"
+    return getattr(torch, request), "requested"

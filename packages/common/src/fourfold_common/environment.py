@@ -6,69 +6,54 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
-_PACKAGES = (
-    "fourfold-common",
-    "adasplash",
-    "hetero-sd",
-    "conceptattention",
-    "mole",
-    "torch",
-    "triton",
-    "transformers",
-    "diffusers",
-    "accelerate",
-    "numpy",
-)
+_OURS = ("fourfold-common", "adasplash", "hetero-sd", "conceptattention", "mole")
+_THEIRS = ("torch", "triton", "transformers", "diffusers", "accelerate", "numpy")
 
 
 def environment_report() -> dict[str, Any]:
-    """Return versions, devices and the commit as a plain dictionary; no host or user names.
-
-    Source: own.
-    """
-    report: dict[str, Any] = {
+    """Return versions, devices and the commit as a plain dictionary; no host or user names."""
+    commit = _first_line("git", "rev-parse", "HEAD")
+    return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "packages": _versions(),
+        "packages": {name: v for name in (*_OURS, *_THEIRS) if (v := _version(name))},
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "commit": _run("git", "rev-parse", "HEAD"),
+        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "commit": commit,
+        "dirty": bool(_first_line("git", "status", "--porcelain")) if commit else None,
     }
-    report["dirty"] = bool(_run("git", "status", "--porcelain")) if report["commit"] else None
-    return report
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+def _version(name: str) -> str | None:
+    """Return the version of a package that is loaded, else of one that is installed."""
+    loaded = getattr(sys.modules.get(name.replace("-", "_")), "__version__", None)
+    if loaded is not None:
+        return str(loaded)
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")
 
 
-def _run(*command: str) -> str | None:
-    """Return the first line that a command prints, `""` for no output, None if it fails."""
+def _first_line(*command: str) -> str | None:
+    """Return the first line that a command prints, or None if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-Config = TypeVar("Config")
+_Config = TypeVar("_Config")
 
 
-@dataclass(frozen=True)
-class TritonStatus:
-    """Whether Triton kernels can run in this process.
-
-    Attributes:
-        importable: Triton can be imported.
-        version: Its version, or `""`.
-        interpreting: Kernels run in Triton's interpreter, on CPU tensors.
-        reason: Why Triton cannot be imported, or `""`.
-    """
+class TritonStatus(NamedTuple):
+    """Whether Triton kernels can run in this process, or the reason why not."""
 
     importable: bool
     version: str
@@ -28,17 +19,8 @@ class TritonStatus:
     reason: str
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "yes"}
-
-
 def triton_status() -> TritonStatus:
-    """Return whether Triton is importable, its version, and whether it interprets its kernels.
-
-    Triton is imported by this call and by nothing else in the package.
-
-    Source: own.
-    """
+    """Return whether Triton is importable, its version, and whether it interprets its kernels."""
     try:
         triton = import_module("triton")
     except ImportError as error:
@@ -46,22 +28,21 @@ def triton_status() -> TritonStatus:
     return TritonStatus(True, str(triton.__version__), _interpreting(), "")
 
 
-def tuning_configs(configs: Sequence[Config]) -> list[Config]:
+def tuning_configs(configs: Sequence[_Config]) -> list[_Config]:
     """Return the configurations to tune over: all, or only the first where tuning is no use.
 
-    Triton's interpreter fails with more than one configuration, and a quick check needs no tuning:
-    under `TRITON_INTERPRET=1` or `FOURFOLD_FAST_TUNING=1` only the first is returned.
+    Triton's interpreter fails with more than one, and a quick check needs no tuning: under
+    `TRITON_INTERPRET=1` or `FOURFOLD_FAST_TUNING=1` only the first is returned.
 
     Args:
-        configs: At least one configuration, best guess first.
-
-    Raises:
-        ValueError: `configs` is empty.
-
-    Source: own.
+        configs: Best guess first; none at all raises a ValueError.
     """
     if not configs:
         raise ValueError("`configs` must hold at least one configuration; got none.")
     if _interpreting() or os.environ.get("FOURFOLD_FAST_TUNING") == "1":
         return [configs[0]]
     return list(configs)
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "yes"}

@@ -14,14 +14,12 @@ _SCHEMA = 1
 
 
 class Results:
-    """Cases measured by one command, with the environment they were measured in.
+    """Figures measured by one command, with the environment they were measured in.
 
     Args:
         package: Distribution that was measured, such as `"mole"`.
         command: Command line that reproduces the figures.
         seed: Seed it ran with, if any.
-
-    Source: own.
     """
 
     def __init__(self, package: str, *, command: str = "", seed: int | None = None) -> None:
@@ -50,7 +48,7 @@ class Results:
         Args:
             provider: Who produced it, such as `"softmax"`.
             metric: What was measured, such as `"forward"`.
-            value: The figure; a median where `n` is above 1.
+            value: The figure; the median where `n` is above 1.
             unit: Its unit, such as `"ms"`; `""` for a bare number.
             p20: 20th percentile, same unit.
             p80: 80th percentile, same unit.
@@ -59,95 +57,50 @@ class Results:
             error: Largest error against the oracle in the same run.
             **parameters: What the case varies, such as `length=8192`.
         """
-        self.cases.append(
-            {
-                "parameters": parameters,
-                "provider": provider,
-                "metric": metric,
-                "unit": unit,
-                "median": value,
-                "p20": p20,
-                "p80": p80,
-                "n": n,
-                "peak_mib": peak_mib,
-                "error": error,
-            }
-        )
+        case = {"parameters": parameters, "provider": provider, "metric": metric, "unit": unit}
+        figures = {"median": value, "p20": p20, "p80": p80, "n": n}
+        self.cases.append(case | figures | {"peak_mib": peak_mib, "error": error})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file as JSON, whole or not at all, and return its path.
-
-        Folders that are missing are made.
-        """
+        """Write the file as JSON, whole or not at all; make missing folders; return its path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {
-            "schema": _SCHEMA,
-            "package": self.package,
-            "version": self.environment["packages"].get(self.package),
-            "command": self.command,
-            "seed": self.seed,
-            "environment": self.environment,
-            "cases": self.cases,
-        }
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.write("\n")
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        version = self.environment["packages"].get(self.package)
+        content = {"schema": _SCHEMA, "version": version, **vars(self)}
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".results-") as folder:
+            part = Path(folder, path.name)
+            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            os.replace(part, path)
         return path
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Results:
-        """Return the results stored in a file.
-
-        Raises:
-            ValueError: The file is no results file of a known schema.
-            OSError: It cannot be read.
-        """
+        """Return the results stored in a file; ValueError if it holds none of this schema."""
+        results = cls.__new__(cls)
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            schema = content["schema"]
+            if content["schema"] != _SCHEMA:
+                raise ValueError
+            for name in ("package", "command", "seed", "environment", "cases"):
+                setattr(results, name, content[name])
         except (KeyError, TypeError, ValueError):
             raise ValueError(
-                f"`path` must name a results file written by `Results.save`; got {str(path)!r}."
+                f"`path` must name a results file of schema {_SCHEMA}, as `Results.save` writes "
+                f"it; got {str(path)!r}."
             ) from None
-        if schema != _SCHEMA:
-            raise ValueError(f"`path` has schema {schema!r}; this version reads schema {_SCHEMA}.")
-        results = cls.__new__(cls)
-        results.package = content["package"]
-        results.command = content["command"]
-        results.seed = content["seed"]
-        results.environment = content["environment"]
-        results.cases = content["cases"]
         return results
 
     def to_markdown(self) -> str:
         """Return a table: a row per parameters and provider, a column per metric."""
-        parameters = _unique(key for case in self.cases for key in case["parameters"])
-        metrics = _unique((case["metric"], case["unit"]) for case in self.cases)
-        cells: dict[tuple[str, ...], dict[Any, str]] = {}
+        keys = list(dict.fromkeys(key for case in self.cases for key in case["parameters"]))
+        rows: dict[tuple[str, ...], dict[str, str]] = {}
         for case in self.cases:
-            row = (*(str(case["parameters"].get(key, "")) for key in parameters), case["provider"])
-            cells.setdefault(row, {})[case["metric"], case["unit"]] = _format(case["median"])
-        header = [
-            *parameters,
-            "",
-            *(f"{name} ({unit})" if unit else name for name, unit in metrics),
-        ]
-        rows = [
-            [*row, *(values.get(metric, "") for metric in metrics)] for row, values in cells.items()
-        ]
-        return _table(header, rows, left=len(parameters) + 1)
-
-
-def _unique(items: Any) -> list[Any]:
-    return list(dict.fromkeys(items))
+            row = (*(str(case["parameters"].get(key, "")) for key in keys), case["provider"])
+            metric = f"{case['metric']} ({case['unit']})" if case["unit"] else case["metric"]
+            rows.setdefault(row, {})[metric] = _format(case["median"])
+        metrics = list(dict.fromkeys(metric for values in rows.values() for metric in values))
+        cells = [[*row, *(values.get(m, "") for m in metrics)] for row, values in rows.items()]
+        return _table([*keys, self.package, *metrics], cells, n_text=len(keys) + 1)
 
 
 def _format(value: Any) -> str:
@@ -156,16 +109,16 @@ def _format(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _table(header: list[str], rows: list[list[str]], left: int) -> str:
-    """Lay out a Markdown table whose first `left` columns are text and the rest numbers."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+def _table(header: list[str], rows: list[list[str]], n_text: int) -> str:
+    """Lay out a Markdown table: the first `n_text` columns to the left, the rest to the right."""
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
+    sides = "<" * n_text + ">" * (len(header) - n_text)
+    rule = [
+        "-" * w if s == "<" else "-" * (w - 1) + ":" for s, w in zip(sides, widths, strict=True)
+    ]
 
     def line(row: list[str]) -> str:
-        padded = (
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        return f"| {' | '.join(padded)} |"
+        cells = (f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True))
+        return f"| {' | '.join(cells)} |"
 
-    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join([line(header), line([r or "-" for r in rule]), *map(line, rows)])
+    return "\n".join(map(line, [header, rule, *rows]))

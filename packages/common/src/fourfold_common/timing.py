@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Run times of one function.
-
-    Attributes:
-        median_ms: Median, in milliseconds.
-        p20_ms: 20th percentile, in milliseconds.
-        p80_ms: 80th percentile, in milliseconds.
-        n: Number of timed runs.
-    """
+class Timing(NamedTuple):
+    """Median, 20th and 80th percentile of `n` run times, in milliseconds."""
 
     median_ms: float
     p20_ms: float
@@ -32,21 +24,13 @@ def time_call(
     warmup_ms: float = 25.0,
     rep_ms: float = 100.0,
 ) -> Timing:
-    """Return the median, 20th and 80th percentile run time of `fn`.
-
-    On CUDA each run is timed by events with a cold L2 cache (`triton.testing.do_bench`); on the
-    CPU by `time.perf_counter`. At least three runs are timed.
+    """Return the run time of `fn`: on CUDA by events with a cold L2 cache, on the CPU by clock.
 
     Args:
         fn: The function to time; its result is dropped.
         device: Where `fn` runs.
-        warmup_ms: Time to spend on untimed runs, in ms.
-        rep_ms: Time to spend on timed runs, in ms.
-
-    Raises:
-        ValueError: `warmup_ms` is negative or `rep_ms` is not positive.
-
-    Source: own.
+        warmup_ms: Time to spend on untimed runs, in ms; below 0 raises a ValueError.
+        rep_ms: Time to spend on timed runs, in ms; 0 or below raises a ValueError.
     """
     if warmup_ms < 0 or rep_ms <= 0:
         raise ValueError(
@@ -58,20 +42,23 @@ def time_call(
 
         samples = do_bench(fn, warmup=warmup_ms, rep=rep_ms, return_mode="all")
     else:
-        samples = _time_cpu(fn, warmup_ms, rep_ms)
+        samples = _time_on_cpu(fn, warmup_ms, rep_ms)
     quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     median, p20, p80 = torch.tensor(samples, dtype=torch.float64).quantile(quantiles).tolist()
     return Timing(median, p20, p80, len(samples))
 
 
-def _time_cpu(fn: Callable[[], object], warmup_ms: float, rep_ms: float) -> list[float]:
+def _time_on_cpu(fn: Callable[[], object], warmup_ms: float, rep_ms: float) -> list[float]:
+    spent = _run_ms(fn)
+    while spent < warmup_ms:
+        spent += _run_ms(fn)
+    samples = [_run_ms(fn) for _ in range(3)]
+    while sum(samples) < rep_ms:
+        samples.append(_run_ms(fn))
+    return samples
+
+
+def _run_ms(fn: Callable[[], object]) -> float:
     start = time.perf_counter()
     fn()
-    while (time.perf_counter() - start) * 1e3 < warmup_ms:
-        fn()
-    samples: list[float] = []
-    while len(samples) < 3 or sum(samples) < rep_ms:
-        start = time.perf_counter()
-        fn()
-        samples.append((time.perf_counter() - start) * 1e3)
-    return samples
+    return (time.perf_counter() - start) * 1e3

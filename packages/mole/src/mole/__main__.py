@@ -1,0 +1,5 @@
+"""`python -m mole`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,261 @@
+"""The `mole` command."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .__about__ import __version__
+
+_logger = logging.getLogger(__name__)
+
+_FORMATS = ("fp32", "fp16", "bf16", "int8", "nf4")
+_ORIGIN = (
+    "independent implementation of Mixture of Lookup Experts (arXiv 2503.15798); "
+    "not the PyPI project 'mole'"
+)
+
+
+class _OneLineErrors(click.Group):
+    """A command group whose user errors are one line on stderr and exit status 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command; turn a user's mistake into one line and exit status 2."""
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            code = 0
+        except click.Abort:
+            click.echo("Aborted.", err=True)
+            code = 130
+        except click.ClickException as error:
+            click.echo(f"Error: {error.format_message()}", err=True)
+            code = 2
+        except (ValueError, OSError) as error:
+            _logger.debug("details", exc_info=True)
+            message = " ".join(str(error).split())
+            click.echo(f"Error: {message}", err=True)
+            code = 2
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mole")
+@click.option("-v", "--verbose", is_flag=True, help="Log details, with tracebacks of errors.")
+def main(verbose: bool) -> None:
+    """Mixture of Lookup Experts language models: convert, generate, verify, and a demonstration."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
+def env(as_json: bool) -> None:
+    """Print versions, devices and where this package was loaded from."""
+    import json
+
+    from fourfold_common import environment_report
+
+    report: dict[str, Any] = {
+        "package": "mole",
+        "version": __version__,
+        "origin": _ORIGIN,
+        "location": str(Path(__file__).parent),
+        **environment_report(),
+    }
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+        return
+    for key, value in report.items():
+        click.echo(f"{key}: {value}")
+
+
+@main.command()
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("demo-output/mole"),
+    show_default=True,
+    help="Folder for tables, picture and results.json.",
+)
+@click.option(
+    "--format",
+    "fmt",
+    type=click.Choice(_FORMATS),
+    default="fp16",
+    show_default=True,
+    help="Format of the table that generates and is timed.",
+)
+@click.option("--prompt", help="Text to continue.")
+@click.option("--new-tokens", default=60, show_default=True, help="Tokens to generate.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the sampled continuation.")
+@click.option("--progress/--no-progress", default=True, help="Show progress bars.")
+def demo(
+    output: Path, fmt: str, prompt: str | None, new_tokens: int, seed: int, progress: bool
+) -> None:
+    """Convert the shipped model to a table, generate from it, and compare it with its twins."""
+    _quiet()
+    from .demo.run import PROMPT, run
+
+    report = run(
+        output, fmt, seed, PROMPT if prompt is None else prompt, new_tokens, progress=progress
+    )
+    for line in report.lines:
+        click.echo(line)
+    click.echo()
+    click.echo(report.forms.to_markdown())
+    click.echo()
+    click.echo(report.formats.to_markdown())
+    click.echo()
+    for file in report.files:
+        click.echo(f"Wrote {file}")
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--format",
+    "fmt",
+    type=click.Choice(_FORMATS),
+    default="fp16",
+    show_default=True,
+    help="Format of the table.",
+)
+@click.option("--chunk", type=click.IntRange(min=1), help="Ids to compute at a time.")
+@click.option("--resume/--no-resume", default=True, help="Go on with an interrupted conversion.")
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+def convert(
+    model: Path, output: Path, fmt: str, chunk: int | None, resume: bool, progress: bool
+) -> None:
+    """Write MODEL, a folder in expert form, in table form to the folder OUTPUT.
+
+    An interrupted conversion goes on where it stopped when the command is given again.
+    """
+    _quiet()
+    from .conversion import convert as convert_model
+    from .lut import LutMeta
+
+    loaded = _load(model)
+    convert_model(loaded, output, fmt, chunk, resume, progress)
+    _copy_tokenizer(model, output)
+    meta = LutMeta.load(output / "lut")
+    click.echo(
+        f"Wrote {output}: {meta.vocab:,} ids, {meta.row_bytes:,} bytes read per token, "
+        f"table of {meta.file_bytes / 2**20:.1f} MiB."
+    )
+
+
+@main.command()
+@click.argument("table", type=click.Path(path_type=Path))
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Model in expert form that the table should have been made from.",
+)
+def verify(table: Path, model: Path | None) -> None:
+    """Check every byte of TABLE, the folder of a model in table form or of its `lut`."""
+    _quiet()
+    from .conversion import verify as verify_table
+
+    folder = table / "lut" if (table / "lut").is_dir() else table
+    meta = verify_table(folder, None if model is None else _load(model))
+    click.echo(
+        f"{folder} is intact: {len(meta.crcs)} checksums, format {meta.format}, "
+        f"fingerprint {meta.fingerprint[:16]}..."
+    )
+
+
+@main.command()
+@click.argument("prompt")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Folder of a model and its tokenizer; the shipped one if left out.",
+)
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Tokens to generate at most.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0.0),
+    default=0.8,
+    show_default=True,
+    help="0 takes the likeliest token every time.",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
+def generate(
+    prompt: str, model: Path | None, new_tokens: int, temperature: float, seed: int
+) -> None:
+    """Continue PROMPT with a model in either form."""
+    if not prompt:
+        raise ValueError("`PROMPT` must hold at least one character; got an empty text.")
+    _quiet()
+    import torch
+    from transformers import AutoTokenizer
+
+    from fourfold_common import seed_everything
+
+    from .demo.run import ASSETS
+
+    loaded = _load(ASSETS / "mole" if model is None else model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tokenizer" if model is None else model)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    limit = loaded.config.max_position_embeddings
+    if ids.shape[1] + new_tokens > limit:
+        raise ValueError(
+            f"`PROMPT` and `--new-tokens` must fit into {limit} tokens together; "
+            f"got {ids.shape[1]} + {new_tokens}."
+        )
+    seed_everything(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    with torch.inference_mode():
+        found = loaded.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            pad_token_id=loaded.config.eos_token_id,
+            **({"do_sample": False} | sampling),
+        )
+    click.echo(tokenizer.decode(found[0], skip_special_tokens=True))
+
+
+def _quiet() -> None:
+    """Keep transformers' own bars off the screen: ours show what takes time."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _load(folder: Path) -> Any:
+    """Return the lookup model in a folder, in float32."""
+    import torch
+
+    from .modeling import MoleForCausalLM
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"`{folder}` must be the folder of a model; it has no config.json.")
+    return MoleForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files where there are any."""
+    import shutil
+
+    for pattern in ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt"):
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)
+
+
+__all__ = ["main"]

@@ -1,0 +1,298 @@
+"""Conversion of a trained model from expert form to table form, in chunks that survive a kill.
+
+All rows of a chunk of ids are computed, written and noted in a journal with their checksum. A
+conversion that was interrupted goes on after the last chunk whose bytes still match the journal.
+Nothing appears under its final name before it is complete.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .config import MoleConfig
+from .lookup import Lookup
+from .lut.errors import LutError, LutFingerprintError
+from .lut.format import DATA_FILE, FORMATS, HEADER_BYTES, META_FILE, LutMeta, LutRows
+from .lut.stores import verify_lut
+from .modeling import MoleForCausalLM
+
+_LUT_FOLDER = "lut"
+_JOURNAL = "journal"
+_CHUNK_IDS, _CHUNK_BYTES = 1024, 64 * 2**20
+
+
+def convert(
+    model: MoleForCausalLM,
+    output: str | Path,
+    fmt: str = "fp16",
+    chunk: int | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> Path:
+    """Write a model in table form and return its folder.
+
+    The folder gets the backbone as transformers saves it, and the table in `lut/`. Load it with
+    `MoleForCausalLM.from_pretrained(folder)`. The experts are evaluated in float32.
+
+    Args:
+        model: A model in expert form, on any device.
+        output: Folder to write; made if missing.
+        fmt: Format of the table, one of `mole.lut.FORMATS`: `"fp32"`, `"fp16"`, `"bf16"`, `"int8"`
+            or `"nf4"`.
+        chunk: Ids to compute at a time; if None up to 1,024 that need up to 64 MiB.
+        resume: Go on with an interrupted conversion of the same weights, and keep a table that is
+            complete already; else start from the beginning.
+        progress: Show a progress bar.
+
+    Raises:
+        TypeError: `model` is no `MoleForCausalLM`.
+        ValueError: It is in table form, its vocabulary was resized, `fmt` is unknown, `chunk` is
+            below 1, or `output` holds a model that is not in table form.
+        LutError: The experts give values that the format cannot hold.
+        OSError: The disk is full or not writable.
+
+    Source: Jie et al. 2025 (arXiv 2503.15798), section 3.3.
+    """
+    meta = _plan(model, fmt, chunk)
+    output = Path(output)
+    _check_output(output)
+    output.mkdir(parents=True, exist_ok=True)
+    _write_table(model, meta, output, resume, progress)
+    _write_backbone(model, meta, output)
+    return output
+
+
+def fingerprint(model: MoleForCausalLM) -> str:
+    """Return a SHA-256 of everything the table depends on: embeddings, norms and experts.
+
+    Weights are hashed as float32, so a checkpoint has one fingerprint in whatever type it was
+    loaded.
+
+    Args:
+        model: A model in expert form.
+    """
+    config = model.config
+    digest = hashlib.sha256(f"{config.hidden_act} {config.rms_norm_eps}".encode())
+    weights = [model.model.embed_tokens.weight]
+    for lookup in _lookups(model):
+        weights += [lookup.norm.weight, lookup.up, lookup.down_t]
+    for weight in weights:
+        digest.update(f" {tuple(weight.shape)} ".encode())
+        for part in weight.detach().split(4096):
+            digest.update(part.float().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def verify(path: str | Path, model: MoleForCausalLM | None = None) -> LutMeta:
+    """Return a table's description after checking its bytes and, given a model, its origin.
+
+    Args:
+        path: Folder that holds `lut.json`.
+        model: The model in expert form that the table should have been made from.
+
+    Raises:
+        LutError: The table is damaged, or was made from other weights.
+    """
+    meta = verify_lut(path)
+    if model is not None:
+        meta.check_fits(model.config)
+        found = fingerprint(model)
+        if found != meta.fingerprint:
+            raise LutFingerprintError(
+                f"The table must have the model's fingerprint {found[:16]}...; got "
+                f"{meta.fingerprint[:16]}...: experts or embeddings changed after conversion. "
+                "Convert the model again."
+            )
+    return meta
+
+
+def _plan(model: MoleForCausalLM, fmt: str, chunk: int | None) -> LutMeta:
+    """Return the description of the table to write, without checksums."""
+    if not isinstance(model, MoleForCausalLM):
+        raise TypeError(f"`model` must be a MoleForCausalLM; got {type(model).__name__}.")
+    config = model.config
+    if config.lookup_form != "experts":
+        raise ValueError("`model` must be in expert form; this one is in table form already.")
+    if fmt not in FORMATS:
+        raise ValueError(f"`fmt` must be one of {', '.join(FORMATS)}; got {fmt!r}.")
+    if fmt == "nf4" and config.hidden_size % 2:
+        raise ValueError(f"`fmt` 'nf4' needs an even `hidden_size`; got {config.hidden_size}.")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"`chunk` must be at least 1; got {chunk}.")
+    rows = model.model.embed_tokens.weight.shape[0]
+    if rows != config.vocab_size:
+        raise ValueError(
+            f"`model` must have {config.vocab_size} embeddings as its `vocab_size` says; "
+            f"got {rows}. Was the vocabulary resized without the configuration?"
+        )
+    layers, experts = len(config.lookup_layers), config.num_lookup_experts
+    if chunk is None:
+        fitting = _CHUNK_BYTES // (4 * max(1, layers) * experts * config.hidden_size)
+        chunk = max(1, min(_CHUNK_IDS, fitting))
+    return LutMeta(
+        vocab=rows,
+        layers=layers,
+        experts=experts,
+        dim=config.hidden_size,
+        format=fmt,
+        chunk=min(chunk, rows),
+        crcs=(),
+        fingerprint=fingerprint(model),
+    )
+
+
+def _check_output(output: Path) -> None:
+    """Raise an error if writing to the folder would replace a model that is no table."""
+    try:
+        there = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if there.get("lookup_form") != "table":
+        raise ValueError(
+            f"`output` must be a new folder or that of a model in table form; {output} holds a "
+            f"model of type {there.get('model_type')!r} that would be lost."
+        )
+
+
+def _write_table(
+    model: MoleForCausalLM, meta: LutMeta, output: Path, resume: bool, progress: bool
+) -> None:
+    """Write the table into a hidden folder, then give that folder its name."""
+    final, partial = output / _LUT_FOLDER, output / f".{_LUT_FOLDER}.partial"
+    if resume and _same_table(final, meta):
+        return
+    if not resume:
+        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(exist_ok=True)
+    crcs = _journaled(partial, meta)
+    missing = meta.file_bytes - len(crcs) * meta.chunk * meta.row_stride
+    free = shutil.disk_usage(output).free
+    if free < missing:
+        raise OSError(f"the table needs {missing:,} more bytes in {output}; {free:,} are free.")
+    _write_chunks(model, meta, partial, crcs, progress)
+    complete = LutMeta(**{**meta.__dict__, "crcs": tuple(crcs)})
+    complete.save(partial / META_FILE)
+    (partial / _JOURNAL).unlink()
+    old = output / f".{_LUT_FOLDER}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _same_table(folder: Path, meta: LutMeta) -> bool:
+    """Return whether a complete, undamaged table of the same weights and format is there."""
+    try:
+        found = verify_lut(folder)
+    except LutError:
+        return False
+    return (found.fingerprint, found.format) == (meta.fingerprint, meta.format)
+
+
+def _journaled(partial: Path, meta: LutMeta) -> list[int]:
+    """Return the checksums of the chunks that are written already; begin anew if none are."""
+    plan = json.dumps({**meta.__dict__, "crcs": None}, sort_keys=True)
+    journal, data = partial / _JOURNAL, partial / DATA_FILE
+    crcs: list[int] = []
+    try:
+        header, *lines = journal.read_text(encoding="utf-8").splitlines()
+        if header == plan:
+            crcs = _intact(data, meta, [int(line, 16) for line in lines if len(line) == 8])
+    except (OSError, ValueError):
+        crcs = []
+    journal.write_text("".join([plan + "\n", *(f"{crc:08x}\n" for crc in crcs)]), encoding="utf-8")
+    if not crcs:
+        data.write_bytes(meta.header())
+    return crcs
+
+
+def _intact(data: Path, meta: LutMeta, crcs: list[int]) -> list[int]:
+    """Return the longest run of first checksums that the file's bytes match."""
+    with open(data, "rb") as file:
+        if file.read(HEADER_BYTES) != meta.header():
+            return []
+        for number, crc in enumerate(crcs):
+            size = min(meta.chunk, meta.vocab - number * meta.chunk) * meta.row_stride
+            if size <= 0 or zlib.crc32(file.read(size)) != crc:
+                return crcs[:number]
+    return crcs
+
+
+@torch.no_grad()
+def _write_chunks(
+    model: MoleForCausalLM, meta: LutMeta, partial: Path, crcs: list[int], progress: bool
+) -> None:
+    """Compute and write all chunks after those whose checksums are given; extend the list."""
+    first = len(crcs) * meta.chunk
+    bar = tqdm(
+        total=meta.vocab, initial=first, desc="lookup table", unit="id", disable=not progress
+    )
+    with (
+        open(partial / DATA_FILE, "r+b") as data,
+        open(partial / _JOURNAL, "a", encoding="utf-8") as journal,
+        bar,
+    ):
+        data.seek(HEADER_BYTES + first * meta.row_stride)
+        for start in range(first, meta.vocab, meta.chunk):
+            ids = slice(start, min(start + meta.chunk, meta.vocab))
+            chunk: Any = LutRows.encode(_values(model, ids), meta).to_bytes(meta).numpy()
+            data.write(chunk)
+            data.flush()
+            crcs.append(zlib.crc32(chunk))
+            journal.write(f"{crcs[-1]:08x}\n")
+            journal.flush()
+            bar.update(ids.stop - ids.start)
+        data.truncate()
+        os.fsync(data.fileno())
+
+
+def _values(model: MoleForCausalLM, ids: slice) -> Tensor:
+    """Return the experts' outputs for a range of ids, float32 `[ids, layers, experts, dim]`."""
+    embeddings = model.model.embed_tokens.weight[ids].float()
+    layers = []
+    for lookup in _lookups(model):
+        wide = lookup if lookup.up.dtype == torch.float32 else copy.deepcopy(lookup).float()
+        layers.append(wide.values(embeddings).cpu())
+    return torch.stack(layers, dim=1)
+
+
+def _lookups(model: MoleForCausalLM) -> list[Lookup]:
+    found: list[Any] = [layer.lookup for layer in model.model.layers]
+    return [lookup for lookup in found if lookup is not None]
+
+
+def _write_backbone(model: MoleForCausalLM, meta: LutMeta, output: Path) -> None:
+    """Write configuration and weights of the table form, without norms and experts."""
+    fields: dict[str, Any] = model.config.to_dict()
+    fields |= {
+        "lookup_form": "table",
+        "lut": {"path": _LUT_FOLDER, "format": meta.format, "fingerprint": meta.fingerprint},
+    }
+    with torch.device("meta"):
+        backbone = MoleForCausalLM(MoleConfig.from_dict(fields))
+    names = set(backbone.state_dict())
+    kept = {name: value for name, value in model.state_dict().items() if name in names}
+    backbone.load_state_dict(kept, assign=True)
+    backbone.tie_weights()
+    backbone.generation_config = model.generation_config
+    staging = output / ".backbone.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    backbone.save_pretrained(staging)
+    # The configuration comes last: without it the folder is no model.
+    for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+        file.chmod(0o644)
+        file.replace(output / file.name)
+    staging.rmdir()
+
+
+__all__ = ["convert", "fingerprint", "verify"]

@@ -1,0 +1,1 @@
+"""The demonstration: small trained models, the script that trained them, and the main job."""

@@ -1,0 +1,1 @@
+"""Fused kernels, one folder for each operation."""

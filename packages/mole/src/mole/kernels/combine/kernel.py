@@ -1,0 +1,126 @@
+"""Triton kernel of the combine operation, forward only.
+
+    out[t, :] = residual[t, :] + sum_j softmax(logits[t, :])_j scale[t, j, :] code(values[t, j, :])
+
+Layout: all tensors row-major with unit stride in the last axis; the other strides are free, so that
+one layer's slice of the gathered rows needs no copy. Softmax and sum accumulate in float32; the
+result has the residual's type. Values are float32, float16, bfloat16, int8 codes or NF4 pairs
+(uint8: byte i holds element i in the low half, element i + dim/2 in the high half). Any number of
+experts and any dim (even for NF4). Rows of NaN logits give NaN.
+Source: Jie et al. 2025 (arXiv 2503.15798), equation 6.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fourfold_common import tuning_configs
+
+_TUNING = tuning_configs(
+    [
+        triton.Config({"BLOCK_D": 512}, num_warps=4),  # few tokens: long rows, one program each
+        triton.Config({"BLOCK_D": 256}, num_warps=2),  # more programs for narrow models
+        triton.Config({"BLOCK_D": 1024}, num_warps=8),  # wide models
+    ]
+)
+
+
+@triton.jit
+def _softmax(logits):  # [BLOCK_N] -> [BLOCK_N]
+    """Softmax of one row of logits; masked entries are -inf."""
+    weights = tl.exp(logits - tl.max(logits, axis=0))
+    return weights / tl.sum(weights, axis=0)
+
+
+@triton.autotune(configs=_TUNING, key=["dim", "experts"])
+@triton.jit
+def _combine_kernel(
+    logits_ptr,
+    values_ptr,
+    scales_ptr,
+    residual_ptr,
+    codebook_ptr,
+    out_ptr,
+    stride_lt,
+    stride_vt,
+    stride_vn,
+    stride_st,
+    stride_sn,
+    stride_rt,
+    stride_ot,
+    experts,
+    dim,
+    block_size,
+    FORMAT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program computes BLOCK_D channels of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    logits = tl.load(logits_ptr + token * stride_lt + n, mask=n < experts, other=float("-inf")).to(
+        tl.float32
+    )
+    gates = _softmax(logits)  # [BLOCK_N]
+
+    rows = values_ptr + token * stride_vt + n[:, None] * stride_vn  # [BLOCK_N, 1]
+    mask = (n[:, None] < experts) & (d[None, :] < dim)  # [BLOCK_N, BLOCK_D]
+    if FORMAT == "nf4":
+        half = dim // 2
+        low = d < half
+        pairs = tl.load(rows + tl.where(low, d, d - half)[None, :], mask=mask, other=0).to(tl.int32)
+        codes = tl.where(low[None, :], pairs & 15, pairs >> 4)  # [BLOCK_N, BLOCK_D]
+        values = tl.load(codebook_ptr + codes, mask=mask, other=0.0)
+    else:
+        values = tl.load(rows + d[None, :], mask=mask, other=0).to(tl.float32)
+    if FORMAT != "float":
+        scales = (
+            scales_ptr + token * stride_st + n[:, None] * stride_sn + (d // block_size)[None, :]
+        )
+        values *= tl.load(scales, mask=mask, other=0.0).to(tl.float32)
+
+    residual = tl.load(residual_ptr + token * stride_rt + d, mask=d < dim, other=0.0)
+    out = residual.to(tl.float32) + tl.sum(gates[:, None] * values, axis=0)  # [BLOCK_D]
+    tl.store(out_ptr + token * stride_ot + d, out.to(out_ptr.dtype.element_ty), mask=d < dim)
+
+
+def _launch_forward(
+    logits: torch.Tensor,
+    values: torch.Tensor,
+    residual: torch.Tensor,
+    scales: torch.Tensor | None,
+    codebook: torch.Tensor,
+) -> torch.Tensor:
+    """Return the combined tokens; shapes were checked by the caller."""
+    tokens, dim = residual.shape
+    experts = logits.shape[1]
+    out = torch.empty((tokens, dim), dtype=residual.dtype, device=residual.device)
+    if tokens == 0:
+        return out
+    if scales is None:
+        form, scales, block_size = "float", logits, dim
+    else:
+        form = "nf4" if values.dtype == torch.uint8 else "int8"
+        block_size = dim // scales.shape[-1]
+    _combine_kernel[lambda meta: (tokens, triton.cdiv(dim, meta["BLOCK_D"]))](
+        logits,
+        values,
+        scales,
+        residual,
+        codebook,
+        out,
+        logits.stride(0),
+        values.stride(0),
+        values.stride(1),
+        scales.stride(0),
+        scales.stride(1),
+        residual.stride(0),
+        out.stride(0),
+        experts,
+        dim,
+        block_size,
+        FORMAT=form,
+        BLOCK_N=triton.next_power_of_2(experts),
+    )
+    return out

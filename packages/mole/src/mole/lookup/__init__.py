@@ -1,0 +1,6 @@
+"""Lookup experts in their training form, and the reuse of repeated ids."""
+
+from .dedup import distinct_ids
+from .experts import Lookup
+
+__all__ = ["Lookup", "distinct_ids"]

@@ -1,0 +1,31 @@
+"""The lookup table: its file format, its errors, and the stores that serve its rows."""
+
+from .errors import (
+    LutChecksumError,
+    LutError,
+    LutFingerprintError,
+    LutIdError,
+    LutShapeError,
+    LutTruncatedError,
+    LutVersionError,
+)
+from .format import FORMATS, LutMeta, LutRows
+from .stores import DeviceStore, LutStore, MmapStore, open_lut, verify_lut
+
+__all__ = [
+    "FORMATS",
+    "DeviceStore",
+    "LutChecksumError",
+    "LutError",
+    "LutFingerprintError",
+    "LutIdError",
+    "LutMeta",
+    "LutRows",
+    "LutShapeError",
+    "LutStore",
+    "LutTruncatedError",
+    "LutVersionError",
+    "MmapStore",
+    "open_lut",
+    "verify_lut",
+]

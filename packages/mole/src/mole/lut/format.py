@@ -1,0 +1,274 @@
+"""Layout of the lookup table on disk.
+
+A table is a folder with two files. `lut.safetensors` holds one tensor `rows`, uint8
+`[vocab, row_stride]`: row `i` has the codes of all layers and experts of id `i`, layer by layer,
+expert by expert, then the block scales, then zeros up to a multiple of 512 bytes. Its header fills
+4,096 bytes, so that every row starts on a 512-byte boundary of the file. `lut.json` holds the
+shape, the format, a CRC-32 for every chunk of rows, and the fingerprint of the weights.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped, UInt8
+from torch import Tensor
+
+from ..kernels.combine.reference import NF4_CODEBOOK, dequantise
+from .errors import (
+    LutError,
+    LutFingerprintError,
+    LutShapeError,
+    LutTruncatedError,
+    LutVersionError,
+)
+
+VERSION = 1
+HEADER_BYTES = 4096
+ALIGNMENT = 512
+DATA_FILE = "lut.safetensors"
+META_FILE = "lut.json"
+# Stored type of every format; int8 and nf4 have scales beside the codes.
+FORMATS: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.int8,
+    "nf4": torch.uint8,
+}
+_LARGEST_BLOCK = 768
+
+
+@dataclass(frozen=True)
+class LutMeta:
+    """What `lut.json` holds.
+
+    Attributes:
+        vocab: Number of ids, and of rows.
+        layers: Number of layers with lookup experts.
+        experts: Number of lookup experts in a layer.
+        dim: Width of a vector.
+        format: Name of the format, one of `FORMATS`.
+        chunk: Rows covered by one checksum.
+        crcs: CRC-32 of every chunk, padding included.
+        fingerprint: Hash of the embeddings, norms and experts that the table was made from.
+        version: Version of the layout.
+    """
+
+    vocab: int
+    layers: int
+    experts: int
+    dim: int
+    format: str
+    chunk: int
+    crcs: tuple[int, ...]
+    fingerprint: str
+    version: int = VERSION
+
+    @property
+    def block(self) -> int:
+        """Elements that share a scale: the largest divisor of `dim` up to 768."""
+        return max(b for b in range(1, min(self.dim, _LARGEST_BLOCK) + 1) if self.dim % b == 0)
+
+    @property
+    def stored(self) -> int:
+        """Stored elements of one vector."""
+        return self.dim // 2 if self.format == "nf4" else self.dim
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a row's codes."""
+        return self.layers * self.experts * self.stored * FORMATS[self.format].itemsize
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a row's scales, which are float16."""
+        if self.format not in ("int8", "nf4"):
+            return 0
+        return self.layers * self.experts * (self.dim // self.block) * 2
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row that mean something: what is read for one token."""
+        return self.code_bytes + self.scale_bytes
+
+    @property
+    def row_stride(self) -> int:
+        """Bytes from one row to the next."""
+        return -(-self.row_bytes // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def file_bytes(self) -> int:
+        """Length of the data file."""
+        return HEADER_BYTES + self.vocab * self.row_stride
+
+    def header(self) -> bytes:
+        """Return the first 4,096 bytes of the data file: a safetensors header, padded."""
+        size = self.vocab * self.row_stride
+        tensor = {
+            "dtype": "U8",
+            "shape": [self.vocab, self.row_stride],
+            "data_offsets": [0, size],
+        }
+        text = json.dumps({"rows": tensor}).encode()
+        length = HEADER_BYTES - 8
+        return length.to_bytes(8, "little") + text.ljust(length)
+
+    def save(self, path: Path) -> None:
+        """Write `lut.json`, whole or not at all."""
+        partial = path.with_name(path.name + ".tmp")
+        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "LutMeta":
+        """Return what `folder/lut.json` holds.
+
+        Raises:
+            LutTruncatedError: There is no such file.
+            LutVersionError: It is not the description of a table, or of another version.
+        """
+        path = Path(folder) / META_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise LutTruncatedError(
+                f"`path` must be the folder of a lookup table with a file {META_FILE}; "
+                f"{path} cannot be read ({error.strerror}). `mole convert` makes a table."
+            ) from None
+        except ValueError:
+            content = None
+        names = {field.name for field in fields(cls)}
+        if not isinstance(content, dict) or not names <= set(content):
+            raise LutVersionError(f"{path} does not describe a lookup table; convert again.")
+        if content["version"] != VERSION:
+            raise LutVersionError(
+                f"{path} has version {content['version']!r}; this package reads version {VERSION}."
+            )
+        if content["format"] not in FORMATS:
+            raise LutVersionError(
+                f"{path} has format {content['format']!r}; known are {', '.join(FORMATS)}."
+            )
+        return cls(**{name: content[name] for name in names} | {"crcs": tuple(content["crcs"])})
+
+    def check_fits(self, config: Any) -> None:
+        """Raise an error if the table is not that of a model with this configuration.
+
+        Raises:
+            LutShapeError: Vocabulary, layers, experts or width differ.
+            LutFingerprintError: The configuration names another fingerprint.
+        """
+        expected = {
+            "vocab": config.vocab_size,
+            "layers": len(config.lookup_layers),
+            "experts": config.num_lookup_experts,
+            "dim": config.hidden_size,
+        }
+        for name, value in expected.items():
+            if getattr(self, name) != value:
+                raise LutShapeError(
+                    f"The table must have `{name}` {value} as the model does; "
+                    f"got {getattr(self, name)}. Convert the model again."
+                )
+        wanted = (config.lut or {}).get("fingerprint", self.fingerprint)
+        if wanted != self.fingerprint:
+            raise LutFingerprintError(
+                f"The table must have the fingerprint {wanted[:16]}... that the model's "
+                f"configuration names; got {self.fingerprint[:16]}...: experts or embeddings "
+                "changed after conversion. Convert the model again."
+            )
+
+
+@dataclass(frozen=True)
+class LutRows:
+    """Rows of a table, for a flat list of tokens.
+
+    Attributes:
+        codes: Stored values, `[tokens, layers, experts, stored]`.
+        scales: Factors of the blocks, `[tokens, layers, experts, blocks]`, or None.
+    """
+
+    codes: Shaped[Tensor, "tokens layers experts stored"]
+    scales: Float[Tensor, "tokens layers experts blocks"] | None
+
+    @classmethod
+    def from_bytes(cls, rows: UInt8[Tensor, "tokens row_stride"], meta: LutMeta) -> "LutRows":
+        """Return views of whole rows as they are on disk."""
+        shape = (meta.layers, meta.experts, -1)
+        codes = rows[:, : meta.code_bytes].view(FORMATS[meta.format])
+        if not meta.scale_bytes:
+            return cls(codes.unflatten(1, shape), None)
+        scales = rows[:, meta.code_bytes : meta.row_bytes].view(torch.float16)
+        return cls(codes.unflatten(1, shape), scales.unflatten(1, shape))
+
+    def to_bytes(self, meta: LutMeta) -> UInt8[Tensor, "tokens row_stride"]:
+        """Return whole rows as they go to disk, padding included."""
+        rows = torch.zeros(len(self.codes), meta.row_stride, dtype=torch.uint8)
+        rows[:, : meta.code_bytes] = self.codes.flatten(1).contiguous().view(torch.uint8)
+        if self.scales is not None:
+            rows[:, meta.code_bytes : meta.row_bytes] = (
+                self.scales.flatten(1).contiguous().view(torch.uint8)
+            )
+        return rows
+
+    @classmethod
+    def encode(cls, values: Float[Tensor, "tokens layers experts dim"], meta: LutMeta) -> "LutRows":
+        """Return the rows that stand for float32 values in the format of `meta`.
+
+        Raises:
+            LutError: A value is not finite, or too large for the format.
+        """
+        largest = values.abs().max().item() if values.numel() else 0.0
+        if not largest < float("inf"):  # NaN included
+            raise LutError("The experts give values that are not finite; the model is broken.")
+        dtype = FORMATS[meta.format]
+        if meta.scale_bytes == 0:
+            if largest > torch.finfo(dtype).max:
+                raise LutError(
+                    f"`fmt` {meta.format!r} holds values up to {torch.finfo(dtype).max:g}; the "
+                    f"experts give {largest:g}. Use 'bf16'."
+                )
+            return cls(values.to(dtype), None)
+        blocks = values.unflatten(-1, (-1, meta.block))
+        top = 1.0 if meta.format == "nf4" else 127.0
+        scales = (blocks.abs().amax(-1) / top).to(torch.float16)
+        if not bool(scales.isfinite().all()):
+            raise LutError(
+                f"`fmt` {meta.format!r} holds values up to {65504 * top:g}; the experts give "
+                f"{largest:g}. Use 'bf16'."
+            )
+        ratios = blocks / scales.float().clamp_min(2.0**-24)[..., None]
+        ratios = ratios.flatten(-2)
+        if meta.format == "int8":
+            return cls(ratios.round().clamp(-127, 127).to(torch.int8), scales)
+        codebook = torch.tensor(NF4_CODEBOOK)
+        middles = (codebook[1:] + codebook[:-1]) / 2
+        nibbles = torch.bucketize(ratios, middles).to(torch.uint8)
+        low, high = nibbles.chunk(2, dim=-1)
+        return cls(low | high << 4, scales)
+
+    def decode(self, dtype: torch.dtype) -> Float[Tensor, "tokens layers experts dim"]:
+        """Return the values as floating-point numbers."""
+        return dequantise(self.codes, self.scales, dtype)
+
+    def layers(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]]:
+        """Return values and scales of every layer, ready for `combine`.
+
+        On the CPU all layers are decoded at once; on other devices codes stay codes, which the
+        kernel decodes.
+        """
+        if self.codes.device.type == "cpu":
+            return [(values, None) for values in self.decode(dtype).unbind(1)]
+        scales = [None] * self.codes.shape[1] if self.scales is None else self.scales.unbind(1)
+        return list(zip(self.codes.unbind(1), scales, strict=True))
+
+    def to(self, device: torch.device) -> "LutRows":
+        """Return the rows on another device."""
+        scales = None if self.scales is None else self.scales.to(device)
+        return LutRows(self.codes.to(device), scales)
+
+
+__all__ = ["DATA_FILE", "FORMATS", "HEADER_BYTES", "META_FILE", "LutMeta", "LutRows"]
