@@ -113,10 +113,6 @@ class DrafterCache:
             common += 1
         common = min(common, len(ids) - 1)
         if common < len(self.held):
-            # transformers < 5.20 crops in place only with a positive length.
-            if common:
-                self.cache.crop(common)
-                del self.held[common:]
-            else:
-                self._reset()
+            self.cache.crop(common - len(self.held))  # Negative: drop so many.
+            del self.held[common:]
         return ids[common:]
