@@ -62,9 +62,9 @@ class DrafterContext:
             self._run = 1
 
     def _append(self, data: bytes) -> None:
-        self._begin(None)
         if not data:
             return
+        self._begin(None)
         cut = max(self._run, len(self.ids) - _LOOKBACK)
         old = self.ids[cut:]
         if old:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -23,7 +23,6 @@ from .vocab import map_vocabularies
 _logger = logging.getLogger(__name__)
 _logger.addHandler(logging.NullHandler())
 
-Method = Literal["tli", "slem"]
 _METHODS = ("tli", "slem")
 _LOOKBACK = 4  # Target tokens before a draft that are tokenised anew with it.
 
@@ -125,29 +124,37 @@ class HeteroSpeculativeDecoder:
         target_tokenizer: Any,
         drafter_tokenizer: Any,
         *,
-        method: Method = "tli",
+        method: str = "tli",
         lookahead: int = 4,
     ) -> None:
         if method not in _METHODS:
             raise ValueError(f"`method` must be 'tli' or 'slem'; got {method!r}.")
         if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 0:
             raise ValueError(f"`lookahead` must be an integer of 0 or more; got {lookahead!r}.")
-        for name, model in (("target", target), ("drafter", drafter)):
+        for name, model, tokenizer in (
+            ("target", target, target_tokenizer),
+            ("drafter", drafter, drafter_tokenizer),
+        ):
             _check_model(name, model)
-        self.method: Method = method
+            if getattr(tokenizer, "backend_tokenizer", None) is None:
+                raise TypeError(
+                    f"`{name}_tokenizer` must be a fast tokenizer (one with `backend_tokenizer`); "
+                    f"got {type(tokenizer).__name__}."
+                )
+        self.method = method
         self.lookahead = lookahead
         self.target, self.drafter = target, drafter
         self.target_tokenizer, self.drafter_tokenizer = target_tokenizer, drafter_tokenizer
         self.target_eos = _end_tokens(target, target_tokenizer)
         drafter_eos = _end_tokens(drafter, drafter_tokenizer)
-        sizes = target.get_output_embeddings(), drafter.get_output_embeddings()
+        heads = target.get_output_embeddings(), drafter.get_output_embeddings()
         self.mapping = map_vocabularies(
             target_tokenizer,
             drafter_tokenizer,
             target_eos=self.target_eos,
             drafter_eos=drafter_eos,
-            target_size=sizes[0].weight.shape[0],
-            drafter_size=sizes[1].weight.shape[0],
+            target_size=heads[0].weight.shape[0],
+            drafter_size=heads[1].weight.shape[0],
         )
         for name, model, table in (
             ("target", target, self.mapping.target_bytes),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from fourfold_common import Results, seed_everything
 
-from ..decoder import HeteroSpeculativeDecoder, Method
+from ..decoder import HeteroSpeculativeDecoder
 from . import smollm2
 
 _logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def run(
     drafter, drafter_tokenizer = _load("drafter")
     questions = json.loads((ASSETS / "prompts.json").read_text(encoding="utf-8"))
     prompts = [chat_ids(tokenizer, question) for question in questions]
-    methods: list[Method] = ["tli", "slem"]
+    methods = ("tli", "slem")
     decoders = {
         method: HeteroSpeculativeDecoder(
             target, drafter, tokenizer, drafter_tokenizer, method=method, lookahead=LOOKAHEAD
