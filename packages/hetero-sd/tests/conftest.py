@@ -6,9 +6,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-from hetero_sd import testing  # noqa: E402
+from hetero_sd import testing
 
 KINDS = ("byte-level", "sentencepiece", "prefixed", "characters")
 

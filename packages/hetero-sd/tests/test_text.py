@@ -202,9 +202,9 @@ def test_processors_equal_the_librarys(tokenizers):
 
     logits = torch.randn(4, 50) * 3
     ids = torch.randint(50, (9,))
-    mine = Processors(
-        do_sample=True, temperature=0.7, top_k=12, top_p=0.8, repetition_penalty=1.3
-    )(logits, ids)
+    mine = Processors(do_sample=True, temperature=0.7, top_k=12, top_p=0.8, repetition_penalty=1.3)(
+        logits, ids
+    )
     theirs = LogitsProcessorList(
         [
             library.RepetitionPenaltyLogitsProcessor(1.3),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,14 @@ class _OneLineErrors(click.Group):
             click.echo(f"Error: {' '.join(str(error).split())}", err=True)
             code = 2
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _yield_while_waiting() -> None:
+    """Let PyTorch's idle threads sleep, which on a busy CPU makes small steps 2 to 3 times faster.
+
+    Read when PyTorch is first imported, hence before it.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -81,7 +90,7 @@ def env(as_json: bool) -> None:
 @click.option(
     "--tokens",
     type=click.IntRange(min=1),
-    default=40,
+    default=32,
     show_default=True,
     help="New tokens a prompt.",
 )
@@ -89,6 +98,7 @@ def env(as_json: bool) -> None:
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 def demo(output: Path, seed: int, tokens: int, small_target: bool, progress: bool) -> None:
     """Generate real answers with TLI and SLEM and compare with the target alone."""
+    _yield_while_waiting()
     from .demo.run import run
 
     outcome = run(output, seed=seed, tokens=tokens, embedded=small_target, progress=progress)
@@ -142,8 +152,10 @@ def generate(
     seed: int,
 ) -> None:
     """Continue a text with two models from local folders."""
-    from fourfold_common import pick_device, seed_everything
+    _yield_while_waiting()
     from transformers import AutoModelForCausalLM
+
+    from fourfold_common import pick_device, seed_everything
 
     from .decoder import HeteroSpeculativeDecoder
 

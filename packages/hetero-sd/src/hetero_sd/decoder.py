@@ -487,9 +487,7 @@ class _Run:
             device = decoder.target.device
             feed = torch.tensor([self.ids[self.cached :] + tokens], device=device)
             keep = {"logits_to_keep": count + 1} if decoder._trims_logits else {}
-            out = decoder.target(
-                input_ids=feed, past_key_values=self.cache, use_cache=True, **keep
-            )
+            out = decoder.target(input_ids=feed, past_key_values=self.cache, use_cache=True, **keep)
             logits = out.logits[0, -count - 1 :].float()
             history = None
             if process.need_ids:

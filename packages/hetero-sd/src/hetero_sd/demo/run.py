@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from fourfold_common import Results, seed_everything
 
 from ..decoder import HeteroSpeculativeDecoder
@@ -57,8 +58,8 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
 
-def _load(name: str) -> tuple[Any, Any]:
-    """Return one of the shipped models and its tokenizer."""
+def load_model(name: str) -> tuple[Any, Any]:
+    """Return one of the shipped models, `"target"` or `"drafter"`, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -98,7 +99,7 @@ def load_target(embedded: bool = False) -> tuple[str, Any, Any, list[str]]:
         "The small target (1.6 M parameters) is smaller than the drafter: it shows exactness, "
         "and no speed."
     )
-    return ("small target", *_load("target"), notes)
+    return ("small target", *load_model("target"), notes)
 
 
 def chat_ids(tokenizer: Any, question: str) -> torch.Tensor:
@@ -108,14 +109,14 @@ def chat_ids(tokenizer: Any, question: str) -> torch.Tensor:
     """
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": question}]
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True
-        )["input_ids"]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
     else:
         system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-        ids = tokenizer(
-            f"<s>system\n{system}</s>\n<s>user\n{question}</s>\n<s>assistant\n"
-        )["input_ids"]
+        ids = tokenizer(f"<s>system\n{system}</s>\n<s>user\n{question}</s>\n<s>assistant\n")[
+            "input_ids"
+        ]
     return torch.tensor([list(ids)])
 
 
@@ -131,7 +132,7 @@ def run(
     output: Path,
     *,
     seed: int = 0,
-    tokens: int = 40,
+    tokens: int = 32,
     embedded: bool = False,
     progress: bool = True,
 ) -> Outcome:
@@ -154,7 +155,7 @@ def run(
 
     seed_everything(seed)
     name, target, tokenizer, notes = load_target(embedded)
-    drafter, drafter_tokenizer = _load("drafter")
+    drafter, drafter_tokenizer = load_model("drafter")
     questions = json.loads((ASSETS / "prompts.json").read_text(encoding="utf-8"))
     prompts = [chat_ids(tokenizer, question) for question in questions]
     methods = ("tli", "slem")
@@ -229,9 +230,7 @@ def _generate_alone(
     return new
 
 
-def _figures(
-    name: str, tallies: dict[tuple[str, str], _Tally], seed: int, tokens: int
-) -> Results:
+def _figures(name: str, tallies: dict[tuple[str, str], _Tally], seed: int, tokens: int) -> Results:
     results = Results("hetero-sd", command=f"hetero-sd demo --tokens {tokens}", seed=seed)
     for (mode, provider), tally in tallies.items():
         alone = tallies[mode, "target alone"]

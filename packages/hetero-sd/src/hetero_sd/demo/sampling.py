@@ -124,6 +124,7 @@ class BatchSampler:
         self.width = settings.head_dim
         self.eps = settings.rms_norm_eps
         self.embedding = model.model.embed_tokens.weight.detach()
+        self.head = model.lm_head.weight.detach()
         self.norm = model.model.norm.weight.detach()
         self.layers = [_fused(layer) for layer in model.model.layers]
         device = self.embedding.device
@@ -174,11 +175,15 @@ class BatchSampler:
             )
             hidden = self._after(hidden, attended.reshape(self.rows, -1), weights)
         hidden = F.rms_norm(hidden, hidden.shape[-1:], self.norm, self.eps)
-        return F.linear(hidden, self.embedding)
+        return F.linear(hidden, self.head)
 
     @torch.no_grad()
     def sample(
-        self, prompts: list[list[int]], users_turn: Tensor, temperature: Tensor, turns: list[list[int]]
+        self,
+        prompts: list[list[int]],
+        users_turn: Tensor,
+        temperature: Tensor,
+        turns: list[list[int]],
     ) -> Tensor:
         """Return whole rows of token ids, prompts included.
 
