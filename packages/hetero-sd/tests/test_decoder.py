@@ -105,7 +105,7 @@ def _chi_square(found, law):
 
 @pytest.mark.parametrize("method", ["tli", "slem"])
 def test_sampled_first_token_has_the_targets_law(near_pair, method):
-    target, drafter, ours, theirs = near_pair
+    target, _, ours, _ = near_pair
     dec = HeteroSpeculativeDecoder(*near_pair, method=method, lookahead=1)
     ids = ours(PROMPTS[0], return_tensors="pt").input_ids
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_sampled_first_token_has_the_targets_law(near_pair, method):
 
 
 def test_negative_control_the_same_test_finds_a_misordered_drafter(near_pair):
-    target, drafter, ours, theirs = near_pair
+    target, _, ours, _ = near_pair
     dec = HeteroSpeculativeDecoder(*near_pair, method="tli", lookahead=1)
     # As if the pruned head were in another order than the ids: q belongs to other tokens.
     dec._kept_target = dec._kept_target.roll(1)

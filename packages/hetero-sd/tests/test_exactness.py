@@ -75,35 +75,28 @@ def drafts(method, history, process):
 
 def output_law(method, process, spoil=None):
     """The exact law of the first LENGTH tokens that rounds of draft and verify emit."""
-    law = {}
+    weights_of = {(): 1.0}
+    for length in range(LENGTH):
+        for history in [h for h in weights_of if len(h) == length]:
+            weight = weights_of.pop(history)
+            for share, new in round_outcomes(method, list(history), process, spoil):
+                key = (*history, *new)[:LENGTH]
+                weights_of[key] = weights_of.get(key, 0.0) + weight * share
+    return weights_of
 
-    def go(history, weight):
-        if weight == 0:
-            return
-        if len(history) >= LENGTH:
-            key = tuple(history[:LENGTH])
-            law[key] = law.get(key, 0.0) + weight
-            return
-        for chance, tokens, q in drafts(method, history, process):
-            if chance == 0:
-                continue
-            p = torch.stack(
-                [target_law(history + tokens[:i], process) for i in range(len(tokens) + 1)]
-            )
-            told = q if spoil is None or q is None else spoil(q)
-            kept = None if q is None else KEPT
-            for share, (accepted, weights) in outcomes_of_verify(
-                p, torch.tensor(tokens), told, kept
-            ):
-                following = weights / weights.sum()
-                for token in following.nonzero().flatten().tolist():
-                    go(
-                        history + tokens[:accepted] + [token],
-                        weight * chance * share * float(following[token]),
-                    )
 
-    go([], 1.0)
-    return law
+def round_outcomes(method, history, process, spoil):
+    """Every list of tokens that one round may emit after a history, with its probability."""
+    for chance, tokens, q in drafts(method, history, process):
+        if chance == 0:
+            continue
+        p = torch.stack([target_law(history + tokens[:i], process) for i in range(len(tokens) + 1)])
+        told = q if spoil is None or q is None else spoil(q)
+        kept = None if q is None else KEPT
+        for share, (accepted, law) in outcomes_of_verify(p, torch.tensor(tokens), told, kept):
+            law = law / law.sum()
+            for token in law.nonzero().flatten().tolist():
+                yield chance * share * float(law[token]), tokens[:accepted] + [token]
 
 
 def true_law(process):

@@ -190,7 +190,7 @@ def test_report_needs_a_corpus(tokenizers):
 
 
 def test_unknown_kind_of_tokenizer_is_refused():
-    with pytest.raises(ValueError, match="`kind` must be 'byte-level'.*got 'unigram'"):
+    with pytest.raises(ValueError, match=r"`kind` must be 'byte-level'.*got 'unigram'"):
         make_tokenizer("unigram")
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 def verify(
     p: Float[Tensor, "positions vocab"],
     proposed: Int[Tensor, " proposals"],
-    coins: Float[Tensor, " proposals"],
-    q: Float[Tensor, "proposals kept"] | None = None,
+    coins: Float[Tensor, " coins"],
+    q: Float[Tensor, "laws kept"] | None = None,
     kept: Int[Tensor, " kept"] | None = None,
 ) -> tuple[int, Float[Tensor, " vocab"]]:
     """Return how many proposals are accepted, and the law of the token after them.

@@ -90,7 +90,7 @@ def env(as_json: bool) -> None:
 @click.option(
     "--tokens",
     type=click.IntRange(min=1),
-    default=32,
+    default=24,
     show_default=True,
     help="New tokens a prompt.",
 )
@@ -166,7 +166,12 @@ def generate(
         for folder in (target, drafter)
     ]
     decoder = HeteroSpeculativeDecoder(
-        *models, _tokenizer(target), _tokenizer(drafter), method=method, lookahead=lookahead
+        models[0],
+        models[1],
+        _tokenizer(target),
+        _tokenizer(drafter),
+        method=method,
+        lookahead=lookahead,
     )
     made = decoder.generate(
         prompt,

@@ -307,7 +307,7 @@ class HeteroSpeculativeDecoder:
         body = self.drafter.base_model
         if body is self.drafter or getattr(head, "bias", None) is not None:
             return None
-        rows = head.weight.detach()[self._kept]
+        rows: Tensor = head.weight.detach()[self._kept]
         probe = self._kept[:2][None]
         with torch.no_grad():
             wanted = self.drafter(input_ids=probe, use_cache=False).logits[0, -1, self._kept]
@@ -326,15 +326,12 @@ class HeteroSpeculativeDecoder:
             ids: Ids to feed.
             cache: Its cache, which grows by them.
         """
-        feed = torch.tensor([ids], device=self.drafter.device)
-        cache.held += ids
-        if self._head is not None:
-            out = self.drafter.base_model(input_ids=feed, past_key_values=cache.cache)
-            logits = out.last_hidden_state[0, -1] @ self._head.T
+        if self._head is None:
+            whole = self._forward(self.drafter, ids, cache).logits[0, -1]
+            logits: Tensor = whole[self._kept].float()
         else:
-            out = self.drafter(input_ids=feed, past_key_values=cache.cache, use_cache=True)
-            logits = out.logits[0, -1, self._kept]
-        logits = logits.float()
+            hidden = self._forward(self.drafter.base_model, ids, cache).last_hidden_state[0, -1]
+            logits = (hidden @ self._head.T).float()
         if self._column is None:
             return logits
         # Several drafter ids for one target id: their probabilities add.
@@ -344,11 +341,13 @@ class HeteroSpeculativeDecoder:
 
     def full_logits(self, ids: list[int], cache: DrafterCache) -> Tensor:
         """Return the drafter's next-token logits over its own vocabulary."""
+        logits: Tensor = self._forward(self.drafter, ids, cache).logits[0, -1]
+        return logits
+
+    def _forward(self, module: Any, ids: list[int], cache: DrafterCache) -> Any:
         cache.held += ids
         feed = torch.tensor([ids], device=self.drafter.device)
-        out = self.drafter(input_ids=feed, past_key_values=cache.cache, use_cache=True)
-        logits: Tensor = out.logits[0, -1]
-        return logits
+        return module(input_ids=feed, past_key_values=cache.cache, use_cache=True)
 
 
 class _Run:

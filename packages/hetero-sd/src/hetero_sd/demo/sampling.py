@@ -84,7 +84,7 @@ class Prompts:
         ]
 
     def __call__(self) -> tuple[str, bool]:
-        """Return the text to start from, and whether the user's turn comes next (not the answer)."""
+        """Return the text to start from, and whether the user's turn comes next."""
         draw = self._draw
         kind = draw.random()
         if kind < 0.30:
@@ -209,9 +209,9 @@ class BatchSampler:
             logits = self.step(tokens, place)
             heat = torch.where(users_turn, torch.ones_like(temperature), temperature)
             drawn = self._pick(logits, heat)
-            prompt = forced[:, place + 1]
-            free = prompt < 0
-            tokens = torch.where(free, drawn, prompt)
+            given = forced[:, place + 1]
+            free = given < 0
+            tokens = torch.where(free, drawn, given)
             out[:, place + 1] = tokens
             # 2 ends a turn: force the header of the next one and hand the turn over.
             ended = free & (tokens == 2)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import random
 import tarfile
 import tempfile
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._files import write_atomically
 from ..vocab import map_vocabularies
 from . import smollm2
 from .sampling import ASSISTANT, USER, BatchSampler, Prompts
@@ -331,20 +331,6 @@ def held_out_acceptance(
 
 
 # ------------------------------------------------------------------------------- storing
-def _write(path: Path, write: Any) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
 def save_assets(
     output: Path,
     models: dict[str, tuple[Any, Any]],
@@ -378,7 +364,7 @@ def save_assets(
                 for file in sorted(path for path in root.rglob("*") if path.is_file()):
                     tar.add(file, arcname=str(file.relative_to(root)), filter=anonymous)
 
-        _write(output / "assets.tar", pack)
+        write_atomically(output / "assets.tar", pack)
 
 
 # ------------------------------------------------------------------------------- command
@@ -419,13 +405,12 @@ def main(
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if random_target:
+    if gguf is None:
         from transformers import AutoTokenizer, LlamaForCausalLM
 
         target = LlamaForCausalLM(smollm2.config()).to(dtype).eval()
         tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "smollm2")
     else:
-        assert gguf is not None
         target, tokenizer = smollm2.load(gguf, dtype)
     target.to(device)
     _logger.info("target ready on %s after %.0f s", device, time.perf_counter() - started)
