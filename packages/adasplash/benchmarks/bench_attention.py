@@ -1,0 +1,117 @@
+"""Our attention beside softmax attention on one GPU: exactness first, then time.
+
+Run as `python packages/adasplash/benchmarks/bench_attention.py --output FOLDER`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from adasplash import adasplash
+from adasplash.kernels.attention.forward import launch_forward
+from adasplash.testing import (
+    clustered_inputs,
+    oracle_attention,
+    random_inputs,
+    relative_error,
+)
+from fourfold_common import Results, time_call
+
+BUDGET = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def check(results: Results) -> bool:
+    """Compare output and gradients with float64 for every dtype and several shapes."""
+    good = True
+    for dtype in BUDGET:
+        for shape in (
+            (2, 4, 2, 257, 257, 64),
+            (1, 2, 1, 100, 333, 128),
+            (1, 2, 2, 130, 130, 32),
+            (1, 1, 1, 1, 77, 80),
+            (1, 1, 1, 200, 200, 256),
+        ):
+            for causal in (True, False):
+                q, k, v = random_inputs(*shape, dtype=dtype, device="cuda")
+                leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+                output = adasplash(*leaves, is_causal=causal, backend="triton")
+                grad = torch.randn_like(output)
+                output.backward(grad)
+                want = oracle_attention(q, k, v, causal, grad=grad)
+                found = (output, *(leaf.grad for leaf in leaves))
+                error = max(relative_error(x, y) for x, y in zip(found, want, strict=True))
+                good &= error <= BUDGET[dtype]
+                name = str(dtype).removeprefix("torch.")
+                results.add("adasplash", "worst relative error", error, "", dtype=name,
+                            shape=str(shape), causal=causal)  # fmt: skip
+                print(f"{name} {shape} causal={causal} error {error:.2e}", flush=True)
+    return good
+
+
+def softmax(backend: SDPBackend, q, k, v):
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def measure(results: Results, lengths: list[int]) -> None:
+    """Time forward and forward with backward at several block densities, causal, bf16."""
+    contenders = {
+        "adasplash": partial(adasplash, is_causal=True),
+        "SDPA flash": partial(softmax, SDPBackend.FLASH_ATTENTION),
+        "SDPA cuDNN": partial(softmax, SDPBackend.CUDNN_ATTENTION),
+    }
+    for dim in (64, 128):
+        for length in lengths:
+            heads = max(1, 2 * 16 * 8192 // length // 2)
+            for gain in (0.0, 1.0, 2.0, 4.0):
+                q, k, v = clustered_inputs(
+                    2, heads, length, dim, gain, dtype=torch.bfloat16, device="cuda"
+                )
+                active = launch_forward(q, k, v, None, dim**-0.5, True)[2]
+                blocks = active.shape[-1]
+                density = active.sum().item() / (2 * heads * blocks * (blocks + 1) / 2)
+                for name, attend in contenders.items():
+                    if name != "adasplash" and gain > 0:
+                        continue  # softmax does not depend on the data
+                    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+                    grad = torch.randn_like(v)
+
+                    def both(attend=attend, leaves=leaves, grad=grad):
+                        attend(*leaves).backward(grad)
+
+                    with torch.no_grad():
+                        forward = time_call(partial(attend, q, k, v), "cuda")
+                    for metric, timing in (
+                        ("forward", forward),
+                        ("forward + backward", time_call(both, "cuda")),
+                    ):
+                        results.add(name, metric, timing.median_ms, "ms", p20=timing.p20_ms,
+                                    p80=timing.p80_ms, n=timing.n, length=length, dim_head=dim,
+                                    density=round(density, 3))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192])
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    errors = Results("adasplash", command="bench_attention.py", seed=0)
+    good = check(errors)
+    errors.save(arguments.output / "attention_errors.json")
+    if not good:
+        raise SystemExit("an error is over its budget: nothing is timed")
+    times = Results("adasplash", command="bench_attention.py", seed=0)
+    measure(times, arguments.lengths)
+    times.save(arguments.output / "attention_times.json")
+    print(times.to_markdown())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The small language models behind `adasplash demo`, and how they were trained."""

@@ -1,0 +1,1 @@
+"""One folder per operator: the public function, its Triton kernels, its plain PyTorch reference."""
