@@ -96,7 +96,7 @@ def round_outcomes(method, history, process, spoil):
         for share, (accepted, law) in outcomes_of_verify(p, torch.tensor(tokens), told, kept):
             law = law / law.sum()
             for token in law.nonzero().flatten().tolist():
-                yield chance * share * float(law[token]), tokens[:accepted] + [token]
+                yield chance * share * float(law[token]), [*tokens[:accepted], token]
 
 
 def true_law(process):
