@@ -397,9 +397,8 @@ def main(
     started = time.perf_counter()
     if (gguf is None) != random_target:
         raise click.UsageError("give exactly one of `--gguf` and `--random-target`")
-    from transformers.utils import logging as transformers_logging
-
     from fourfold_common import seed_everything
+    from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     seed_everything(seed)
