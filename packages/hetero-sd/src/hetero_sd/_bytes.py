@@ -124,3 +124,60 @@ def unfinished_tail(data: bytes) -> int:
         needed = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
         return back if needed > back else 0
     return 0
+
+
+class ByteEncoder:
+    """Encodes bytes, whole characters or not, with a tokenizer made for text.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        table: Its `token_bytes`.
+    """
+
+    # A character that joins no neighbour: what follows it is encoded as the middle of a text.
+    _SENTINEL = "\n"
+
+    def __init__(self, tokenizer: Any, table: list[bytes | None]) -> None:
+        self.table = table
+        self._backend = tokenizer.backend_tokenizer
+        self._single = {
+            spelled[0]: index
+            for index, spelled in reversed(list(enumerate(table)))
+            if spelled is not None and len(spelled) == 1
+        }
+        self._prefixes_space = self.spell(self._ids("a")) == b" a"
+
+    def spell(self, ids: list[int]) -> bytes:
+        """Return the bytes of a run of tokens; special tokens have none."""
+        table = self.table
+        return b"".join(table[i] or b"" for i in ids if i < len(table))
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        if not self._prefixes_space:
+            return self._ids(text)
+        ids = self._ids(self._SENTINEL + text)
+        for start in range(1, min(4, len(ids)) + 1):
+            if self.spell(ids[:start]).strip(b" ") == b"\n" and self.spell(ids[start:]) == (
+                text.encode()
+            ):
+                return ids[start:]
+        return self._ids(text)
+
+    def encode(self, data: bytes) -> list[int]:
+        """Return tokens for the bytes; bytes that are no UTF-8 become byte tokens, or nothing."""
+        ids: list[int] = []
+        while data:
+            try:
+                text = data.decode()
+                bad, data = b"", b""
+            except UnicodeDecodeError as error:
+                text = data[: error.start].decode()
+                bad, data = data[error.start : error.end], data[error.end :]
+            if text:
+                ids += self._encode_text(text)
+            ids += [self._single[byte] for byte in bad if byte in self._single]
+        return ids

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._bytes import token_bytes
+from ._bytes import ByteEncoder, token_bytes, tokenizer_kind, tokenizer_state
 
 
 @dataclass(frozen=True)
@@ -117,4 +117,132 @@ def map_vocabularies(
         target_table,
         drafter_table,
         {t: d for t, d in back.items() if d < drafter_size},
+    )
+
+
+@dataclass(frozen=True)
+class VocabReport:
+    """What two vocabularies share, and what that means for drafting.
+
+    Attributes:
+        target_size: Tokens of the target, special ones included.
+        drafter_size: Tokens of the drafter.
+        target_kind: How the target's tokens spell bytes, such as `"byte-level"`.
+        drafter_kind: How the drafter's do.
+        shared: Target tokens that the drafter can propose.
+        drafter_coverage: Share of the corpus's drafter tokens that are shared, in [0, 1].
+        target_coverage: Share of the corpus's target tokens that are shared, in [0, 1].
+        fertility: Target tokens for each drafter token on the corpus.
+        newline: Whether a newline can be drafted by TLI.
+        space: Whether a space can.
+        digits: Whether all ten digits can.
+        end: Whether the end of the text can.
+        lossy: Tokenizers that change some text, with what they change; empty if none does.
+        suggestion: Method to start with, and why.
+    """
+
+    target_size: int
+    drafter_size: int
+    target_kind: str
+    drafter_kind: str
+    shared: int
+    drafter_coverage: float
+    target_coverage: float
+    fertility: float
+    newline: bool
+    space: bool
+    digits: bool
+    end: bool
+    lossy: tuple[str, ...]
+    suggestion: str
+
+    def to_markdown(self) -> str:
+        """Return the report as a table."""
+        rows = []
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, tuple):
+                value = "; ".join(value) or "none"
+            elif isinstance(value, bool):
+                value = "yes" if value else "no"
+            elif isinstance(value, float):
+                value = f"{value:.3f}"
+            rows.append(f"| {entry.name.replace('_', ' ')} | {value} |")
+        return "\n".join(["| | |", "| --- | --- |", *rows])
+
+
+_SAMPLE = (
+    "The quick brown fox jumps over the lazy dog. It was 7:45 on 31 December 2026,\n"
+    "and nobody in the café had noticed that the naïve plan cost $1,200 too much.\n\n"
+    "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n\n"
+    "“Why,” asked the engineer, “does a smaller model write the same words?” "
+    "Because most words are easy: the large one is needed for the others.\n"
+)
+
+
+def inspect_vocab(
+    target_tokenizer: Any, drafter_tokenizer: Any, corpus: Iterable[str] | None = None
+) -> VocabReport:
+    """Return how well two tokenizers go together.
+
+    Args:
+        target_tokenizer: A fast tokenizer.
+        drafter_tokenizer: A fast tokenizer.
+        corpus: Texts like those to be generated; a short sample of our own if missing.
+
+    Raises:
+        TypeError: A tokenizer has no backend of the `tokenizers` library.
+        ValueError: The corpus is empty.
+
+    Source: own.
+    """
+    texts = [_SAMPLE] if corpus is None else [text for text in corpus if text]
+    if not texts:
+        raise ValueError("`corpus` must hold at least one text that is not empty; got none.")
+    ends = [
+        [t.eos_token_id] if t.eos_token_id is not None else []
+        for t in (target_tokenizer, drafter_tokenizer)
+    ]
+    mapping = map_vocabularies(
+        target_tokenizer, drafter_tokenizer, target_eos=ends[0], drafter_eos=ends[1]
+    )
+    kept, targets = set(mapping.keep.tolist()), set(mapping.to_target.tolist())
+    encoders = (
+        ByteEncoder(target_tokenizer, mapping.target_bytes),
+        ByteEncoder(drafter_tokenizer, mapping.drafter_bytes),
+    )
+    ours = [i for text in texts for i in encoders[0].encode(text.encode())]
+    theirs = [i for text in texts for i in encoders[1].encode(text.encode())]
+    spelled = {mapping.target_bytes[t] for t in targets}
+    lossy = []
+    for name, encoder in zip(("target", "drafter"), encoders, strict=True):
+        changed = [t for t in texts if encoder.spell(encoder.encode(t.encode())) != t.encode()]
+        if changed:
+            lossy.append(f"the {name}'s tokenizer changes {len(changed)} of {len(texts)} texts")
+    drafter_coverage = sum(i in kept for i in theirs) / max(len(theirs), 1)
+    target_coverage = sum(i in targets for i in ours) / max(len(ours), 1)
+    if not targets:
+        suggestion = "slem: no token is shared"
+    elif target_coverage < 0.5:
+        suggestion = f"slem: only {target_coverage:.0%} of the target's running tokens are shared"
+    else:
+        suggestion = (
+            f"tli for sampling, slem for greedy decoding: {target_coverage:.0%} of the target's "
+            "running tokens are shared"
+        )
+    return VocabReport(
+        target_size=len(mapping.target_bytes),
+        drafter_size=len(mapping.drafter_bytes),
+        target_kind=tokenizer_kind(tokenizer_state(target_tokenizer)),
+        drafter_kind=tokenizer_kind(tokenizer_state(drafter_tokenizer)),
+        shared=len(targets),
+        drafter_coverage=drafter_coverage,
+        target_coverage=target_coverage,
+        fertility=len(ours) / max(len(theirs), 1),
+        newline=b"\n" in spelled,
+        space=b" " in spelled,
+        digits=all(str(digit).encode() in spelled for digit in range(10)),
+        end=bool(ends[0] and ends[0][0] in targets),
+        lossy=tuple(lossy),
+        suggestion=suggestion,
     )

@@ -93,7 +93,13 @@ def env(as_json: bool) -> None:
     help="Format of the table that generates and is timed.",
 )
 @click.option("--prompt", help="Text to continue.")
-@click.option("--new-tokens", default=60, show_default=True, help="Tokens to generate.")
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(min=1),
+    default=60,
+    show_default=True,
+    help="Tokens to generate.",
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of the sampled continuation.")
 @click.option("--progress/--no-progress", default=True, help="Show progress bars.")
 def demo(
@@ -101,8 +107,12 @@ def demo(
 ) -> None:
     """Convert the shipped model to a table, generate from it, and compare it with its twins."""
     _quiet()
+    import torch
+
     from .demo.run import PROMPT, run
 
+    # Models this small are slowed by a second thread, badly so on a busy machine.
+    torch.set_num_threads(1)
     report = run(
         output, fmt, seed, PROMPT if prompt is None else prompt, new_tokens, progress=progress
     )
@@ -206,7 +216,7 @@ def generate(
 
     from fourfold_common import seed_everything
 
-    from .demo.run import ASSETS
+    from .demo import ASSETS
 
     loaded = _load(ASSETS / "mole" if model is None else model).eval()
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tokenizer" if model is None else model)

@@ -1,12 +1,13 @@
 """Configurations of the lookup-expert model and of its dense and mixture-of-experts twins."""
 
-from typing import Any
+from typing import Any, no_type_check
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 
 @strict
+@no_type_check  # `strict` checks the fields itself
 class DenseConfig(PreTrainedConfig):
     """Configuration of the dense backbone: a pre-norm decoder with rotary positions and no biases.
 
@@ -93,6 +94,7 @@ class DenseConfig(PreTrainedConfig):
 
 
 @strict
+@no_type_check  # `strict` checks the fields itself
 class MoeConfig(DenseConfig):
     """Configuration of the mixture-of-experts twin: top-k routing, no shared expert.
 
@@ -132,6 +134,7 @@ class MoeConfig(DenseConfig):
 
 
 @strict
+@no_type_check  # `strict` checks the fields itself
 class MoleConfig(DenseConfig):
     """Configuration of a Mixture of Lookup Experts model.
 

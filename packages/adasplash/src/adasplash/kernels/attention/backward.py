@@ -18,6 +18,8 @@ same in every run. Rows with `tau = +inf` have u = 0 and get zero gradients. Lay
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ from .tiles import half_scores, load_rows, padded, store_rows, tiles_for
 
 
 @triton.jit
+@no_type_check
 def _queries_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, tau_ptr, list_ptr, count_ptr, dq_ptr, delta_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
@@ -82,6 +85,7 @@ def _queries_kernel(
 
 
 @triton.jit
+@no_type_check
 def _keys_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, tau_ptr, delta_ptr, list_ptr, count_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,

@@ -21,6 +21,8 @@ NaN stays in its row. Source: AdaSplash (arXiv 2502.12082), section 3; the scree
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,7 @@ _TOLERANCE = 2e-7  # on |f(tau)|, a few units in the last place of a sum of one
 
 
 @triton.jit
+@no_type_check
 def _screen_kernel(
     q_ptr, k_ptr, mask_ptr, top_ptr, marked_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_mask,
@@ -73,6 +76,7 @@ def _screen_kernel(
 
 
 @triton.jit
+@no_type_check
 def _improve(t, f, a1, a2, lower, upper):
     """Return the next t of every row, its bounds, and whether float32 can do no better."""
     slope = tl.where(a1 > 0.0, a1, 1.0)
@@ -91,6 +95,7 @@ def _improve(t, f, a1, a2, lower, upper):
 
 
 @triton.jit
+@no_type_check
 def _solve_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, top_ptr, list_ptr, count_ptr, out_ptr, tau_ptr, active_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,

@@ -1,7 +1,5 @@
 """The public function: checks, choice of the backend, and the operators that torch knows."""
 
-from __future__ import annotations
-
 import logging
 import math
 from typing import Any, Literal

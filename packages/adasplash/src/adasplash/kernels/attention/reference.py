@@ -110,7 +110,8 @@ def _repeat(x: Tensor, q: Tensor) -> Tensor:
 
 def _fold(x: Tensor, k: Tensor) -> Tensor:
     """Return gradients per query head summed into those per key head."""
-    return x.unflatten(1, (k.shape[1], -1)).sum(2)
+    folded: Tensor = x.unflatten(1, (k.shape[1], -1)).sum(2)
+    return folded
 
 
 def _tiles(

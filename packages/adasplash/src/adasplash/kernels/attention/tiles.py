@@ -3,11 +3,14 @@
 Half scores are `z = (alpha - 1) s = scale / 2 * q k^T`, scaled in float32 after the product; hidden
 keys are `-inf`. Every kernel computes them by the same product over tiles of the same shape, so
 forward and backward see the same numbers.
+
+Device functions are marked `no_type_check`: the type checker of the test suite would wrap them, and
+the interpreter would no longer find the helpers that they call.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -38,7 +41,7 @@ _FULL = {
 
 def padded(dim: int) -> int:
     """Return the size that a head of `dim` channels is padded to in the kernels."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def tiles_for(q: torch.Tensor, v: torch.Tensor) -> Tiles:
@@ -48,6 +51,7 @@ def tiles_for(q: torch.Tensor, v: torch.Tensor) -> Tiles:
 
 
 @triton.jit
+@no_type_check
 def load_rows(x_ptr, stride_row, rows, n_rows, n_dim, BLOCK_D: tl.constexpr):
     """Load rows of a matrix whose last stride is 1; what lies outside is 0."""
     dims = tl.arange(0, BLOCK_D)
@@ -57,6 +61,7 @@ def load_rows(x_ptr, stride_row, rows, n_rows, n_dim, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def store_rows(x_ptr, x, stride_row, rows, n_rows, n_dim, BLOCK_D: tl.constexpr):
     """Store rows of a matrix whose last stride is 1."""
     dims = tl.arange(0, BLOCK_D)
@@ -66,6 +71,7 @@ def store_rows(x_ptr, x, stride_row, rows, n_rows, n_dim, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
+@no_type_check
 def half_scores(
     q, k, half_scale, rows, keys, seq_q, seq_k, mask_ptr,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,

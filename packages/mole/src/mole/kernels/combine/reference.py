@@ -72,7 +72,10 @@ def combine_reference(
         values = dequantise(values, scales, residual.dtype)
     elif values.dtype != residual.dtype:
         values = values.to(torch.promote_types(values.dtype, residual.dtype))
-    return residual + torch.matmul(gates.to(values.dtype)[:, None], values).squeeze(1)
+    gates = gates.to(values.dtype)[:, None]
+    if values.dtype == residual.dtype and not torch.is_autocast_enabled(residual.device.type):
+        return torch.baddbmm(residual[:, None], gates, values).squeeze(1)
+    return residual + torch.matmul(gates, values).squeeze(1)
 
 
 __all__ = ["NF4_CODEBOOK", "combine_reference", "dequantise"]

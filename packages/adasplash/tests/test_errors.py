@@ -1,0 +1,79 @@
+"""Every refusal names the argument, its value and what is allowed."""
+
+import pytest
+import torch
+
+from adasplash import adasplash, entmax15
+
+pytestmark = pytest.mark.usefixtures("own_checks")
+
+
+def _inputs():
+    return [torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)]
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (0, torch.randn(2, 4, 6, 8).int(), r"`q` must be one of float16, .*; got torch.int32"),
+        (1, torch.randn(2, 2, 6, 8).half(), r"`k` must be torch.float32 as `q` is; got torch.fl"),
+        (1, torch.randn(3, 2, 6, 8), r"`k` must have `batch` 2 as `q` does; got 3"),
+        (1, torch.randn(2, 2, 6, 9), r"`k` must have `dim_head` 8 as `q` does; got 9"),
+        (2, torch.randn(2, 2, 5, 8), r"`v` must have `heads_kv` and `seq_k` \(2, 6\) .* \(2, 5\)"),
+        (2, torch.randn(2, 2, 6, 300), r"`v` must have a last size of 1 to 256; got 300"),
+    ],
+)
+def test_tensors_that_do_not_fit(index, value, message):
+    inputs = _inputs()
+    inputs[index] = value
+    with pytest.raises((TypeError, ValueError), match=message):
+        adasplash(*inputs)
+
+
+def test_heads_must_divide():
+    q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 3, 6, 8), torch.randn(1, 3, 6, 8)
+    with pytest.raises(ValueError, match=r"divides 4, the heads of `q`; got 3"):
+        adasplash(q, k, v)
+
+
+def test_there_must_be_a_key():
+    q, k = torch.randn(1, 1, 6, 8), torch.randn(1, 1, 0, 8)
+    with pytest.raises(ValueError, match=r"at least one key; got `seq_k` 0"):
+        adasplash(q, k, k)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"alpha": 2.0}, ValueError, r"`alpha` must be 1.5 in this version; got 2.0"),
+        ({"scale": float("nan")}, ValueError, r"`scale` must be finite; got nan"),
+        (
+            {"key_padding_mask": torch.ones(2, 5, dtype=torch.bool)},
+            ValueError,
+            r"`key_padding_mask` must have shape \(2, 6\).*got \(2, 5\)",
+        ),
+    ],
+)
+def test_options_that_are_not_allowed(options, error, message):
+    with pytest.raises(error, match=message):
+        adasplash(*_inputs(), **options)
+
+
+def test_the_kernels_need_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"`backend` 'triton' cannot run here: .* on cpu; use"):
+        adasplash(*_inputs(), backend="triton")
+
+
+def test_the_kernels_do_not_compute_float64():
+    with pytest.raises(ValueError, match=r"the kernels do not compute torch.float64"):
+        adasplash(*(x.double() for x in _inputs()), backend="triton")
+
+
+def test_entmax_names_what_is_wrong():
+    with pytest.raises(TypeError, match=r"`x` must be floating point; got torch.int64"):
+        entmax15(torch.arange(3))
+    with pytest.raises(ValueError, match=r"`dim` must be between -1 and 0; got 1"):
+        entmax15(torch.randn(3), dim=1)
+    with pytest.raises(ValueError, match=r"at least one element along `dim` -1; got none"):
+        entmax15(torch.randn(3, 0))

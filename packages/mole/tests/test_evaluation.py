@@ -1,0 +1,59 @@
+"""Loss on held-out text: what is averaged, and how sure it is."""
+
+import math
+
+import pytest
+import torch
+
+from mole.evaluation import paired_difference, summarise, window_losses
+
+
+def test_losses_are_those_of_a_loop(make_mole):
+    model = make_mole()
+    tokens = torch.randint(1, 60, (23,), generator=torch.Generator().manual_seed(0)).int()
+    found = window_losses(model, tokens, 5, batch=3)
+    assert found.shape == (4, 4)
+    for row in range(4):
+        ids = tokens[5 * row : 5 * row + 5].long()
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0]
+        for t in range(4):
+            expected = -torch.log_softmax(logits[t], 0)[ids[t + 1]]
+            assert found[row, t].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_bits_per_byte_counts_predicted_text_only():
+    tokens = torch.tensor([0, 1, 2, 0, 2, 2, 1])  # two windows of three, one left over
+    losses = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    loss = summarise(losses, tokens, [100, 3, 5])
+    assert loss.nats == 2.5
+    assert loss.tokens == 4
+    assert loss.bits_per_byte == pytest.approx(10 / math.log(2) / (3 + 5 + 5 + 5))
+
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(100):
+        sample = 3 + torch.randn(60, 4, generator=generator)
+        loss = summarise(sample, torch.zeros(300, dtype=torch.long), [1])
+        hits += loss.low <= 3 <= loss.high
+        assert loss.low < loss.nats < loss.high
+    assert 85 <= hits <= 100
+
+
+def test_paired_difference_removes_what_windows_share():
+    generator = torch.Generator().manual_seed(0)
+    shared = 10 * torch.randn(80, 1, generator=generator)
+    first = shared + 0.1 * torch.randn(80, 4, generator=generator)
+    second = shared + 0.5 + 0.1 * torch.randn(80, 4, generator=generator)
+    gap = paired_difference(first, second)
+    assert gap["low"] < gap["nats"] < gap["high"] < 0
+    assert gap["nats"] == pytest.approx(-0.5, abs=0.05)
+    assert gap["high"] - gap["low"] < 0.1
+
+
+@pytest.mark.parametrize(("count", "context"), [(4, 5), (10, 1)])
+def test_text_shorter_than_a_window_is_refused(make_mole, count, context):
+    with pytest.raises(ValueError, match=f"got {count} tokens and context {context}"):
+        window_losses(make_mole(), torch.zeros(count, dtype=torch.long), context)
