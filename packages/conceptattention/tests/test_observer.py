@@ -290,6 +290,7 @@ def test_compiled_before_is_refused(flux):
         ConceptAttention(pipe, CONCEPTS)
 
 
+@pytest.mark.usefixtures("unchecked")  # the type checker cannot be compiled
 def test_compiled_inside_the_context_is_heard(flux):
     pipe = copy.deepcopy(flux)
     with ConceptAttention(pipe, CONCEPTS) as observer:
