@@ -1,6 +1,7 @@
 """Generate a picture with the embedded model, map three words in it, and save the overlays."""
 
 import torch
+
 from conceptattention import ConceptAttention
 from conceptattention.demo.model import load_pipeline
 

@@ -290,6 +290,19 @@ def test_compiled_before_is_refused(flux):
         ConceptAttention(pipe, CONCEPTS)
 
 
+@pytest.mark.usefixtures("unchecked")  # the type checker cannot be compiled
+def test_compiled_inside_the_context_is_heard(flux):
+    pipe = copy.deepcopy(flux)
+    with ConceptAttention(pipe, CONCEPTS) as observer:
+        generate(pipe)
+        for block in pipe.transformer.transformer_blocks:
+            block.compile(backend="eager")
+        generate(pipe)
+    eager, compiled = observer.heatmaps(run=0), observer.heatmaps(run=1)
+    assert compiled.coverage == eager.coverage
+    torch.testing.assert_close(compiled.values, eager.values)
+
+
 def test_missing_encoders(flux):
     pipe = copy.deepcopy(flux)
     pipe.tokenizer_2 = None

@@ -3,6 +3,8 @@
 Source: Helbling et al. 2025, sections 3 and 4; layer choice of the reference implementation.
 """
 
+# ruff: noqa: D102 (`Adapter` documents the methods)
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -19,18 +21,18 @@ class FluxAdapter(Adapter):
 
     family = "Flux.1"
 
-    def matches(self, model: nn.Module) -> bool:  # noqa: D102
+    def matches(self, model: nn.Module) -> bool:
         return type(model).__name__ == "FluxTransformer2DModel"
 
-    def blocks(self, model: nn.Module) -> list[Block]:  # noqa: D102
+    def blocks(self, model: nn.Module) -> list[Block]:
         found: Any = model.transformer_blocks
         return [Block(i, f"transformer_blocks.{i}", b, b.attn) for i, b in enumerate(found)]
 
-    def default_layers(self, model: nn.Module) -> Sequence[int]:  # noqa: D102
+    def default_layers(self, model: nn.Module) -> Sequence[int]:
         count = len(self.blocks(model))
         return range(15, 19) if count == 19 else range(count // 2, count)
 
-    def encode(  # noqa: D102
+    def encode(
         self, pipe: Any, words: Sequence[str], token: Literal["auto", "first", "mean", "last"]
     ) -> Encoded:
         tokenizer = pipe.tokenizer_2
@@ -46,10 +48,10 @@ class FluxAdapter(Adapter):
         unread = (w for w, row in zip(words, rows, strict=True) if not row or unknown in row)
         return Encoded(torch.stack(vectors), tuple(len(row) for row in rows), tuple(unread))
 
-    def seed(self, model: nn.Module) -> nn.Module:  # noqa: D102
+    def seed(self, model: nn.Module) -> nn.Module:
         return model.context_embedder  # type: ignore[return-value]
 
-    def temb(self, model: nn.Module, call: Call) -> Tensor:  # noqa: D102
+    def temb(self, model: nn.Module, call: Call) -> Tensor:
         embed: Any = model.time_text_embed
         dtype = call.arguments["hidden_states"].dtype
         pooled = torch.zeros_like(call.arguments["pooled_projections"])
@@ -58,7 +60,7 @@ class FluxAdapter(Adapter):
             times.append(call.arguments["guidance"].to(dtype) * 1000)
         return embed(*times, pooled)  # type: ignore[no-any-return]
 
-    def taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:  # noqa: D102
+    def taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
         attn: Any = block.attention
         values = ("qkv", attn.to_qkv) if attn.fused_projections else ("values", attn.to_v)
         return {
@@ -67,7 +69,7 @@ class FluxAdapter(Adapter):
             "outputs": (attn.to_out[0], "input"),
         }
 
-    def image_side(  # noqa: D102
+    def image_side(
         self, block: Block, taps: Mapping[str, Tensor], arguments: Mapping[str, Any]
     ) -> ImageSide:
         from diffusers.models.embeddings import apply_rotary_emb
@@ -81,12 +83,12 @@ class FluxAdapter(Adapter):
         values = values.unflatten(-1, (-1, keys.shape[-1]))
         return ImageSide(keys.transpose(1, 2), values.transpose(1, 2), taps["outputs"])
 
-    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:  # noqa: D102
+    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
         norm: Any = block.module.norm1_context
         normed, *state = norm(concepts, emb=temb)
         return normed, state
 
-    def qkv(self, block: Block, concepts: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: D102
+    def qkv(self, block: Block, concepts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attn: Any = block.attention
         if attn.fused_projections:
             q, k, v = attn.to_added_qkv(concepts).chunk(3, dim=-1)
@@ -97,27 +99,27 @@ class FluxAdapter(Adapter):
         q, k = attn.norm_added_q(q), attn.norm_added_k(k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:  # noqa: D102
+    def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         module: Any = block.module
         gate, shift_mlp, scale_mlp, gate_mlp = (part[:, None] for part in state)
         concepts = concepts + gate * module.attn.to_add_out(outputs)
         normed = module.norm2_context(concepts) * (1 + scale_mlp) + shift_mlp
         return concepts + gate_mlp * module.ff_context(normed)  # type: ignore[no-any-return]
 
-    def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:  # noqa: D102
+    def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
         ids = call.arguments["img_ids"]
         ids = ids[0] if ids.ndim == 3 else ids
         target = ids[:, 0] == 0  # reference pictures (Kontext) carry 1 here
         rows, columns = (ids[target][:, 1:].long().amax(0) + 1).tolist()
         return target, (rows, columns)
 
-    def encode_image(self, pipe: Any, image: Tensor) -> Tensor:  # noqa: D102
+    def encode_image(self, pipe: Any, image: Tensor) -> Tensor:
         latents = pipe.vae.encode(image).latent_dist.mode()
         config = pipe.vae.config
         latents = (latents - config.shift_factor) * config.scaling_factor
         return pipe._pack_latents(latents, *latents.shape)  # type: ignore[no-any-return]
 
-    def arguments(  # noqa: D102
+    def arguments(
         self, pipe: Any, latents: Tensor, grid: tuple[int, int], prompt: list[str], t: float
     ) -> dict[str, Any]:
         device, dtype, batch = latents.device, latents.dtype, len(latents)
