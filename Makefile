@@ -11,6 +11,8 @@ OUTPUT ?= demo-output
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# Threads that wait by spinning double the time of small models on a busy machine.
+export OMP_WAIT_POLICY := PASSIVE
 
 IMPORTS := fourfold_common,adasplash,hetero_sd,conceptattention,mole
 TEST_PATHS = $(if $(PKG),packages/$(PKG)/tests,packages ci/tests)

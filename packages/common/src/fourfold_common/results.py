@@ -33,7 +33,7 @@ class Results:
         self,
         provider: str,
         metric: str,
-        value: float,
+        value: int | float | str,
         unit: str,
         *,
         p20: float | None = None,

@@ -21,8 +21,8 @@ class Timing(NamedTuple):
 def time_call(
     fn: Callable[[], object],
     device: torch.device | str = "cpu",
-    warmup_ms: float = 25.0,
-    rep_ms: float = 100.0,
+    warmup_ms: int | float = 25,
+    rep_ms: int | float = 100,
 ) -> Timing:
     """Return the run time of `fn`: on CUDA by events with a cold L2 cache, on the CPU by clock.
 
@@ -48,7 +48,9 @@ def time_call(
     return Timing(median, p20, p80, len(samples))
 
 
-def _time_on_cpu(fn: Callable[[], object], warmup_ms: float, rep_ms: float) -> list[float]:
+def _time_on_cpu(
+    fn: Callable[[], object], warmup_ms: int | float, rep_ms: int | float
+) -> list[float]:
     spent = _run_ms(fn)
     while spent < warmup_ms:
         spent += _run_ms(fn)

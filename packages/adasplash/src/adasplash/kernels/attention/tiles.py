@@ -76,9 +76,9 @@ def half_scores(
     q, k, half_scale, rows, keys, seq_q, seq_k, mask_ptr,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Return `z` of one tile, -inf where the key is hidden or outside."""
+    """Return `z` of one tile, -inf where the key is hidden, or row or key lies outside."""
     z = tl.dot(q, tl.trans(k), input_precision="ieee") * half_scale  # [BLOCK_M, BLOCK_N]
-    visible = (keys < seq_k)[None, :]
+    visible = (keys < seq_k)[None, :] & (rows < seq_q)[:, None]
     if IS_CAUSAL:
         visible = visible & (keys[None, :] <= rows[:, None] + (seq_k - seq_q))
     if HAS_MASK:
