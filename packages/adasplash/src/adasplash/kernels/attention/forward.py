@@ -29,7 +29,7 @@ import triton.language as tl
 
 from .tiles import half_scores, load_rows, padded, store_rows, tiles_for
 
-_MAX_PASSES = 20  # Halley needs 3 to 6; this bounds the loop where ties slow it down
+_MAX_PASSES = 20  # 4 to 7 suffice; this bounds the loop where ties slow it down
 _TOLERANCE = 2e-7  # on |f(tau)|, a few units in the last place of a sum of one
 
 
@@ -88,7 +88,8 @@ def _improve(t, f, a1, a2, lower, upper):
     upper = tl.where((f > 0.0) & (square >= 0.0), tl.minimum(upper, root), upper)
     upper = tl.maximum(tl.where(f < 0.0, tl.minimum(upper, t), upper), lower)
     halley = t + 2.0 * f * slope / (4.0 * slope * slope - f * a2)
-    within = (halley > lower) & (halley < upper)
+    # Bounds included: near the root they agree to the last digit, and halving would start anew.
+    within = (halley >= lower) & (halley <= upper)
     t_next = tl.where(within, halley, 0.5 * (lower + upper))
     stuck = (t_next == t) | (upper - lower <= 1.2e-7 * tl.abs(upper))
     return t_next, lower, upper, stuck
