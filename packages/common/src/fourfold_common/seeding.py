@@ -12,9 +12,7 @@ def seed_everything(seed: int) -> torch.Generator:
     """Seed Python, NumPy (when it is loaded) and torch; return a CPU generator with that seed.
 
     For programs only: library functions take a `torch.Generator` and leave global state alone.
-
-    Args:
-        seed: 0 to 2**32 - 1, NumPy's range; else ValueError.
+    `seed` is 0 to 2**32 - 1, NumPy's range; else ValueError.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"`seed` must be between 0 and 2**32 - 1; got {seed}.")

@@ -51,11 +51,13 @@ def time_call(
 def _time_on_cpu(
     fn: Callable[[], object], warmup_ms: int | float, rep_ms: int | float
 ) -> list[float]:
-    spent = _run_ms(fn)
-    while spent < warmup_ms:
-        spent += _run_ms(fn)
+    fn()
+    end = time.perf_counter() + warmup_ms / 1e3
+    while time.perf_counter() < end:
+        fn()
+    end = time.perf_counter() + rep_ms / 1e3
     samples = [_run_ms(fn) for _ in range(3)]
-    while sum(samples) < rep_ms:
+    while time.perf_counter() < end:
         samples.append(_run_ms(fn))
     return samples
 
