@@ -32,11 +32,12 @@ from fourfold_common import environment_report, pick_device, seed_everything
 
 from . import scenes as scene_module
 from .evaluate import SPACES, held_out_scenes, noun_swap, predict, score, segment_scenes
-from .model import DemoPipeline, build_pipeline, encode_tokens, load_pipeline, save_weights
+from .model import PIXELS, DemoPipeline, build_pipeline, encode_tokens, load_pipeline, save_weights
 from .scenes import Scenes, patchify, sample_scenes
 
 _logger = logging.getLogger(__name__)
 POOLED_DROPPED = 0.9
+SMALL_PIXELS = 32
 NOISE_LEVELS = (0.2, 0.4, 0.6, 0.8)
 SAMPLE_PROMPTS = (
     "a red box and a fish on grass", "an apple on wood", "a bee and a flower on grass under clouds",
@@ -74,10 +75,18 @@ class Trainer:
         rate: Peak learning rate.
         seed: Seed of weights, scenes and noise.
         compiled: Compile the blocks and the renderer.
+        small_share: Share of the run that is drawn at `SMALL_PIXELS`, a quarter of the tokens.
     """
 
     def __init__(
-        self, device: torch.device, *, batch: int, rate: float, seed: int, compiled: bool
+        self,
+        device: torch.device,
+        *,
+        batch: int,
+        rate: float,
+        seed: int,
+        compiled: bool,
+        small_share: float,
     ) -> None:
         seed_everything(seed)
         self.device, self.batch, self.rate = device, batch, rate
@@ -99,17 +108,18 @@ class Trainer:
             lr=rate, betas=(0.9, 0.95), fused=device.type == "cuda",
         )  # fmt: skip
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.step = 0
-        self.ids = self.pipe._prepare_latent_image_ids(1, 32, 32, device, torch.float32)
+        self.step, self.scenes, self.small_share = 0, 0, small_share
         self.text_ids = torch.zeros(scene_module.MAX_TOKENS, 3, device=device)
         if compiled:
-            self.model.compile_repeated_blocks(fullgraph=True)
+            # Two picture sizes: one static graph each beats one graph of any size.
+            self.model.compile_repeated_blocks(fullgraph=True, dynamic=False)
             scene_module._draw = torch.compile(scene_module._draw, dynamic=False)
 
     def loss(self, scenes: Scenes) -> Tensor:
         """Return the rectified-flow loss at logit-normal noise levels."""
         with torch.no_grad():
             clean = patchify(scenes.images)
+            side = scenes.images.shape[-1] // 2
             draw: dict[str, Any] = {"generator": self.generator, "device": self.device}
             t = torch.randn(len(clean), 1, 1, **draw).sigmoid()
             noise = torch.randn(clean.shape, **draw)
@@ -126,7 +136,9 @@ class Trainer:
                 pooled_projections=pooled * keep,
                 encoder_hidden_states=states,
                 txt_ids=self.text_ids,
-                img_ids=self.ids,
+                img_ids=self.pipe._prepare_latent_image_ids(
+                    1, side, side, self.device, torch.float32
+                ),
                 return_dict=False,
             )[0]
         loss: Tensor = (velocity.float() - (noise - clean)).square().mean()
@@ -138,7 +150,14 @@ class Trainer:
         rate = self.rate * warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         for group in self.optimiser.param_groups:
             group["lr"] = max(rate, 1e-6)
-        loss = self.loss(sample_scenes(self.batch, self.generator))
+        # Words bind to pictures within so many scenes, not so many pixels: begin with small ones.
+        small = progress < self.small_share
+        scenes = sample_scenes(
+            (2 if small else 1) * self.batch,
+            self.generator,
+            size=SMALL_PIXELS if small else PIXELS,
+        )
+        loss = self.loss(scenes)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.weights, 1.0)
@@ -147,6 +166,7 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_lerp_(self.averages, self.weights, 1 - keep)
         self.step += 1
+        self.scenes += len(scenes)
         return loss.detach()
 
     def save(self, path: Path, seconds: float) -> None:
@@ -157,6 +177,7 @@ class Trainer:
             "optimiser": self.optimiser.state_dict(),
             "generator": self.generator.get_state(),
             "step": self.step,
+            "scenes": self.scenes,
             "seconds": seconds,
         }
         temporary = path.with_suffix(".tmp")
@@ -172,7 +193,7 @@ class Trainer:
                     mine.copy_(stored)
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["generator"].cpu())
-        self.step = state["step"]
+        self.step, self.scenes = state["step"], state["scenes"]
         return float(state["seconds"])
 
 
@@ -304,6 +325,7 @@ def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
 @click.option("--seed", default=0, help="Seed of weights, scenes and noise.")
 @click.option("--device", default="auto", help="Where to train.")
 @click.option("--compile/--no-compile", "compiled", default=True, help="Use torch.compile.")
+@click.option("--small-share", default=0.45, help="Share of the run with small pictures.")
 @click.option("--evaluation-scenes", default=500, help="Held-out scenes of the evaluation.")
 @click.option("--resume", is_flag=True, help="Continue from OUTPUT's checkpoint.")
 @click.option("--data", default=None, help="Unused; the scenes are procedural.")
@@ -316,6 +338,7 @@ def main(
     seed: int,
     device: str,
     compiled: bool,
+    small_share: float,
     evaluation_scenes: int,
     resume: bool,
     data: str | None,
@@ -332,7 +355,14 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     place, reason = pick_device(device)
     started = time.monotonic()
-    trainer = Trainer(place, batch=batch, rate=rate, seed=seed, compiled=compiled)
+    trainer = Trainer(
+        place,
+        batch=batch,
+        rate=rate,
+        seed=seed,
+        compiled=compiled,
+        small_share=small_share,
+    )
     checkpoint = output / "checkpoint.pt"
     before = trainer.load(checkpoint) if resume else 0.0
     flops = count_flops(trainer.average)
@@ -350,10 +380,10 @@ def main(
 
     rows: list[dict[str, Any]] = []
     losses: list[Tensor] = []
-    last_step, last_time, saved = trainer.step, time.monotonic(), time.monotonic()
+    last_scenes, last_time, saved = trainer.scenes, time.monotonic(), time.monotonic()
     settings = {
         "batch": batch, "rate": rate, "seed": seed, "minutes": minutes, "compiled": compiled,
-        "pooled_dropped": POOLED_DROPPED,
+        "pooled_dropped": POOLED_DROPPED, "small_share": small_share,
     }  # fmt: skip
     while trainer.step < steps:
         progress = max(elapsed() / (60 * minutes), trainer.step / steps)
@@ -364,8 +394,8 @@ def main(
         if trainer.step % every == 0 or trainer.step == steps:
             loss = float(torch.stack(losses).mean())
             now = time.monotonic()
-            speed = (trainer.step - last_step) * batch / (now - last_time)
-            losses, last_step, last_time = [], trainer.step, now
+            speed = (trainer.scenes - last_scenes) / (now - last_time)
+            losses, last_scenes, last_time = [], trainer.scenes, now
             rows.append(
                 {
                     "step": trainer.step, "seconds": round(elapsed(), 1), "loss": round(loss, 5),
@@ -374,8 +404,7 @@ def main(
                 }
             )  # fmt: skip
             _logger.info(
-                "step %d, %.0f s, loss %.4f, %.0f images/s, %.1f TFLOP/s",
-                trainer.step, elapsed(), loss, speed, 3 * flops * speed / 1e12,
+                "step %d, %.0f s, loss %.4f, %.0f images/s", trainer.step, elapsed(), loss, speed,
             )  # fmt: skip
             if not math.isfinite(loss):
                 raise click.ClickException(f"the loss is {loss} at step {trainer.step}")
@@ -393,7 +422,7 @@ def main(
     report: dict[str, Any] = {
         "settings": settings,
         "steps": trainer.step,
-        "scenes_seen": trainer.step * batch,
+        "scenes_seen": trainer.scenes,
         "seconds": round(trained, 1),
         "forward_flops": flops,
         "final_loss": rows[-1]["loss"] if rows else None,
