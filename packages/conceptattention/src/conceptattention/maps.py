@@ -41,7 +41,7 @@ class ConceptMap:
     values: Tensor
     limits: tuple[float, float]
 
-    def unit(self, scale: Literal["joint", "each"] = "joint") -> Float[Tensor, "batch h w"]:
+    def unit(self, scale: Literal["joint", "each"] = "joint") -> Float[Tensor, "*batch_and_grid"]:
         """Return the map scaled to [0, 1], over all concepts jointly or by itself.
 
         Raises:
@@ -127,10 +127,10 @@ class ConceptMaps:
     reduce: Reduce = "softmax_mean"
 
     @property
-    def values(self) -> Float[Tensor, "batch concepts h w"]:
+    def values(self) -> Float[Tensor, "batch concepts *grid"]:
         """The maps: mean over layers and steps, reduced as `reduce` says."""
         weight = torch.tensor(self.counts, dtype=torch.float32)
-        weight = (weight / weight.sum()).view(-1, 1, 1, 1, 1)
+        weight = (weight / weight.sum()).view(-1, *[1] * (self.raw.ndim - 1))
         if self.reduce == "softmax_mean":
             return (self.soft * weight).sum(0)
         mean = (self.raw * weight).sum(0)
@@ -216,19 +216,19 @@ class ConceptMaps:
 
     def to_masks(
         self, threshold: float | Literal["mean"] = "mean"
-    ) -> Bool[Tensor, "batch concepts h w"]:
+    ) -> Bool[Tensor, "batch concepts *grid"]:
         """Return where each map lies above its own mean, or above a fixed value.
 
         Source: Helbling et al. 2025, section 5 (binary protocol).
         """
         values = self.values
         if threshold == "mean":
-            return values > values.mean(dim=(-2, -1), keepdim=True)
+            return values > values.mean(dim=tuple(range(2, values.ndim)), keepdim=True)
         if isinstance(threshold, str):
             raise ValueError(f"`threshold` must be 'mean' or a number; got {threshold!r}.")
         return values > threshold
 
-    def argmax(self, background: Sequence[str] = ()) -> Int[Tensor, "batch h w"]:
+    def argmax(self, background: Sequence[str] = ()) -> Int[Tensor, "*batch_and_grid"]:
         """Return the strongest concept of every pixel.
 
         Args:

@@ -54,6 +54,7 @@ class Run:
     seen: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     means: dict[tuple[str, int, int], RunningMean] = field(default_factory=dict)
     vectors: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    guided: bool = False  # batches hold unconditional rows first
 
 
 class ConceptAttention:
@@ -116,7 +117,7 @@ class ConceptAttention:
                     raise ValueError(f"`{name}` must be one of {known}; got {value!r}.")
         if not temperature > 0:
             raise ValueError(f"`temperature` must be above 0; got {temperature}.")
-        transformer: Any = getattr(pipe, "transformer", None)
+        transformer: Any = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
         self.adapter = adapter_for(transformer)
         assert_ready(transformer)
         self.pipe = pipe
@@ -131,6 +132,7 @@ class ConceptAttention:
         self._embeds = self._check_embeds(concept_embeds)
         self.runs: list[Run] = []
         self.stop_early = False
+        self.direct = False  # the transformer is called by us, not by the pipeline
         self._signature = inspect.signature(type(transformer).forward)
         self._handles: list[Any] = []
         self._tapped: list[tuple[nn.Module, ...]] = []
@@ -228,6 +230,7 @@ class ConceptAttention:
         self._active = False
         self._busy = False
         self._next = 0
+        self._rows = slice(0, None)
         self._stream: Tensor | None = None
         self._temb: Tensor | None = None
         self._taps: dict[int, dict[str, Tensor]] = defaultdict(dict)
@@ -237,7 +240,7 @@ class ConceptAttention:
         assert_ready(model)
         self._retap()
         bound = self._signature.bind_partial(model, *args, **kwargs)
-        self._active = self._route(Call(bound.arguments))
+        self._active = self._route(Call(bound.arguments, self.pipe.transformer.config))
 
     def _route(self, call: Call) -> bool:
         """Return whether this forward pass is the conditional one of a selected step.
@@ -251,7 +254,7 @@ class ConceptAttention:
         text = call.arguments.get("encoder_hidden_states")
         run = self.runs[-1] if self.runs else None
         if run is None or run.timesteps is not timesteps:
-            run = Run(call, timesteps)
+            run = Run(call, timesteps, guided=not self.direct and self.adapter.guided(self.pipe))
             self.runs.append(run)
         elif index == run.last_index and text is not run.last_text:
             return False
@@ -278,15 +281,29 @@ class ConceptAttention:
         if not self._active or self._busy or self._embeds is None:
             return
         with self._aside():
+            run = self.runs[-1]
+            batch = len(output) // 2 if run.guided else len(output)
             embeds = self._embeds.to(output.device, args[0].dtype)
-            if len(output) % len(embeds):
+            if batch % len(embeds):
                 raise ValueError(
                     f"`concepts` has {len(embeds)} lists of words, one per image; "
-                    f"got a batch of {len(output)} images."
+                    f"got a batch of {batch} images."
                 )
-            embeds = embeds.repeat_interleave(len(output) // len(embeds), dim=0)
-            self._stream = module(embeds)
-            self._temb = self.adapter.temb(self.model, self.runs[-1].call)
+            embeds = embeds.repeat_interleave(batch // len(embeds), dim=0)
+            self._rows = slice(len(output) - batch, None)
+            call = self._conditional(run.call, len(output))
+            self._stream = self.adapter.start(self.model, call, embeds)
+            self._temb = self.adapter.temb(self.model, call)
+
+    def _conditional(self, call: Call, batch: int) -> Call:
+        """Return the call with the rows of its conditional half alone."""
+        if self._rows.start == 0:
+            return call
+        rows = {
+            name: value[self._rows] if _per_row(value, batch) else value
+            for name, value in call.arguments.items()
+        }
+        return Call(rows, call.config)
 
     def _on_attention(self, block: Block) -> Any:
         def step(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -299,18 +316,21 @@ class ConceptAttention:
             stream, temb = self._stream, self._temb
             if stream is not None and temb is not None:
                 with self._aside():
+                    taps = {name: tap[self._rows] for name, tap in taps.items()}
                     image = self.adapter.image_side(block, taps, kwargs)
-                    self._observe(block, image, stream, temb)
+                    self._observe(block, image, stream, temb, kwargs)
             self._next = block.index + 1
             if self.stop_early and block.index == self.layers[-1]:
                 raise StopForward
 
         return step
 
-    def _observe(self, block: Block, image: ImageSide, stream: Tensor, temb: Tensor) -> None:
+    def _observe(
+        self, block: Block, image: ImageSide, stream: Tensor, temb: Tensor, arguments: Any
+    ) -> None:
         """Carry the concept stream through one layer and record its scores."""
         normed, state = self.adapter.pre(block, stream, temb)
-        q, k, v = self.adapter.qkv(block, normed)
+        q, k, v = self.adapter.qkv(block, normed, arguments)
         keys = torch.cat([k, image.keys], dim=2) if self.self_attention else image.keys
         values = torch.cat([v, image.values], dim=2) if self.self_attention else image.values
         out = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype))
@@ -462,6 +482,10 @@ class ConceptAttention:
                 f"`layers` must select at least one of {count} layers; got {layers!r}."
             )
         return tuple(sorted(chosen))
+
+
+def _per_row(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
 
 
 def check_concepts(
