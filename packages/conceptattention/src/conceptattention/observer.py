@@ -17,12 +17,12 @@ from types import TracebackType
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import Block, Call, ImageSide, adapter_for
+from .kernels.concept import concept_attention, reference, usable
 from .maps import ConceptMaps
-from .scores import Normalize, RunningMean, concept_scores
+from .scores import Normalize, RunningMean
 
 _logger = logging.getLogger(__name__)
 _logger.addHandler(logging.NullHandler())
@@ -31,6 +31,7 @@ Space = Literal["output", "cross_attention", "value"]
 Store = Literal["mean", "layers", "steps", "all"]
 Token = Literal["auto", "first", "mean", "last"]
 Vector = Literal["concept_output", "image_output", "concept_query", "image_key", "concept_value"]
+Kernels = Literal["auto", "torch", "triton"]
 Selection = str | int | slice | Sequence[int]
 MAX_CONCEPTS = 512
 
@@ -79,6 +80,8 @@ class ConceptAttention:
             "first" for words of one token, else "mean".
         vectors: Names of vectors to keep for `vectors`, on the model's device.
         concept_embeds: Text vectors (concepts, dim_text) to use instead of encoding the words.
+        kernels: What computes the side attention and its scores: "torch", "triton", or "auto":
+            Triton on CUDA for at most 16 concepts and known head sizes, else torch.
 
     Raises:
         ValueError: An argument is out of range or the model family is unknown.
@@ -102,6 +105,7 @@ class ConceptAttention:
         token: Token = "auto",
         vectors: Sequence[Vector] = (),
         concept_embeds: Tensor | None = None,
+        kernels: Kernels = "auto",
     ) -> None:
         self.concepts = check_concepts(concepts)
         self.spaces: tuple[str, ...] = (space,) if isinstance(space, str) else tuple(space)
@@ -111,6 +115,7 @@ class ConceptAttention:
             ("token", (token,), get_args(Token)),
             ("normalize", (normalize,), (None, *get_args(Normalize))),
             ("vectors", tuple(vectors), get_args(Vector)),
+            ("kernels", (kernels,), get_args(Kernels)),
         ):
             for value in values:
                 if value not in known:
@@ -128,7 +133,7 @@ class ConceptAttention:
         check_steps(steps)
         self.store, self.normalize, self.temperature = store, normalize, float(temperature)
         self.self_attention, self.token = self_attention, token
-        self.kept = tuple(vectors)
+        self.kept, self.kernels = tuple(vectors), kernels
         self._embeds = self._check_embeds(concept_embeds)
         self.runs: list[Run] = []
         self.stop_early = False
@@ -331,42 +336,50 @@ class ConceptAttention:
         """Carry the concept stream through one layer and record its scores."""
         normed, state = self.adapter.pre(block, stream, temb)
         q, k, v = self.adapter.qkv(block, normed, arguments)
-        keys = torch.cat([k, image.keys], dim=2) if self.self_attention else image.keys
-        values = torch.cat([v, image.values], dim=2) if self.self_attention else image.values
-        out = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype))
+        triton = self._use_triton(image, q.shape[2])
+        attend = concept_attention if triton else reference.concept_attention
+        own = (k, v) if self.self_attention else (None, None)
+        out = attend(q, own[0], own[1], image.keys, image.values, image.rotary)
         outputs = out.transpose(1, 2).flatten(2)  # [batch, concepts, dim]
         if block.index in self.layers:
             run = self.runs[-1]
             run.seen[block.index].add(run.step)
             for space in self.spaces:
-                if space == "output":
-                    scores = concept_scores(outputs, image.outputs, self.normalize)
-                elif space == "value":
-                    scores = concept_scores(
-                        v.transpose(1, 2).flatten(2), image.values.transpose(1, 2).flatten(2),
-                        self.normalize,
-                    )  # fmt: skip
-                else:
-                    scale = q.shape[1] * q.shape[-1] ** 0.5  # mean over heads
-                    scores = (
-                        concept_scores(
-                            q.transpose(1, 2).flatten(2), image.keys.transpose(1, 2).flatten(2),
-                            self.normalize,
-                        )
-                        / scale
-                    )  # fmt: skip
+                scale, ours, theirs = 1.0, outputs, image.outputs
+                if space == "value":
+                    ours, theirs = _flat(v), _flat(image.values)
+                elif space == "cross_attention":
+                    ours, theirs = _flat(q), _flat(image.rotated)
+                    scale = 1 / (q.shape[1] * q.shape[-1] ** 0.5)  # mean over heads
                 layer = block.index if self.store in ("layers", "all") else -1
                 step = run.step if self.store in ("steps", "all") else -1
                 mean = run.means.setdefault((space, layer, step), RunningMean())
-                mean.add(scores, self.temperature)
+                mean.add_vectors(
+                    ours, theirs, self.normalize, self.temperature, scale, triton=triton
+                )
             available = {
                 "concept_output": outputs, "image_output": image.outputs, "concept_query": q,
-                "image_key": image.keys, "concept_value": v,
+                "concept_value": v,
             }  # fmt: skip
+            if "image_key" in self.kept:
+                available["image_key"] = image.rotated
             for name in self.kept:
                 run.vectors[name, block.index, run.step] = available[name].detach().clone()
         if block.index < self.layers[-1]:
             self._stream = self.adapter.post(block, stream, outputs, state)
+
+    def _use_triton(self, image: ImageSide, concepts: int) -> bool:
+        """Return whether the kernels run; "auto" means on CUDA wherever they can.
+
+        Raises:
+            ValueError: They were asked for and cannot run.
+        """
+        if self.kernels == "torch" or (self.kernels == "auto" and not image.keys.is_cuda):
+            return False
+        reason = usable(image.keys, concepts)
+        if reason is not None and self.kernels == "triton":
+            raise ValueError(f"`kernels='triton'` cannot run here: {reason}.")
+        return reason is None
 
     def _after_model(self, model: nn.Module, args: Any, output: Any) -> None:
         self._reset()
@@ -482,6 +495,11 @@ class ConceptAttention:
                 f"`layers` must select at least one of {count} layers; got {layers!r}."
             )
         return tuple(sorted(chosen))
+
+
+def _flat(heads: Tensor) -> Tensor:
+    """Return (batch, tokens, heads * dim_head) from (batch, heads, tokens, dim_head)."""
+    return heads.transpose(1, 2).flatten(2)
 
 
 def _per_row(value: Any, batch: int) -> bool:

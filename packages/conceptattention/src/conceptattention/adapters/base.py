@@ -61,14 +61,23 @@ class ImageSide:
     """What one layer computed for the image tokens, as attention used it.
 
     Args:
-        keys: With rotary positions applied, (batch, heads, patches, dim_head).
+        keys: (batch, heads, patches, dim_head); before rotation when `rotary` is given.
         values: (batch, heads, patches, dim_head).
         outputs: Attention output before the output projection, (batch, patches, dim).
+        rotary: Cosines and sines (patches, dim_head) on neighbouring pairs of features.
     """
 
     keys: Tensor
     values: Tensor
     outputs: Tensor
+    rotary: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def rotated(self) -> Tensor:
+        """The keys as attention used them."""
+        from ..kernels.concept import reference
+
+        return self.keys if self.rotary is None else reference.rotate(self.keys, *self.rotary)
 
 
 class Adapter(ABC):

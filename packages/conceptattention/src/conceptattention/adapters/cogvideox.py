@@ -58,8 +58,8 @@ class CogVideoXAdapter(JointAdapter):
             whole.keys[:, :, text:], whole.values[:, :, text:], whole.outputs[:, text:]
         )
 
-    def rotate(self, keys: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        return keys  # the attention rotates keys in place, after our tap saw them
+    def rotate(self, keys: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, None]:
+        return keys, None  # the attention rotates keys in place, after our tap saw them
 
     def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
         module: Any = block.module

@@ -60,19 +60,19 @@ class JointAdapter(Adapter):
             keys = keys.unflatten(-1, (heads, -1))  # type: ignore[union-attr]
         elif self.heads_first:
             keys = keys.transpose(1, 2)  # type: ignore[union-attr]
-        keys = self.rotate(keys, arguments)  # type: ignore[arg-type]
+        keys, rotary = self.rotate(keys, arguments)  # type: ignore[arg-type]
         values = values.unflatten(-1, (heads, -1))  # type: ignore[union-attr]
-        return ImageSide(keys.transpose(1, 2), values.transpose(1, 2), taps["outputs"])
+        return ImageSide(keys.transpose(1, 2), values.transpose(1, 2), taps["outputs"], rotary)
 
-    def rotate(self, keys: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        """Return image keys (batch, patches, heads, dim_head) with their rotary positions."""
-        from diffusers.models.embeddings import apply_rotary_emb
-
+    def rotate(
+        self, keys: Tensor, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return image keys (batch, patches, heads, dim_head) and how to rotate them yet."""
         rotary = arguments.get("image_rotary_emb")
         if rotary is None:
-            return keys
-        rotary = tuple(part[-keys.shape[1] :] for part in rotary)  # text, if any, comes first
-        return apply_rotary_emb(keys, rotary, sequence_dim=1)  # type: ignore[no-any-return]
+            return keys, None
+        cos, sin = (part[-keys.shape[1] :] for part in rotary)  # text, if any, comes first
+        return keys, (cos, sin)
 
     def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
         norm: Any = block.module.norm1_context

@@ -41,8 +41,8 @@ class QwenImageAdapter(JointAdapter):
             times.append(guidance.to(hidden.dtype) * 1000)
         return embed(*times, hidden, given.get("additional_t_cond"))  # type: ignore[no-any-return]
 
-    def rotate(self, keys: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        return _turn(keys, arguments["image_rotary_emb"][0])
+    def rotate(self, keys: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, None]:
+        return _turn(keys, arguments["image_rotary_emb"][0]), None
 
     def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
         module: Any = block.module
