@@ -47,6 +47,12 @@ def test_user_errors_are_one_line(small, tmp_path):
     assert "`concepts` must hold at least one word" in result.output
 
 
+def test_defaults_load_the_embedded_model():
+    options = {option.name: option.default for option in cli.generate.params}
+    pipe = cli._load(options["model"], options["device"])
+    assert type(pipe).__name__ == "DemoPipeline"
+
+
 def test_models_lists_every_family():
     result = run("models")
     assert result.exit_code == 0

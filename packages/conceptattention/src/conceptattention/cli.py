@@ -157,7 +157,7 @@ _OUTPUT = click.option(
     help="Folder for the pictures and maps.npz.",
 )
 _DEVICE = click.option(
-    "--device", default=None, help="Such as cuda or cpu; the best one by default."
+    "--device", default="auto", show_default=True, help="Such as cuda or cpu, or auto."
 )
 
 
