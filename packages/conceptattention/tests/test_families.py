@@ -1,14 +1,16 @@
 """Every family: bit-identical latents, and concept vectors equal to the masked stock model's."""
 
+import dataclasses
+
 import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
 
-from conceptattention import ConceptAttention
+from conceptattention import ConceptAttention, segment
 from conceptattention.adapters import Call, adapter_for
 from conceptattention.testing import ORACLE_ERROR
-from conceptattention.tiny import FAMILIES, TEXT, Dense, normal
+from conceptattention.tiny import FAMILIES, TEXT, Dense, normal, tiny_vae
 
 diffusers.utils.logging.set_verbosity_error()
 WORDS = ["a", "b", "c"]
@@ -201,3 +203,47 @@ def test_first_block_cache_lowers_the_coverage_and_changes_nothing():
     coverage = observer.heatmaps().coverage
     assert coverage[0] == 1.0
     assert coverage[2] < 1.0
+
+
+def test_segment_of_stable_diffusion_3():
+    family = dataclasses.replace(FAMILIES["sd3"], vae=tiny_vae)
+    pipe = family.build()
+    texts = family.texts(2)
+    prompt, pooled = texts["prompt_embeds"], texts["pooled_prompt_embeds"]
+    pipe.encode_prompt = lambda *a, **k: (prompt, None, pooled, None)
+    picture = torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+    settings = {"concept_embeds": EMBEDS, "layers": [1]}
+    maps = segment(pipe, picture, WORDS, t=0.4, **settings)
+    assert maps.values.shape == (2, 3, 4, 6)
+    config = pipe.vae.config
+    with torch.no_grad():
+        clean = pipe.vae.encode(2 * picture - 1).latent_dist.mode()
+        clean = (clean - config.shift_factor) * config.scaling_factor
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+        with ConceptAttention(pipe, WORDS, **settings) as observer:
+            pipe.transformer(
+                hidden_states=0.6 * clean + 0.4 * noise, timestep=torch.full((2,), 400.0),
+                encoder_hidden_states=prompt, pooled_projections=pooled,
+            )  # fmt: skip
+    torch.testing.assert_close(maps.values, observer.heatmaps().values)
+
+
+def test_segment_says_what_it_does_not_know():
+    pipe = FAMILIES["chroma"].build()
+    with pytest.raises(ValueError, match="does not know how Chroma encodes pictures"):
+        segment(pipe, torch.rand(1, 3, 32, 32), WORDS, concept_embeds=EMBEDS)
+    assert hooks(pipe.transformer) == 0
+
+
+def test_sequential_offload_gives_the_same_latents_and_maps():
+    from accelerate import cpu_offload
+
+    family = FAMILIES["flux"]
+    pipe = family.build()
+    with ConceptAttention(pipe, WORDS, concept_embeds=EMBEDS, layers="all") as observer:
+        plain = family.run(pipe)
+    cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
+    with ConceptAttention(pipe, WORDS, concept_embeds=EMBEDS, layers="all") as moved:
+        seen = family.run(pipe)
+    assert torch.equal(plain, seen)
+    assert torch.equal(observer.heatmaps().values, moved.heatmaps().values)

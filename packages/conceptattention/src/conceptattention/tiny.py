@@ -23,7 +23,9 @@ def tiny_vae() -> Any:
     """Return a random autoencoder without downsampling."""
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=1)
+    return AutoencoderKL(
+        latent_channels=4, block_out_channels=(4,), norm_num_groups=1, shift_factor=0.1
+    )
 
 
 @dataclass
