@@ -178,7 +178,7 @@ FAMILIES = {
         "BriaPipeline", "BriaTransformer2DModel",
         {"in_channels": 16, "num_layers": 3, "num_single_layers": 1, "joint_attention_dim": TEXT,
          **HEADS, **ROPE},
-        off={"guidance_scale": 1.0}, guidance={"guidance_scale": 4.0}, vae=tiny_vae, grid=(1, 1),
+        off={"guidance_scale": 1.0}, guidance={"guidance_scale": 4.0}, vae=tiny_vae, grid=(16, 24),
     ),
     "hunyuan-image": Family(
         "HunyuanImagePipeline", "HunyuanImageTransformer2DModel",
@@ -186,7 +186,8 @@ FAMILIES = {
          "num_refiner_layers": 1, "patch_size": (1, 1), "text_embed_dim": TEXT,
          "text_embed_2_dim": TEXT, "rope_axes_dim": (8, 8), **HEADS},
         prompt=("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2"),
-        extra=("text_encoder_2", "tokenizer_2"), guider=True, grid=(1, 1),
+        extra=("text_encoder_2", "tokenizer_2"), guider=True,
+        call={"height": 64, "width": 96},
     ),
 }  # fmt: skip
 
