@@ -18,6 +18,11 @@ def flux():
 
 
 @pytest.fixture(scope="session")
+def tiny():
+    return tiny_flux
+
+
+@pytest.fixture(scope="session")
 def flux_dev():
     return tiny_flux(guidance=True)
 

@@ -5,7 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conceptattention.evaluation import Confusion
+from conceptattention.evaluation import (
+    Confusion,
+    ap_paper,
+    average_precision,
+    bootstrap_interval,
+)
 
 
 def test_a_case_worked_by_hand():
@@ -54,3 +59,41 @@ def test_errors():
         confusion.add(torch.tensor([0, 1]), torch.tensor([-1, 0]))
     with pytest.raises(ValueError, match="`classes` must be at least 2; got 1"):
         Confusion(1)
+
+
+def test_average_precision_by_hand():
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6])
+    target = torch.tensor([True, False, True, False])
+    assert average_precision(scores, target) == pytest.approx((1 + 2 / 3) / 2)
+    # All scores equal: precision is the share of the target.
+    assert average_precision(torch.ones(4), target) == pytest.approx(0.5)
+    assert average_precision(scores, scores > 0.65) == 1.0
+
+
+def test_ap_of_the_paper_by_hand():
+    scores, target = torch.tensor([4.0, 2.0, 0.0]), torch.tensor([True, False, False])
+    # Ranked: s of the first and 1 - s of the last (both 1), then 0.5 twice, one of each right.
+    assert ap_paper(scores, target) == pytest.approx((2 * 1 + 1 * 3 / 4) / 3)
+
+
+def test_bootstrap_interval_holds_the_pooled_value():
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(1, 50, (40, 2, 2), generator=generator)
+    pooled = Confusion(2)
+    pooled.counts = counts.sum(0)
+    for metric in ("accuracy", "miou", "fg_iou", "miou_paper"):
+        low, high = bootstrap_interval(counts, metric, samples=300)
+        assert low < getattr(pooled, metric) < high
+    same = counts[:1].expand(30, 2, 2)
+    low, high = bootstrap_interval(same, "accuracy", samples=20)
+    assert low == pytest.approx(high)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_errors_of_the_new_metrics():
+    with pytest.raises(ValueError, match="`target` must hold at least one pixel"):
+        average_precision(torch.ones(3), torch.zeros(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"`scores` must have the shape \(3,\)"):
+        average_precision(torch.ones(2), torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="`samples` must be at least 2"):
+        bootstrap_interval(torch.ones(3, 2, 2, dtype=torch.int64), "miou", samples=1)

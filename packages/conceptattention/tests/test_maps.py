@@ -151,3 +151,41 @@ def test_running_mean_equals_the_mean():
         mean.add(part, 2.0)
     torch.testing.assert_close(mean.raw, scores.mean(0))
     torch.testing.assert_close(mean.soft, (scores / 2).softmax(2).mean(0))
+
+
+def test_video_maps(tmp_path):
+    from conceptattention.maps import latent_frame
+
+    raw = torch.randn(1, 2, 3, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    maps = ConceptMaps(raw, raw.softmax(2), NAMES, [(-1, -1)], [1], {0: 1.0})
+    assert maps.values.shape == (2, 3, 3, 4, 6)
+    assert maps.to_masks().shape == maps.values.shape
+    assert torch.equal(maps.argmax(), maps.values.argmax(1))
+    assert maps.resize((12, 8)).values.shape == (2, 3, 3, 8, 12)
+    # Nine pixel frames of three latent ones: 1 + 4 + 4.
+    assert [latent_frame(i, 4.0, 3) for i in range(9)] == [0, 1, 1, 1, 1, 2, 2, 2, 2]
+    frames = [Image.new("RGB", (12, 8), (20 * i, 0, 0)) for i in range(9)]
+    with Image.open(maps["cat"].to_video(tmp_path / "cat.gif", frames)) as written:
+        assert written.n_frames == 9
+        assert written.size == (12, 8)
+    loaded = ConceptMaps.load(maps.save(tmp_path / "maps.npz"))
+    assert torch.equal(loaded.values, maps.values)
+    first, last = (maps["cat"].to_image(frame=f) for f in (0, 2))
+    assert first.tobytes() != last.tobytes()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_video_errors(tmp_path):
+    frames = [Image.new("RGB", (6, 4))]
+    with pytest.raises(ValueError, match="these are maps of a picture"):
+        make()["cat"].to_video(tmp_path / "a.gif", frames)
+    raw = torch.zeros(1, 1, 3, 2, 4, 6)
+    maps = ConceptMaps(raw, raw, NAMES, [(-1, -1)], [1], {0: 1.0})
+    with pytest.raises(ValueError, match="at least 2 pictures; got 1"):
+        maps["cat"].to_video(tmp_path / "a.gif", frames)
+
+
+def test_plot_names_every_concept():
+    maps = make()
+    assert maps.plot().size == (3 * 192, 128 + 16)
+    assert maps.plot(Image.new("RGB", (60, 40)), size=60).size == (4 * 60, 40 + 16)

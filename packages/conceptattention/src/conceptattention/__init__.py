@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .__about__ import __version__
 
 if TYPE_CHECKING:
-    from .adapters import Adapter, register_adapter
+    from .adapters import Adapter, JointAdapter, register_adapter
     from .maps import ConceptMap, ConceptMaps
     from .observer import ConceptAttention
     from .segmentation import segment
@@ -22,6 +22,7 @@ _HOME = {
     "ConceptAttention": "observer",
     "ConceptMap": "maps",
     "ConceptMaps": "maps",
+    "JointAdapter": "adapters",
     "register_adapter": "adapters",
     "segment": "segmentation",
 }
@@ -46,6 +47,7 @@ __all__ = [
     "ConceptAttention",
     "ConceptMap",
     "ConceptMaps",
+    "JointAdapter",
     "__version__",
     "register_adapter",
     "segment",

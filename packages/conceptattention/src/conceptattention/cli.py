@@ -113,14 +113,7 @@ def demo(
     progress: bool,
 ) -> None:
     """Generate a picture with maps, segment another, and score maps on held-out scenes."""
-    # Their import-time advice about torchvision and float32 modules is not the user's concern.
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.set_verbosity_error()
-
+    _quiet()
     from .demo.run import PROMPT, run
 
     words = None
@@ -147,6 +140,145 @@ def demo(
             "briefly (see training.json); the observer itself is exact."
         )
     click.echo(f"Pictures, maps and results.json are in {output}.")
+
+
+_MODEL = click.option(
+    "--model",
+    default="demo",
+    show_default=True,
+    help="Folder or hub name of a diffusers pipeline; `demo` is the small model inside.",
+)
+_CONCEPTS = click.option("--concepts", required=True, help="Words to map, separated by commas.")
+_OUTPUT = click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("concept-maps"),
+    show_default=True,
+    help="Folder for the pictures and maps.npz.",
+)
+_DEVICE = click.option(
+    "--device", default="auto", show_default=True, help="Such as cuda or cpu, or auto."
+)
+
+
+def _quiet() -> None:
+    """Silence import-time advice of the libraries, which is not the user's concern."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.set_verbosity_error()
+
+
+def _load(model: str, device: str) -> Any:
+    import torch
+
+    from fourfold_common import pick_device
+
+    _quiet()
+    place = pick_device(device)[0]
+    if model == "demo":
+        from .demo.model import load_pipeline
+
+        return load_pipeline().to(place)
+    from diffusers import DiffusionPipeline
+
+    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(place)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+@main.command()
+@_MODEL
+@click.option("--prompt", required=True, help="What to generate.")
+@_CONCEPTS
+@_OUTPUT
+@click.option("--steps", default=12, show_default=True, type=click.IntRange(1), help="Steps.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the noise, drawn on the CPU.")
+@click.option("--layers", default="default", show_default=True, help="default, all or last:N.")
+@_DEVICE
+def generate(
+    model: str, prompt: str, concepts: str, output: Path, steps: int, seed: int, layers: str,
+    device: str,
+) -> None:  # fmt: skip
+    """Generate a picture or a video and the maps of its concepts."""
+    import torch
+
+    from .observer import ConceptAttention
+
+    pipe = _load(model, device)
+    with ConceptAttention(pipe, _words(concepts), layers=layers) as observer:
+        result = pipe(
+            prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    maps = observer.heatmaps()
+    if maps.raw.ndim == 6:
+        frames = result.frames[0]
+        for name in maps.names():
+            click.echo(maps[name].to_video(output / f"{name}.gif", frames))
+    else:
+        picture = result.images[0]
+        picture.save(output / "image.png")
+        maps.plot(picture).save(output / "maps.png")
+        click.echo(output / "image.png")
+        click.echo(output / "maps.png")
+    click.echo(maps.save(output / "maps.npz"))
+
+
+@main.command()
+@_MODEL
+@click.option(
+    "--image",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    required=True,
+    help="Picture to segment.",
+)
+@_CONCEPTS
+@click.option("--prompt", default="", help="Caption of the picture; may stay empty.")
+@_OUTPUT
+@click.option("--noise", default=0.5, show_default=True, help="Noise level, above 0, at most 1.")
+@click.option("--samples", default=1, show_default=True, help="Noise draws to average.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
+@_DEVICE
+def segment(
+    model: str, image: Path, concepts: str, prompt: str, output: Path, noise: float, samples: int,
+    seed: int, device: str,
+) -> None:  # fmt: skip
+    """Map concepts in a picture that exists already."""
+    from PIL import Image
+
+    from .maps import ConceptMaps
+    from .segmentation import segment as run
+
+    pipe = _load(model, device)
+    picture = Image.open(image).convert("RGB")
+    if model == "demo":
+        picture = picture.resize((64, 64))
+    maps = run(pipe, picture, _words(concepts), prompt, t=noise, samples=samples, seed=seed)
+    if not isinstance(maps, ConceptMaps):
+        raise TypeError("one space gives one set of maps")
+    output.mkdir(parents=True, exist_ok=True)
+    maps.plot(picture).save(output / "maps.png")
+    best = maps.argmax()[0]
+    share = {name: float((best == place).float().mean()) for place, name in enumerate(maps.names())}
+    for name, part in share.items():
+        click.echo(f"{name}: strongest in {part:.0%} of the picture")
+    click.echo(output / "maps.png")
+    click.echo(maps.save(output / "maps.npz"))
+
+
+@main.command()
+def models() -> None:
+    """List the model families that can be observed."""
+    from .adapters.base import known_adapters
+
+    for adapter in known_adapters():
+        name = getattr(adapter, "model_class", type(adapter).__name__)
+        click.echo(f"{adapter.family:22} {name}")
 
 
 def _best(results: Any, provider: str) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -77,3 +79,69 @@ class Confusion:
         It stacks masks with their complements, after which both classes' IoU equal this number.
         """
         return self.accuracy / (2 - self.accuracy)
+
+
+def average_precision(scores: Float[Tensor, "*pixels"], target: Bool[Tensor, "*pixels"]) -> float:
+    """Return the mean precision over the pixels of the target, from the highest score down.
+
+    Pixels of equal score count together, so their order does not matter.
+
+    Raises:
+        ValueError: Shapes differ or the target is empty.
+    """
+    if scores.shape != target.shape:
+        raise ValueError(
+            f"`scores` must have the shape {tuple(target.shape)} of `target`; "
+            f"got {tuple(scores.shape)}."
+        )
+    if not target.any():
+        raise ValueError("`target` must hold at least one pixel; got none.")
+    order = scores.flatten().argsort(descending=True)
+    ranked, hits = scores.flatten()[order], target.flatten()[order].double().cumsum(0)
+    last = torch.ones_like(ranked, dtype=torch.bool)
+    last[:-1] = ranked[1:] != ranked[:-1]  # the last pixel of every run of equal scores
+    found = hits[last]
+    seen = torch.arange(1, len(ranked) + 1, device=scores.device)[last]
+    gained = found.diff(prepend=found.new_zeros(1))
+    return float((gained * found / seen).sum() / found[-1])
+
+
+def ap_paper(scores: Float[Tensor, "*pixels"], target: Bool[Tensor, "*pixels"]) -> float:
+    """Return the paper's AP of one image: over both classes at once, scores scaled to [0, 1].
+
+    With s the min-max scaled map, [1 - s, s] is ranked against [not target, target].
+    """
+    low, high = scores.min(), scores.max()
+    unit = (scores - low) / (high - low).clamp(min=1e-12)
+    return average_precision(torch.stack([1 - unit, unit]), torch.stack([~target, target]))
+
+
+def bootstrap_interval(
+    confusions: Int[Tensor, "images classes classes"],
+    metric: Literal["accuracy", "miou", "fg_iou", "miou_paper"],
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return the 95 % interval of a pooled metric when images are drawn again with replacement.
+
+    Args:
+        confusions: One matrix of counts per image, as `Confusion.counts`.
+        metric: Name of a property of `Confusion`.
+        samples: Number of draws, at least 2.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: `samples` is below 2 or there are no images.
+    """
+    if samples < 2 or not len(confusions):
+        raise ValueError(f"`samples` must be at least 2 and images present; got {samples}.")
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(samples):
+        rows = torch.randint(len(confusions), (len(confusions),), generator=generator)
+        pooled = Confusion(confusions.shape[-1])
+        pooled.counts = confusions[rows].sum(0)
+        values.append(float(getattr(pooled, metric)))
+    low, high = torch.tensor(values).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high

@@ -41,7 +41,7 @@ class ConceptMap:
     values: Tensor
     limits: tuple[float, float]
 
-    def unit(self, scale: Literal["joint", "each"] = "joint") -> Float[Tensor, "batch h w"]:
+    def unit(self, scale: Literal["joint", "each"] = "joint") -> Float[Tensor, "*batch_and_grid"]:
         """Return the map scaled to [0, 1], over all concepts jointly or by itself.
 
         Raises:
@@ -59,6 +59,7 @@ class ConceptMap:
         size: tuple[int, int] | None = None,
         *,
         index: int = 0,
+        frame: int = 0,
         scale: Literal["joint", "each"] = "joint",
     ) -> Image:
         """Return the map as a coloured picture.
@@ -66,12 +67,15 @@ class ConceptMap:
         Args:
             size: Width and height in pixels; one pixel per value when None.
             index: Which image of the batch.
+            frame: Which latent frame of a video.
             scale: As in `unit`.
         """
         from PIL import Image as Pictures
 
         height, width = self.values.shape[-2:]
-        unit = _interpolate(self.unit(scale)[index][None], size or (width, height), "bicubic")[0]
+        unit = self.unit(scale)[index]
+        unit = unit[frame] if unit.ndim == 3 else unit
+        unit = _interpolate(unit[None], size or (width, height), "bicubic")[0]
         place = unit.clamp(0, 1) * (len(_RAMP) - 1)
         low = place.floor().long().clamp(max=len(_RAMP) - 2)
         share = (place - low)[..., None]
@@ -85,9 +89,10 @@ class ConceptMap:
         *,
         alpha: float = 0.6,
         index: int = 0,
+        frame: int = 0,
         scale: Literal["joint", "each"] = "joint",
     ) -> Image:
-        """Return the picture with the map laid over it.
+        """Return the picture with the map laid over it; arguments as in `to_image`.
 
         Raises:
             ValueError: `alpha` is outside 0 to 1.
@@ -96,8 +101,52 @@ class ConceptMap:
 
         if not 0 <= alpha <= 1:
             raise ValueError(f"`alpha` must be between 0 and 1; got {alpha}.")
-        heat = self.to_image(image.size, index=index, scale=scale)
+        heat = self.to_image(image.size, index=index, frame=frame, scale=scale)
         return Pictures.blend(image.convert("RGB"), heat, alpha)
+
+    def to_video(
+        self,
+        path: str | os.PathLike[str],
+        frames: Sequence[Image],
+        *,
+        index: int = 0,
+        fps: float = 8.0,
+        alpha: float = 0.6,
+    ) -> Path:
+        """Write an animated GIF of the map over a video's frames, and return its path.
+
+        Args:
+            path: File to write.
+            frames: The video's pictures. Latent frame 0 covers the first; the others share the
+                rest evenly, as causal video autoencoders do.
+            index: Which video of the batch.
+            fps: Frames per second.
+            alpha: As in `overlay`.
+
+        Raises:
+            ValueError: The maps are no video's, or there are too few frames.
+        """
+        if self.values.ndim != 4:
+            raise ValueError("`to_video` needs maps of a video; these are maps of a picture.")
+        count, latent = len(frames), self.values.shape[1]
+        if count < latent:
+            raise ValueError(f"`frames` must hold at least {latent} pictures; got {count}.")
+        step = (count - 1) / max(latent - 1, 1)
+        drawn = [
+            self.overlay(picture, alpha=alpha, index=index, frame=latent_frame(place, step, latent))
+            for place, picture in enumerate(frames)
+        ]
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn[0].save(
+            path, format="GIF", save_all=True, append_images=drawn[1:], duration=1000 / fps, loop=0
+        )
+        return path
+
+
+def latent_frame(place: int, step: float, count: int) -> int:
+    """Return the latent frame of a pixel frame: 0 for the first, then one per `step` frames."""
+    return 0 if place == 0 or count == 1 else min(1 + int((place - 1) / step), count - 1)
 
 
 @dataclass(frozen=True)
@@ -127,10 +176,10 @@ class ConceptMaps:
     reduce: Reduce = "softmax_mean"
 
     @property
-    def values(self) -> Float[Tensor, "batch concepts h w"]:
+    def values(self) -> Float[Tensor, "batch concepts *grid"]:
         """The maps: mean over layers and steps, reduced as `reduce` says."""
         weight = torch.tensor(self.counts, dtype=torch.float32)
-        weight = (weight / weight.sum()).view(-1, 1, 1, 1, 1)
+        weight = (weight / weight.sum()).view(-1, *[1] * (self.raw.ndim - 1))
         if self.reduce == "softmax_mean":
             return (self.soft * weight).sum(0)
         mean = (self.raw * weight).sum(0)
@@ -216,19 +265,19 @@ class ConceptMaps:
 
     def to_masks(
         self, threshold: float | Literal["mean"] = "mean"
-    ) -> Bool[Tensor, "batch concepts h w"]:
+    ) -> Bool[Tensor, "batch concepts *grid"]:
         """Return where each map lies above its own mean, or above a fixed value.
 
         Source: Helbling et al. 2025, section 5 (binary protocol).
         """
         values = self.values
         if threshold == "mean":
-            return values > values.mean(dim=(-2, -1), keepdim=True)
+            return values > values.mean(dim=tuple(range(2, values.ndim)), keepdim=True)
         if isinstance(threshold, str):
             raise ValueError(f"`threshold` must be 'mean' or a number; got {threshold!r}.")
         return values > threshold
 
-    def argmax(self, background: Sequence[str] = ()) -> Int[Tensor, "batch h w"]:
+    def argmax(self, background: Sequence[str] = ()) -> Int[Tensor, "*batch_and_grid"]:
         """Return the strongest concept of every pixel.
 
         Args:
@@ -272,6 +321,37 @@ class ConceptMaps:
             for part in (self.raw, self.soft)
         )
         return replace(self, raw=raw, soft=soft)
+
+    def plot(self, image: Image | None = None, *, index: int = 0, size: int = 192) -> Image:
+        """Return one row of named pictures: the image, if given, then every concept's map.
+
+        Args:
+            image: The picture under the maps.
+            index: Which image of the batch.
+            size: Width of one picture in pixels.
+        """
+        from PIL import Image as Pictures
+        from PIL import ImageDraw
+
+        height, width = self.raw.shape[-2:]
+        tile = (size, max(round(size * height / width), 1))
+        values = self.values
+        limits = (float(values.min()), float(values.max()))
+        names = self.names(index)
+        pictures = [] if image is None else [("", image.convert("RGB").resize(tile))]
+        for place, name in enumerate(names):
+            one = ConceptMap(name, values[:, place], limits)
+            if image is None:
+                drawn = one.to_image(tile, index=index)
+            else:
+                drawn = one.overlay(image.resize(tile), index=index)
+            pictures.append((name, drawn))
+        sheet = Pictures.new("RGB", (size * len(pictures), tile[1] + 16), "white")
+        pen = ImageDraw.Draw(sheet)
+        for place, (name, picture) in enumerate(pictures):
+            sheet.paste(picture, (place * size, 16))
+            pen.text((place * size + 3, 2), name, fill="black")
+        return sheet
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the maps to an .npz file, whole or not at all, and return its path."""

@@ -17,12 +17,12 @@ from types import TracebackType
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import Block, Call, ImageSide, adapter_for
+from .kernels.concept import concept_attention, reference, usable
 from .maps import ConceptMaps
-from .scores import Normalize, RunningMean, concept_scores
+from .scores import Normalize, RunningMean
 
 _logger = logging.getLogger(__name__)
 _logger.addHandler(logging.NullHandler())
@@ -31,6 +31,7 @@ Space = Literal["output", "cross_attention", "value"]
 Store = Literal["mean", "layers", "steps", "all"]
 Token = Literal["auto", "first", "mean", "last"]
 Vector = Literal["concept_output", "image_output", "concept_query", "image_key", "concept_value"]
+Kernels = Literal["auto", "torch", "triton"]
 Selection = str | int | slice | Sequence[int]
 MAX_CONCEPTS = 512
 
@@ -54,6 +55,7 @@ class Run:
     seen: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     means: dict[tuple[str, int, int], RunningMean] = field(default_factory=dict)
     vectors: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    guided: bool = False  # batches hold unconditional rows first
 
 
 class ConceptAttention:
@@ -78,6 +80,8 @@ class ConceptAttention:
             "first" for words of one token, else "mean".
         vectors: Names of vectors to keep for `vectors`, on the model's device.
         concept_embeds: Text vectors (concepts, dim_text) to use instead of encoding the words.
+        kernels: What computes the side attention and its scores: "torch", "triton", or "auto":
+            Triton on CUDA for at most 16 concepts and known head sizes, else torch.
 
     Raises:
         ValueError: An argument is out of range or the model family is unknown.
@@ -101,6 +105,7 @@ class ConceptAttention:
         token: Token = "auto",
         vectors: Sequence[Vector] = (),
         concept_embeds: Tensor | None = None,
+        kernels: Kernels = "auto",
     ) -> None:
         self.concepts = check_concepts(concepts)
         self.spaces: tuple[str, ...] = (space,) if isinstance(space, str) else tuple(space)
@@ -110,13 +115,14 @@ class ConceptAttention:
             ("token", (token,), get_args(Token)),
             ("normalize", (normalize,), (None, *get_args(Normalize))),
             ("vectors", tuple(vectors), get_args(Vector)),
+            ("kernels", (kernels,), get_args(Kernels)),
         ):
             for value in values:
                 if value not in known:
                     raise ValueError(f"`{name}` must be one of {known}; got {value!r}.")
         if not temperature > 0:
             raise ValueError(f"`temperature` must be above 0; got {temperature}.")
-        transformer: Any = getattr(pipe, "transformer", None)
+        transformer: Any = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
         self.adapter = adapter_for(transformer)
         assert_ready(transformer)
         self.pipe = pipe
@@ -127,10 +133,11 @@ class ConceptAttention:
         check_steps(steps)
         self.store, self.normalize, self.temperature = store, normalize, float(temperature)
         self.self_attention, self.token = self_attention, token
-        self.kept = tuple(vectors)
+        self.kept, self.kernels = tuple(vectors), kernels
         self._embeds = self._check_embeds(concept_embeds)
         self.runs: list[Run] = []
         self.stop_early = False
+        self.direct = False  # the transformer is called by us, not by the pipeline
         self._signature = inspect.signature(type(transformer).forward)
         self._handles: list[Any] = []
         self._tapped: list[tuple[nn.Module, ...]] = []
@@ -228,6 +235,7 @@ class ConceptAttention:
         self._active = False
         self._busy = False
         self._next = 0
+        self._rows = slice(0, None)
         self._stream: Tensor | None = None
         self._temb: Tensor | None = None
         self._taps: dict[int, dict[str, Tensor]] = defaultdict(dict)
@@ -237,7 +245,7 @@ class ConceptAttention:
         assert_ready(model)
         self._retap()
         bound = self._signature.bind_partial(model, *args, **kwargs)
-        self._active = self._route(Call(bound.arguments))
+        self._active = self._route(Call(bound.arguments, self.pipe.transformer.config))
 
     def _route(self, call: Call) -> bool:
         """Return whether this forward pass is the conditional one of a selected step.
@@ -251,7 +259,7 @@ class ConceptAttention:
         text = call.arguments.get("encoder_hidden_states")
         run = self.runs[-1] if self.runs else None
         if run is None or run.timesteps is not timesteps:
-            run = Run(call, timesteps)
+            run = Run(call, timesteps, guided=not self.direct and self.adapter.guided(self.pipe))
             self.runs.append(run)
         elif index == run.last_index and text is not run.last_text:
             return False
@@ -278,15 +286,29 @@ class ConceptAttention:
         if not self._active or self._busy or self._embeds is None:
             return
         with self._aside():
+            run = self.runs[-1]
+            batch = len(output) // 2 if run.guided else len(output)
             embeds = self._embeds.to(output.device, args[0].dtype)
-            if len(output) % len(embeds):
+            if batch % len(embeds):
                 raise ValueError(
                     f"`concepts` has {len(embeds)} lists of words, one per image; "
-                    f"got a batch of {len(output)} images."
+                    f"got a batch of {batch} images."
                 )
-            embeds = embeds.repeat_interleave(len(output) // len(embeds), dim=0)
-            self._stream = module(embeds)
-            self._temb = self.adapter.temb(self.model, self.runs[-1].call)
+            embeds = embeds.repeat_interleave(batch // len(embeds), dim=0)
+            self._rows = slice(len(output) - batch, None)
+            call = self._conditional(run.call, len(output))
+            self._stream = self.adapter.start(self.model, call, embeds)
+            self._temb = self.adapter.temb(self.model, call)
+
+    def _conditional(self, call: Call, batch: int) -> Call:
+        """Return the call with the rows of its conditional half alone."""
+        if self._rows.start == 0:
+            return call
+        rows = {
+            name: value[self._rows] if _per_row(value, batch) else value
+            for name, value in call.arguments.items()
+        }
+        return Call(rows, call.config)
 
     def _on_attention(self, block: Block) -> Any:
         def step(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -299,54 +321,65 @@ class ConceptAttention:
             stream, temb = self._stream, self._temb
             if stream is not None and temb is not None:
                 with self._aside():
+                    taps = {name: tap[self._rows] for name, tap in taps.items()}
                     image = self.adapter.image_side(block, taps, kwargs)
-                    self._observe(block, image, stream, temb)
+                    self._observe(block, image, stream, temb, kwargs)
             self._next = block.index + 1
             if self.stop_early and block.index == self.layers[-1]:
                 raise StopForward
 
         return step
 
-    def _observe(self, block: Block, image: ImageSide, stream: Tensor, temb: Tensor) -> None:
+    def _observe(
+        self, block: Block, image: ImageSide, stream: Tensor, temb: Tensor, arguments: Any
+    ) -> None:
         """Carry the concept stream through one layer and record its scores."""
         normed, state = self.adapter.pre(block, stream, temb)
-        q, k, v = self.adapter.qkv(block, normed)
-        keys = torch.cat([k, image.keys], dim=2) if self.self_attention else image.keys
-        values = torch.cat([v, image.values], dim=2) if self.self_attention else image.values
-        out = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype))
+        q, k, v = self.adapter.qkv(block, normed, arguments)
+        triton = self._use_triton(image, q.shape[2])
+        attend = concept_attention if triton else reference.concept_attention
+        own = (k, v) if self.self_attention else (None, None)
+        out = attend(q, own[0], own[1], image.keys, image.values, image.rotary)
         outputs = out.transpose(1, 2).flatten(2)  # [batch, concepts, dim]
         if block.index in self.layers:
             run = self.runs[-1]
             run.seen[block.index].add(run.step)
             for space in self.spaces:
-                if space == "output":
-                    scores = concept_scores(outputs, image.outputs, self.normalize)
-                elif space == "value":
-                    scores = concept_scores(
-                        v.transpose(1, 2).flatten(2), image.values.transpose(1, 2).flatten(2),
-                        self.normalize,
-                    )  # fmt: skip
-                else:
-                    scale = q.shape[1] * q.shape[-1] ** 0.5  # mean over heads
-                    scores = (
-                        concept_scores(
-                            q.transpose(1, 2).flatten(2), image.keys.transpose(1, 2).flatten(2),
-                            self.normalize,
-                        )
-                        / scale
-                    )  # fmt: skip
+                scale, ours, theirs = 1.0, outputs, image.outputs
+                if space == "value":
+                    ours, theirs = _flat(v), _flat(image.values)
+                elif space == "cross_attention":
+                    ours, theirs = _flat(q), _flat(image.rotated)
+                    scale = 1 / (q.shape[1] * q.shape[-1] ** 0.5)  # mean over heads
                 layer = block.index if self.store in ("layers", "all") else -1
                 step = run.step if self.store in ("steps", "all") else -1
                 mean = run.means.setdefault((space, layer, step), RunningMean())
-                mean.add(scores, self.temperature)
+                mean.add_vectors(
+                    ours, theirs, self.normalize, self.temperature, scale, triton=triton
+                )
             available = {
                 "concept_output": outputs, "image_output": image.outputs, "concept_query": q,
-                "image_key": image.keys, "concept_value": v,
+                "concept_value": v,
             }  # fmt: skip
+            if "image_key" in self.kept:
+                available["image_key"] = image.rotated
             for name in self.kept:
                 run.vectors[name, block.index, run.step] = available[name].detach().clone()
         if block.index < self.layers[-1]:
             self._stream = self.adapter.post(block, stream, outputs, state)
+
+    def _use_triton(self, image: ImageSide, concepts: int) -> bool:
+        """Return whether the kernels run; "auto" means on CUDA wherever they can.
+
+        Raises:
+            ValueError: They were asked for and cannot run.
+        """
+        if self.kernels == "torch" or (self.kernels == "auto" and not image.keys.is_cuda):
+            return False
+        reason = usable(image.keys, concepts)
+        if reason is not None and self.kernels == "triton":
+            raise ValueError(f"`kernels='triton'` cannot run here: {reason}.")
+        return reason is None
 
     def _after_model(self, model: nn.Module, args: Any, output: Any) -> None:
         self._reset()
@@ -462,6 +495,15 @@ class ConceptAttention:
                 f"`layers` must select at least one of {count} layers; got {layers!r}."
             )
         return tuple(sorted(chosen))
+
+
+def _flat(heads: Tensor) -> Tensor:
+    """Return (batch, tokens, heads * dim_head) from (batch, heads, tokens, dim_head)."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _per_row(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
 
 
 def check_concepts(

@@ -27,16 +27,24 @@ def concept_scores(
     Source: Helbling et al. 2025, equation of the output-space map; "linear" is the evaluation
         code's normalisation.
     """
-    concepts, patches = concepts.float(), patches.float()
-    if normalize in ("l2", "cosine"):
-        concepts = torch.nn.functional.normalize(concepts, dim=-1)
+    concepts, patches = normalized(concepts, normalize), patches.float()
     if normalize == "cosine":
         patches = torch.nn.functional.normalize(patches, dim=-1)
+    return concepts @ patches.mT
+
+
+def normalized(
+    concepts: Float[Tensor, "batch concepts dim"], normalize: Normalize | None
+) -> Float[Tensor, "batch concepts dim"]:
+    """Return float32 concept vectors, normalised as `concept_scores` does."""
+    concepts = concepts.float()
+    if normalize in ("l2", "cosine"):
+        concepts = torch.nn.functional.normalize(concepts, dim=-1)
     if normalize == "linear":
         shifted = concepts - concepts.amin(dim=1, keepdim=True)
         total = shifted.sum(dim=1, keepdim=True)
         concepts = shifted / total.clamp(min=torch.finfo(torch.float32).tiny)
-    return concepts @ patches.mT
+    return concepts
 
 
 class RunningMean:
@@ -56,3 +64,28 @@ class RunningMean:
         else:
             self.raw += (scores - self.raw) / self.count
             self.soft += (soft - self.soft) / self.count
+
+    def add_vectors(
+        self,
+        concepts: Float[Tensor, "batch concepts dim"],
+        patches: Float[Tensor, "batch patches dim"],
+        normalize: Normalize | None,
+        temperature: float,
+        scale: float = 1.0,
+        *,
+        triton: bool = False,
+    ) -> None:
+        """Count one layer at one step from its vectors; scores are `scale` times their product."""
+        from .kernels.concept import add_scores, reference
+
+        if self.raw is None or self.soft is None:
+            shape = (len(concepts), concepts.shape[1], patches.shape[1])
+            self.raw, self.soft = (
+                torch.zeros(shape, device=concepts.device, dtype=torch.float32) for _ in range(2)
+            )
+        self.count += 1
+        add = add_scores if triton else reference.add_scores
+        add(
+            normalized(concepts, normalize), patches, self.raw, self.soft,
+            self.count, temperature, scale, normalize == "cosine",
+        )  # fmt: skip

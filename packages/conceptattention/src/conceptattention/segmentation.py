@@ -64,6 +64,7 @@ def segment(
             f"got {len(prompts)}."
         )
     observer = ConceptAttention(pipe, concepts, **settings)
+    observer.direct = True
     # An exception leaves offloading half done, so offloaded models run to their end.
     observer.stop_early = not any(hasattr(m, "_hf_hook") for m in pipe.transformer.modules())
     generator = torch.Generator().manual_seed(seed)

@@ -11,7 +11,12 @@ ORACLE_ERROR = 1e-5  # largest float32 error of a concept output against a dense
 
 
 def tiny_flux(
-    *, guidance: bool = False, layers: int = 3, single_layers: int = 1, seed: int = 0
+    *,
+    guidance: bool = False,
+    layers: int = 3,
+    single_layers: int = 1,
+    channels: int = 16,
+    seed: int = 0,
 ) -> Any:
     """Return a stock `FluxPipeline` with tiny random CLIP, T5, autoencoder and transformer.
 
@@ -19,6 +24,7 @@ def tiny_flux(
         guidance: Give the transformer a guidance embedding, as Flux.1 dev has.
         layers: Dual-stream layers.
         single_layers: Single-stream layers.
+        channels: Input channels; more than 16 for pipelines that add pictures as channels.
         seed: Seed of the weights; the global generator is left as it was.
     """
     from diffusers import (
@@ -32,7 +38,8 @@ def tiny_flux(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = FluxTransformer2DModel(
-            in_channels=16, num_layers=layers, num_single_layers=single_layers,
+            in_channels=channels, out_channels=16, num_layers=layers,
+            num_single_layers=single_layers,
             attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24,
             pooled_projection_dim=20, guidance_embeds=guidance, axes_dims_rope=(4, 6, 6),
         )  # fmt: skip

@@ -30,9 +30,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of one forward pass of the transformer, by name."""
+    """One forward pass of the transformer.
+
+    Args:
+        arguments: Its arguments, by name.
+        config: The transformer's configuration.
+    """
 
     arguments: Mapping[str, Any]
+    config: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,23 @@ class ImageSide:
     """What one layer computed for the image tokens, as attention used it.
 
     Args:
-        keys: With rotary positions applied, (batch, heads, patches, dim_head).
+        keys: (batch, heads, patches, dim_head); before rotation when `rotary` is given.
         values: (batch, heads, patches, dim_head).
         outputs: Attention output before the output projection, (batch, patches, dim).
+        rotary: Cosines and sines (patches, dim_head) on neighbouring pairs of features.
     """
 
     keys: Tensor
     values: Tensor
     outputs: Tensor
+    rotary: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def rotated(self) -> Tensor:
+        """The keys as attention used them."""
+        from ..kernels.concept import reference
+
+        return self.keys if self.rotary is None else reference.rotate(self.keys, *self.rotary)
 
 
 class Adapter(ABC):
@@ -93,7 +108,15 @@ class Adapter(ABC):
 
     @abstractmethod
     def seed(self, model: nn.Module) -> nn.Module:
-        """Return the text-input projection: applied to concept vectors it starts their stream."""
+        """Return the text-input projection; the concept stream starts when the prompt passes it."""
+
+    def start(self, model: nn.Module, call: Call, embeds: Tensor) -> Tensor:
+        """Return the start of the concept stream, (batch, concepts, dim)."""
+        return self.seed(model)(embeds)  # type: ignore[no-any-return]
+
+    def guided(self, pipe: Any) -> bool:
+        """Return whether this run's batches hold unconditional rows first, then conditional."""
+        return False
 
     @abstractmethod
     def temb(self, model: nn.Module, call: Call) -> Tensor:
@@ -120,8 +143,16 @@ class Adapter(ABC):
         """Return the normalised, modulated concepts, and what `post` needs."""
 
     @abstractmethod
-    def qkv(self, block: Block, concepts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values of the concepts, (batch, heads, concepts, dim_head)."""
+    def qkv(
+        self, block: Block, concepts: Tensor, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of the concepts, (batch, heads, concepts, dim_head).
+
+        Args:
+            block: The layer.
+            concepts: As `pre` returned them.
+            arguments: Keyword arguments of the attention module's call.
+        """
 
     @abstractmethod
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
@@ -134,23 +165,26 @@ class Adapter(ABC):
         May synchronise with the device: it is called once per run, after it.
         """
 
-    @abstractmethod
     def encode_image(self, pipe: Any, image: Tensor) -> Tensor:
-        """Return clean latents as the transformer takes them, (batch, patches, channels).
+        """Return clean latents as the transformer takes them.
 
         Args:
             pipe: The pipeline.
             image: Colour in [-1, 1], (batch, 3, height, width).
         """
+        raise ValueError(f"`pipe`: `segment` does not know how {self.family} encodes pictures.")
 
-    @abstractmethod
     def arguments(
         self, pipe: Any, latents: Tensor, grid: tuple[int, int], prompt: list[str], t: float
     ) -> dict[str, Any]:
         """Return the transformer's keyword arguments for latents at noise level `t`."""
+        raise ValueError(f"`pipe`: `segment` does not know how {self.family} encodes pictures.")
 
 
 _ADAPTERS: list[Adapter] = []
+_CROSS_ATTENTION = (
+    "Allegro", "Cosmos", "HunyuanDiT", "LTX", "Latte", "PixArt", "Sana", "SkyReels", "UNet", "Wan"
+)  # fmt: skip
 
 
 def register_adapter(adapter: Adapter) -> None:
@@ -164,21 +198,43 @@ def register_adapter(adapter: Adapter) -> None:
     _ADAPTERS.insert(0, adapter)
 
 
+def known_adapters() -> list[Adapter]:
+    """Return every adapter, in the order in which they are asked."""
+    from .chroma import ChromaAdapter
+    from .cogvideox import CogVideoXAdapter
+    from .flux import FluxAdapter
+    from .flux2 import Flux2Adapter
+    from .flux_like import BriaAdapter, LongCatAdapter, OvisAdapter
+    from .hunyuan import HunyuanImageAdapter, HunyuanVideoAdapter
+    from .qwen import QwenImageAdapter
+    from .sd3 import SD3Adapter
+
+    return [
+        *_ADAPTERS, FluxAdapter(), Flux2Adapter(), SD3Adapter(), CogVideoXAdapter(),
+        QwenImageAdapter(), ChromaAdapter(), HunyuanVideoAdapter(), HunyuanImageAdapter(),
+        LongCatAdapter(), OvisAdapter(), BriaAdapter(),
+    ]  # fmt: skip
+
+
 def adapter_for(model: object) -> Adapter:
     """Return the adapter of a transformer.
 
     Raises:
-        ValueError: No registered family matches.
+        ValueError: No registered family matches, or text only enters by cross-attention.
     """
-    from .flux import FluxAdapter
-
-    known = [*_ADAPTERS, FluxAdapter()]
+    known = known_adapters()
     for adapter in known:
         if isinstance(model, nn.Module) and adapter.matches(model):
             return adapter
+    name = type(model).__name__
+    if name.startswith(_CROSS_ATTENTION):
+        raise ValueError(
+            f"`pipe` has a denoiser of class {name}, in which text enters by cross-attention and "
+            "has no residual stream; ConceptAttention needs joint attention of text and image."
+        )
     families = ", ".join(dict.fromkeys(adapter.family for adapter in known))
     raise ValueError(
-        f"`pipe` has a transformer of class {type(model).__name__}, which no adapter knows; "
+        f"`pipe` has a transformer of class {name}, which no adapter knows; "
         f"known families: {families}. Add one with `register_adapter`."
     )
 

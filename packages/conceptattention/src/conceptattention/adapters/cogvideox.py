@@ -1,0 +1,91 @@
+"""CogVideoX: text and video share all weights but their modulation; batched guidance."""
+
+# ruff: noqa: D102 (`Adapter` documents the methods)
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import Block, Call, Encoded, ImageSide, execution_device
+from .joint import JointAdapter, Token, positions_from_latents, word_vectors
+
+
+class CogVideoXAdapter(JointAdapter):
+    """Reads diffusers' `CogVideoXTransformer3DModel`."""
+
+    family = "CogVideoX"
+    model_class = "CogVideoXTransformer3DModel"
+    heads_first = True
+
+    def blocks(self, model: nn.Module) -> list[Block]:
+        found: Any = model.transformer_blocks
+        return [Block(i, f"transformer_blocks.{i}", b, b.attn1) for i, b in enumerate(found)]
+
+    def default_layers(self, model: nn.Module) -> Sequence[int]:
+        return range(len(self.blocks(model)))
+
+    def guided(self, pipe: Any) -> bool:
+        return bool(getattr(pipe, "guidance_scale", 1) > 1)
+
+    def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:
+        states = pipe.encode_prompt(
+            list(words), do_classifier_free_guidance=False, device=execution_device(pipe)
+        )[0]
+        return word_vectors(pipe.tokenizer, words, states, token)
+
+    def seed(self, model: nn.Module) -> nn.Module:
+        return model.patch_embed.text_proj  # type: ignore[return-value, union-attr]
+
+    def temb(self, model: nn.Module, call: Call) -> Tensor:
+        parts: Any = model
+        given = call.arguments
+        dtype = given["hidden_states"].dtype
+        times = parts.time_proj(given["timestep"]).to(dtype)
+        times = parts.time_embedding(times, given.get("timestep_cond"))
+        if parts.ofs_embedding is not None:
+            times = times + parts.ofs_embedding(parts.ofs_proj(given["ofs"]).to(dtype))
+        return times  # type: ignore[no-any-return]
+
+    def image_side(
+        self, block: Block, taps: Mapping[str, Tensor], arguments: Mapping[str, Any]
+    ) -> ImageSide:
+        text = arguments["encoder_hidden_states"].shape[1]
+        whole = super().image_side(block, taps, arguments)
+        return ImageSide(
+            whole.keys[:, :, text:], whole.values[:, :, text:], whole.outputs[:, text:]
+        )
+
+    def rotate(self, keys: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, None]:
+        return keys, None  # the attention rotates keys in place, after our tap saw them
+
+    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
+        module: Any = block.module
+        _, normed, _, gate = module.norm1(concepts, concepts, temb)
+        return normed, (gate, temb)
+
+    def qkv(
+        self, block: Block, concepts: Tensor, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attn: Any = block.attention
+        if attn.fused_projections:
+            q, k, v = attn.to_qkv(concepts).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.to_q(concepts), attn.to_k(concepts), attn.to_v(concepts)
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        q = q if attn.norm_q is None else attn.norm_q(q)
+        k = k if attn.norm_k is None else attn.norm_k(k)
+        return q, k, v
+
+    def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
+        module: Any = block.module
+        gate, temb = state
+        concepts = concepts + gate * module.attn1.to_out[0](outputs)
+        _, normed, _, gate = module.norm2(concepts, concepts, temb)
+        return concepts + gate * module.ff(normed)  # type: ignore[no-any-return]
+
+    def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
+        latents = call.arguments["hidden_states"].transpose(1, 2)  # frames before channels
+        return positions_from_latents(latents, call.config)

@@ -1,0 +1,164 @@
+"""What most families share: separate text weights and one attention over text and image."""
+
+# ruff: noqa: D102 (`Adapter` documents the methods)
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .base import Adapter, Block, Call, Encoded, ImageSide
+
+Token = Literal["auto", "first", "mean", "last"]
+
+
+class JointAdapter(Adapter):
+    """Reads dual-stream blocks in diffusers' naming; a family overrides where it differs."""
+
+    model_class: ClassVar[str]
+    heads_first: ClassVar[bool] = False  # layout of the keys where `norm_k` sees them
+
+    def matches(self, model: nn.Module) -> bool:
+        return type(model).__name__ == self.model_class
+
+    def blocks(self, model: nn.Module) -> list[Block]:
+        found: Any = model.transformer_blocks
+        return [Block(i, f"transformer_blocks.{i}", b, b.attn) for i, b in enumerate(found)]
+
+    def default_layers(self, model: nn.Module) -> Sequence[int]:
+        count = len(self.blocks(model))
+        return range(count // 2, count)
+
+    def seed(self, model: nn.Module) -> nn.Module:
+        return model.context_embedder  # type: ignore[return-value]
+
+    def taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
+        attn: Any = block.attention
+        fused = attn.fused_projections
+        found = {"outputs": (attn.to_out[0], "input")}
+        if fused:
+            found["qkv"] = (attn.to_qkv, "output")
+        else:
+            found["values"] = (attn.to_v, "output")
+        if attn.norm_k is not None:
+            found["keys"] = (attn.norm_k, "output")
+        elif not fused:
+            found["keys"] = (attn.to_k, "output")
+        return found  # type: ignore[return-value]
+
+    def image_side(
+        self, block: Block, taps: Mapping[str, Tensor], arguments: Mapping[str, Any]
+    ) -> ImageSide:
+        heads = block.attention.heads
+        _, keys, values = taps["qkv"].chunk(3, -1) if "qkv" in taps else (None, None, None)
+        keys, values = taps.get("keys", keys), taps.get("values", values)
+        if keys.ndim == 3:  # type: ignore[union-attr]
+            keys = keys.unflatten(-1, (heads, -1))  # type: ignore[union-attr]
+        elif self.heads_first:
+            keys = keys.transpose(1, 2)  # type: ignore[union-attr]
+        keys, rotary = self.rotate(keys, arguments)  # type: ignore[arg-type]
+        values = values.unflatten(-1, (heads, -1))  # type: ignore[union-attr]
+        return ImageSide(keys.transpose(1, 2), values.transpose(1, 2), taps["outputs"], rotary)
+
+    def rotate(
+        self, keys: Tensor, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return image keys (batch, patches, heads, dim_head) and how to rotate them yet."""
+        rotary = arguments.get("image_rotary_emb")
+        if rotary is None:
+            return keys, None
+        cos, sin = (part[-keys.shape[1] :] for part in rotary)  # text, if any, comes first
+        return keys, (cos, sin)
+
+    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
+        norm: Any = block.module.norm1_context
+        normed, *state = norm(concepts, emb=temb)
+        return normed, [part[:, None] for part in state]
+
+    def qkv(
+        self, block: Block, concepts: Tensor, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attn: Any = block.attention
+        if attn.fused_projections:
+            q, k, v = attn.to_added_qkv(concepts).chunk(3, dim=-1)
+        else:
+            q, k, v = (f(concepts) for f in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        # Concepts sit at position 0, where the rotation is the identity.
+        q = q if attn.norm_added_q is None else attn.norm_added_q(q)
+        k = k if attn.norm_added_k is None else attn.norm_added_k(k)
+        return q, k, v
+
+    def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
+        module: Any = block.module
+        gate, shift_mlp, scale_mlp, gate_mlp = state
+        concepts = concepts + gate * module.attn.to_add_out(outputs)
+        normed = module.norm2_context(concepts) * (1 + scale_mlp) + shift_mlp
+        concepts = concepts + gate_mlp * module.ff_context(normed)
+        return concepts.clip(-65504, 65504) if concepts.dtype == torch.float16 else concepts
+
+    def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
+        return positions_from_ids(call.arguments["img_ids"])
+
+
+def positions_from_ids(ids: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Return target tokens and grid from (image, row, column, ...) ids; references come after."""
+    ids = ids[0] if ids.ndim == 3 else ids
+    target = ids[:, 0] == ids[0, 0]
+    place = ids[target][:, 1:3].long()
+    rows, columns = (place.amax(0) - place.amin(0) + 1).tolist()
+    return target, (rows, columns)
+
+
+def positions_from_latents(
+    latents: Tensor, config: Mapping[str, Any]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return target tokens and grid of latents (batch, channels, [frames], height, width)."""
+    patch = config["patch_size"]
+    if isinstance(patch, int):
+        patch = (config.get("patch_size_t") or 1, patch, patch)[5 - latents.ndim :]
+    sizes = latents.shape[-len(patch) :]
+    grid = tuple(size // step for size, step in zip(sizes, patch, strict=True))
+    return torch.ones(prod(grid), dtype=torch.bool), grid
+
+
+def word_vectors(
+    tokenizer: Any,
+    words: Sequence[str],
+    states: Tensor,
+    token: Token,
+    *,
+    causal: bool = False,
+    start: int | None = None,
+    end: int | None = None,
+) -> Encoded:
+    """Return one vector per word from encoder states that hold the word's tokens.
+
+    Args:
+        tokenizer: Splits a word into its tokens.
+        words: The words.
+        states: Encoder states, one row of tokens per word.
+        token: As in `ConceptAttention`; "auto" is "last" for causal encoders.
+        causal: Whether later tokens know earlier ones only.
+        start: Position of a word's first token; 0 when None.
+        end: Position after a word's last token, instead of `start`.
+    """
+    rows = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
+    vectors = []
+    for row, line in zip(rows, states, strict=True):
+        count = max(len(row), 1)
+        first = start or 0 if end is None else end % len(line) - count
+        content = line[first : first + count]
+        rule = token if token != "auto" else "last" if causal else "mean"
+        vectors.append({"first": content[0], "mean": content.mean(0), "last": content[-1]}[rule])
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    unread = (
+        w
+        for w, row in zip(words, rows, strict=True)
+        if not row or (unknown is not None and unknown in row)
+    )
+    return Encoded(torch.stack(vectors), tuple(len(row) for row in rows), tuple(unread))

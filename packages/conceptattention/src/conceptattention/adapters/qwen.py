@@ -1,0 +1,79 @@
+"""Qwen-Image and its edit variants: complex rotary positions for text too, a causal encoder."""
+
+# ruff: noqa: D102 (`Adapter` documents the methods)
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Block, Call, Encoded, execution_device
+from .joint import JointAdapter, Token, word_vectors
+
+
+class QwenImageAdapter(JointAdapter):
+    """Reads diffusers' `QwenImageTransformer2DModel`."""
+
+    family = "Qwen-Image"
+    model_class = "QwenImageTransformer2DModel"
+
+    def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:
+        states = pipe.encode_prompt(list(words), device=execution_device(pipe))[0]
+        return word_vectors(pipe.tokenizer, words, states, token, causal=True)
+
+    def seed(self, model: nn.Module) -> nn.Module:
+        return model.txt_in  # type: ignore[return-value]
+
+    def start(self, model: nn.Module, call: Call, embeds: Tensor) -> Tensor:
+        parts: Any = model
+        return parts.txt_in(parts.txt_norm(embeds))  # type: ignore[no-any-return]
+
+    def temb(self, model: nn.Module, call: Call) -> Tensor:
+        embed: Any = model.time_text_embed
+        given = call.arguments
+        hidden, guidance = given["hidden_states"], given.get("guidance")
+        times = [given["timestep"].to(hidden.dtype)]
+        if guidance is not None:
+            times.append(guidance.to(hidden.dtype) * 1000)
+        return embed(*times, hidden, given.get("additional_t_cond"))  # type: ignore[no-any-return]
+
+    def rotate(self, keys: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, None]:
+        return _turn(keys, arguments["image_rotary_emb"][0]), None
+
+    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
+        module: Any = block.module
+        shift, scale, *state = module.txt_mod(temb)[:, None].chunk(6, dim=-1)
+        return module.txt_norm1(concepts) * (1 + scale) + shift, state
+
+    def qkv(
+        self, block: Block, concepts: Tensor, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().qkv(block, concepts, arguments)
+        # Text starts behind the picture here: every concept takes the first text position.
+        first = arguments["image_rotary_emb"][1][:1]
+        q, k = (_turn(part.transpose(1, 2), first).transpose(1, 2) for part in (q, k))
+        return q, k, v
+
+    def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
+        module: Any = block.module
+        gate, shift_mlp, scale_mlp, gate_mlp = state
+        concepts = concepts + gate * module.attn.to_add_out(outputs)
+        normed = module.txt_norm2(concepts) * (1 + scale_mlp) + shift_mlp
+        concepts = concepts + gate_mlp * module.txt_mlp(normed)
+        return concepts.clip(-65504, 65504) if concepts.dtype == torch.float16 else concepts
+
+    def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
+        shapes = call.arguments["img_shapes"][0]
+        shapes = shapes if isinstance(shapes, list) else [shapes]
+        sizes = [prod(shape) for shape in shapes]  # the picture first, then its references
+        return torch.arange(sum(sizes)) < sizes[0], tuple(shapes[0][1:])
+
+
+def _turn(states: Tensor, turns: Tensor) -> Tensor:
+    """Return states (batch, tokens, heads, dim_head) turned by complex numbers (tokens, pairs)."""
+    pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns[:, None]).flatten(-2).type_as(states)

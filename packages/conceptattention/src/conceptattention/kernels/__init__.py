@@ -1,0 +1,1 @@
+"""The side computation as Triton kernels, each with a torch twin."""

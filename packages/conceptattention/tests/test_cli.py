@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from conceptattention import ConceptMaps, cli
+
+
+@pytest.fixture
+def small(demo_pipe, monkeypatch):
+    """Commands that use a small random model in place of the embedded one."""
+    monkeypatch.setattr(cli, "_load", lambda model, device: demo_pipe)
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.main, list(arguments))
+
+
+def test_generate_writes_picture_and_maps(small, tmp_path):
+    result = run(
+        "generate", "--prompt", "a fish on water", "--concepts", "fish, water", "--steps", "2",
+        "--output", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    maps = ConceptMaps.load(tmp_path / "maps.npz")
+    assert maps.concepts == ("fish", "water")
+    picture = Image.open(tmp_path / "image.png")
+    assert Image.open(tmp_path / "maps.png").size[0] == 3 * 192
+    assert picture.size == (64, 64)
+
+
+def test_segment_reports_shares(small, tmp_path):
+    path = tmp_path / "in.png"
+    Image.fromarray(np.full((80, 90, 3), 99, np.uint8)).save(path)
+    result = run(
+        "segment", "--image", str(path), "--concepts", "fish,water", "--output", str(tmp_path)
+    )
+    assert result.exit_code == 0, result.output
+    shares = [int(line.split()[-4][:-1]) for line in result.output.splitlines()[:2]]
+    assert abs(sum(shares) - 100) <= 1
+    assert ConceptMaps.load(tmp_path / "maps.npz").values.shape == (1, 2, 32, 32)
+
+
+def test_user_errors_are_one_line(small, tmp_path):
+    result = run("generate", "--prompt", "a", "--concepts", " , ", "--output", str(tmp_path))
+    assert result.exit_code == 2
+    assert "`concepts` must hold at least one word" in result.output
+
+
+def test_defaults_load_the_embedded_model():
+    options = {option.name: option.default for option in cli.generate.params}
+    pipe = cli._load(options["model"], options["device"])
+    assert type(pipe).__name__ == "DemoPipeline"
+
+
+def test_models_lists_every_family():
+    result = run("models")
+    assert result.exit_code == 0
+    for name in ("Flux.1", "Flux.2", "Stable Diffusion 3", "CogVideoX", "Qwen-Image", "Chroma"):
+        assert name in result.output

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from conceptattention.kernels.concept import add_scores, concept_attention, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return made.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize(
+    ("concepts", "patches", "dim", "own", "rotary", "dtype"),
+    [
+        (1, 64, 32, True, True, torch.float32),
+        (5, 333, 16, True, True, torch.float32),
+        (16, 130, 64, False, True, torch.float32),
+        (2, 7, 32, True, False, torch.float32),
+        (5, 257, 128, True, True, torch.float16),  # the interpreter has no bfloat16 products
+        pytest.param(5, 4096, 128, True, True, torch.bfloat16, marks=pytest.mark.gpu),
+    ],
+)
+def test_attention_equals_its_twin(concepts, patches, dim, own, rotary, dtype):
+    q, k, v = (normal(2, 3, concepts, dim, seed=s, dtype=dtype) for s in (1, 2, 3))
+    # Patches lie (batch, patches, heads, dim), as the taps see them.
+    keys, values = (normal(2, patches, 3, dim, seed=s, dtype=dtype).transpose(1, 2) for s in (4, 5))
+    angle = normal(patches, dim // 2, seed=6).repeat_interleave(2, dim=1)
+    turn = (angle.cos(), angle.sin()) if rotary else None
+    k, v = (k, v) if own else (None, None)
+    ours = concept_attention(q, k, v, keys, values, turn)
+    wide = [None if x is None else x.double() for x in (q, k, v, keys, values)]
+    exact = reference.concept_attention(*wide, turn)
+    twin = reference.concept_attention(q, k, v, keys, values, turn)
+    bound = 2 * (twin.double() - exact).abs().max() + 1e-6 + (1e-2 if dtype != torch.float32 else 0)
+    assert (ours.double() - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize(("concepts", "patches", "dim"), [(1, 33, 160), (5, 64, 96), (16, 45, 384)])
+def test_scores_equal_their_twin(concepts, patches, dim, cosine):
+    means = [torch.zeros(2, concepts, patches, device=DEVICE) for _ in range(4)]
+    for count in (1, 2, 3):
+        c, x = normal(2, concepts, dim, seed=count), normal(2, patches, dim, seed=10 + count)
+        add_scores(c, x, means[0], means[1], count, 2.0, 0.5, cosine)
+        reference.add_scores(c, x, means[2], means[3], count, 2.0, 0.5, cosine)
+    torch.testing.assert_close(means[0], means[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(means[1], means[3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(means[1].sum(1), torch.ones(2, patches, device=DEVICE))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"self_attention": False}, {"normalize": "cosine"}])
+def test_maps_are_the_same_by_kernels(flux, kwargs):
+    from conceptattention import ConceptAttention
+
+    maps = []
+    for kernels in ("torch", "triton"):
+        with ConceptAttention(
+            flux, ["cat", "grass", "sky"], kernels=kernels, store="layers",
+            space=["output", "cross_attention", "value"], **kwargs,
+        ) as observer:  # fmt: skip
+            flux("a cat on grass", height=16, width=32, num_inference_steps=2,
+                 generator=torch.Generator().manual_seed(0), output_type="pt",
+                 max_sequence_length=16)  # fmt: skip
+        maps.append([observer.heatmaps(space=s) for s in observer.spaces])
+    for plain, fast in zip(*maps, strict=True):
+        torch.testing.assert_close(plain.raw, fast.raw, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(plain.soft, fast.soft, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_kernels_that_cannot_run_say_why(flux):
+    from conceptattention import ConceptAttention
+
+    with pytest.raises(ValueError, match=r"`kernels` must be one of .*; got 'cuda'"):
+        ConceptAttention(flux, ["cat"], kernels="cuda")
+    message = r"`kernels='triton'` cannot run here: more than 16 concepts \(17\)"
+    with (
+        pytest.raises(ValueError, match=message),
+        ConceptAttention(flux, [str(i) for i in range(17)], kernels="triton"),
+    ):
+        flux("a cat", height=16, width=16, num_inference_steps=1, max_sequence_length=16)
