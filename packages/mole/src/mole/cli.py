@@ -11,7 +11,7 @@ from .__about__ import __version__
 
 _logger = logging.getLogger(__name__)
 
-_FORMATS = ("fp32", "fp16", "bf16", "int8", "nf4")
+_FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "nf4", "nf3")
 _ORIGIN = (
     "independent implementation of Mixture of Lookup Experts (arXiv 2503.15798); "
     "not the PyPI project 'mole'"

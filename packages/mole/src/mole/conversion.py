@@ -46,8 +46,8 @@ def convert(
     Args:
         model: A model in expert form, on any device.
         output: Folder to write; made if missing.
-        fmt: Format of the table, one of `mole.lut.FORMATS`: `"fp32"`, `"fp16"`, `"bf16"`, `"int8"`
-            or `"nf4"`.
+        fmt: Format of the table, one of `mole.lut.FORMATS`: `"fp32"`, `"fp16"`, `"bf16"`, `"int8"`,
+            `"fp8"`, `"nf4"` or `"nf3"`.
         chunk: Ids to compute at a time; if None up to 1,024 that need up to 64 MiB.
         resume: Go on with an interrupted conversion of the same weights, and keep a table that is
             complete already; else start from the beginning.
@@ -129,6 +129,10 @@ def _plan(model: MoleForCausalLM, fmt: str, chunk: int | None) -> LutMeta:
         raise ValueError(f"`fmt` must be one of {', '.join(FORMATS)}; got {fmt!r}.")
     if fmt == "nf4" and config.hidden_size % 2:
         raise ValueError(f"`fmt` 'nf4' needs an even `hidden_size`; got {config.hidden_size}.")
+    if fmt == "nf3" and config.hidden_size % 8:
+        raise ValueError(
+            f"`fmt` 'nf3' needs a `hidden_size` that 8 divides; got {config.hidden_size}."
+        )
     if chunk is not None and chunk < 1:
         raise ValueError(f"`chunk` must be at least 1; got {chunk}.")
     rows = model.model.embed_tokens.weight.shape[0]
