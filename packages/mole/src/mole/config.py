@@ -145,7 +145,8 @@ class MoleConfig(DenseConfig):
         lookup_form: `"experts"` (feed-forward networks, to train) or `"table"` (a lookup table, to
             deploy).
         dedup: `"off"` runs the experts on every token, `"micro"` once on every distinct id of the
-            batch. Both give the same values and gradients up to the order of summation.
+            batch, `"step"` once on every distinct id of an optimiser step inside a `StepBank` (as
+            `"micro"` outside). All give the same values and gradients up to the order of summation.
         lut: Where the table of a `"table"` model is and what it holds: `path` (relative to the
             model's folder), `format` and `fingerprint`.
 
@@ -184,7 +185,8 @@ class MoleConfig(DenseConfig):
                 "`lookup_layers` must be ascending layer numbers between 0 and "
                 f"{self.num_hidden_layers - 1}; got {layers}."
             )
-        for name, allowed in (("lookup_form", ("experts", "table")), ("dedup", ("off", "micro"))):
+        choices = {"lookup_form": ("experts", "table"), "dedup": ("off", "micro", "step")}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"`{name}` must be one of {', '.join(map(repr, allowed))}; "

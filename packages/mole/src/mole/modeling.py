@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .config import DenseConfig, MoeConfig, MoleConfig
 from .kernels.combine import dispatch
-from .lookup import Lookup, distinct_ids
+from .lookup import Lookup, Repeats, StepBank, distinct_ids
 from .lut import LutRows, LutStore, open_lut
 
 LayerRows = tuple[Tensor, Tensor | None]
@@ -213,15 +213,16 @@ class _DecoderLayer(GradientCheckpointingLayer):
         self,
         hidden: Float[Tensor, "batch seq_q dim"],
         embeddings: Tensor,
-        inverse: Tensor | None,
+        repeats: Repeats | None,
         rows: LayerRows | None,
         rotary: tuple[Tensor, Tensor],
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the new hidden states and the router's logits.
 
-        The lookup block reads `rows` of the table, or else runs its experts on `embeddings`: those
-        of every token, or of the distinct ids when `inverse` tells which one is each token's.
+        The lookup block reads `rows` of the table or of a bank, or else runs its experts on
+        `embeddings`: those of every token, or of the distinct ids when `repeats` tells which one is
+        each token's. `rows` with `repeats` are a bank's values and its gradient buffer.
         """
         attended = hidden + self.self_attn(self.input_layernorm(hidden), rotary, **kwargs)[0]
         x = self.post_attention_layernorm(attended)
@@ -232,8 +233,13 @@ class _DecoderLayer(GradientCheckpointingLayer):
         if self.lookup is None:
             return output, None
         logits = nn.functional.linear(x, self.lookup.router.weight)
-        values, scales = rows or (self.lookup.token_values(embeddings, inverse), None)
-        mixed = dispatch(logits.flatten(0, 1), values, output.flatten(0, 1), scales)
+        flat = logits.flatten(0, 1), output.flatten(0, 1)
+        if repeats is not None:
+            values, bank = rows or (self.lookup.values(embeddings), None)
+            mixed = self.lookup.mixed(*flat, values, repeats, bank)
+        else:
+            values, scales = rows or (self.lookup.values(embeddings).flatten(0, 1), None)
+            mixed = dispatch(flat[0], values, flat[1], scales)
         return mixed.view_as(output), logits
 
 
@@ -284,9 +290,13 @@ class _Decoder(MolePreTrainedModel):
         self.post_init()
 
     def _sources(
-        self, ids: Tensor | None, embeds: Tensor, lut_rows: LutRows | None
-    ) -> tuple[Tensor, Tensor | None, list[LayerRows | None]]:
-        """Return embeddings, their inverse index, and every layer's rows, for the lookup."""
+        self,
+        ids: Tensor | None,
+        embeds: Tensor,
+        lut_rows: LutRows | None,
+        distinct: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Repeats | None, list[LayerRows | None]]:
+        """Return embeddings, the repeats among them, and every layer's rows, for the lookup."""
         return embeds, None, [None] * len(self.layers)
 
     @merge_with_config_defaults
@@ -301,6 +311,7 @@ class _Decoder(MolePreTrainedModel):
         use_cache: bool | None = None,
         lookup_ids: Int[Tensor, "batch seq_q"] | None = None,
         lut_rows: LutRows | None = None,
+        distinct: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """Return the last hidden states, the cache, and every router's logits.
@@ -315,6 +326,7 @@ class _Decoder(MolePreTrainedModel):
             use_cache: Return a cache.
             lookup_ids: Ids that the lookup experts see; `input_ids` if None.
             lut_rows: Rows of the table for these ids, fetched beforehand.
+            distinct: What `distinct_ids` gives for these ids, computed beforehand.
             **kwargs: Passed on to the attention implementation.
 
         Raises:
@@ -339,14 +351,14 @@ class _Decoder(MolePreTrainedModel):
             position_ids=position_ids,
         )
         ids = input_ids if lookup_ids is None else lookup_ids
-        embeddings, inverse, rows = self._sources(ids, inputs_embeds, lut_rows)
+        embeddings, repeats, rows = self._sources(ids, inputs_embeds, lut_rows, distinct)
         rotary = self.rotary(position_ids, inputs_embeds.dtype)
         hidden, routers = inputs_embeds, []
         for layer, layer_rows in zip(self.layers, rows, strict=True):
             hidden, logits = layer(
                 hidden,
                 embeddings,
-                inverse,
+                repeats,
                 layer_rows,
                 rotary,
                 attention_mask=mask,
@@ -381,11 +393,16 @@ class MoleModel(_Decoder):
 
     def __init__(self, config: MoleConfig) -> None:
         super().__init__(config)
+        self.bank: StepBank | None = None
         self.lut: LutStore | None = None  # outside the state dict and the device map, on purpose
 
     def _sources(
-        self, ids: Tensor | None, embeds: Tensor, lut_rows: LutRows | None
-    ) -> tuple[Tensor, Tensor | None, list[LayerRows | None]]:
+        self,
+        ids: Tensor | None,
+        embeds: Tensor,
+        lut_rows: LutRows | None,
+        distinct: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Repeats | None, list[LayerRows | None]]:
         if self.config.lookup_form == "table" and lut_rows is not None:
             return embeds, None, self._layer_rows(lut_rows, embeds.dtype)
         if lut_rows is not None:
@@ -394,9 +411,12 @@ class MoleModel(_Decoder):
             raise ValueError("`lookup_ids` must be given along with `inputs_embeds`; got None.")
         if self.config.lookup_form == "experts":
             none: list[LayerRows | None] = [None] * len(self.layers)
-            if self.config.dedup == "micro":
-                distinct, inverse = distinct_ids(ids, self.config.vocab_size)
-                return self.embed_tokens(distinct), inverse, none
+            if self.bank is not None:
+                filled = [self.bank.layer(index) for index in range(len(self.layers))]
+                return embeds, self.bank.repeats(ids), list(filled)
+            if self.config.dedup != "off" or distinct is not None:
+                few, inverse = distinct or distinct_ids(ids, self.config.vocab_size)
+                return self.embed_tokens(few), Repeats.of(inverse, len(few)), none
             return self.embed_tokens(ids), None, none
         if self.lut is None:
             raise ValueError(
