@@ -540,13 +540,13 @@ class MoleForCausalLM(_ForCausalLM):
         store: LutStore | None = self.model.lut
         return store
 
-    def open_lut(self, path: str | Path, store: str = "mmap") -> None:
+    def open_lut(self, path: str | Path, store: str = "mmap", cache: int = 0) -> None:
         """Open a lookup table and use it from now on.
 
         Args:
             path: Folder that holds `lut.json`.
-            store: `"mmap"` reads rows from the memory-mapped file, `"device"` keeps the whole
-                table on the model's device.
+            store: Where the rows are kept, as `mole.open_lut` has it; for the model's device.
+            cache: Recently used rows to keep on the model's device.
 
         Raises:
             ValueError: The model is in expert form, or `store` is unknown.
@@ -557,7 +557,7 @@ class MoleForCausalLM(_ForCausalLM):
                 "`open_lut` needs a model with `lookup_form` 'table'; this one is in the form "
                 f"{self.config.lookup_form!r}: convert it first."
             )
-        table = open_lut(path, store=store, device=self.device)
+        table = open_lut(path, store=store, device=self.device, cache=cache)
         table.meta.check_fits(self.config)
         self.model.lut = table
 
@@ -570,7 +570,7 @@ class MoleForCausalLM(_ForCausalLM):
         Args:
             pretrained_model_name_or_path: Folder, or name on the hub.
             *args: Passed on to transformers.
-            lut_store: How the table is held: `"mmap"` or `"device"`.
+            lut_store: Where the rows are kept, as `mole.open_lut` has it.
             **kwargs: Passed on to transformers.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
