@@ -85,7 +85,7 @@ def test_quiet_conversion_shows_no_bar(run, saved, tmp_path):
     [
         (["nothing"], "No such command 'nothing'"),
         (["convert", "{tmp}/no", "{tmp}/t"], "it has no config.json"),
-        (["convert", "{saved}", "{tmp}/t", "--format", "fp8"], "'fp8' is not one of 'fp32'"),
+        (["convert", "{saved}", "{tmp}/t", "--format", "nf2"], "'nf2' is not one of 'fp32'"),
         (["convert", "{saved}", "{tmp}/t", "--chunk", "0"], "0 is not in the range x>=1"),
         (["convert", "{saved}", "{saved}"], "that would be lost"),
         (["verify", "{tmp}/no"], "lut.json"),

@@ -52,5 +52,5 @@ def test_bad_arguments_are_named(make_config, make_mole, tokens):
     decoder = Decoder(DenseForCausalLM(make_config("dense")).to(DEVICE), 3, 12)
     with pytest.raises(ValueError, match="`prompts` must have 3 rows of 1 to 11 ids; got 2 of 11"):
         decoder.generate(tokens, 1)
-    with pytest.raises(ValueError, match="`new_tokens` must be 1 to 1, .*; got 2"):
+    with pytest.raises(ValueError, match=r"`new_tokens` must be 1 to 1, .*; got 2"):
         decoder.generate(tokens, 2)

@@ -49,7 +49,15 @@ def fp16(make_mole, tmp_path):
 
 @pytest.mark.parametrize(
     ("fmt", "bound"),
-    [("fp32", 0), ("fp16", 2**-11), ("bf16", 2**-8), ("int8", 0.5 / 127), ("fp8", 2**-4), ("nf4", 0.16), ("nf3", 0.24)],
+    [
+        ("fp32", 0),
+        ("fp16", 2**-11),
+        ("bf16", 2**-8),
+        ("int8", 0.5 / 127),
+        ("fp8", 2**-4),
+        ("nf4", 0.16),
+        ("nf3", 0.24),
+    ],
 )
 def test_decoded_values_are_close_to_the_encoded(fmt, bound):
     values = torch.randn(5, 3, 2, 16, generator=torch.Generator().manual_seed(0))
@@ -227,7 +235,7 @@ def test_ids_out_of_range_are_named(fp16, store, wrong):
 
 
 def test_unknown_store_and_closed_store_are_refused(fp16):
-    with pytest.raises(ValueError, match="`store` must be one of 'mmap', .*; got 'tape'"):
+    with pytest.raises(ValueError, match=r"`store` must be one of 'mmap', .*; got 'tape'"):
         open_lut(fp16, store="tape")
     for kind in STORES:
         store = open_lut(fp16, store=kind, cache=2 if kind == "disk" else 0)

@@ -113,9 +113,11 @@ class Decoder:
         lookup = isinstance(model, MoleForCausalLM)
         if lookup and (model.config.lookup_form != "table" or model.lut is None):
             raise ValueError("`model` must be in table form with an open table; convert it first.")
-        self.model, self.config, self.batch, self.length = model, model.config, batch, length
+        self.model: Any = model
+        self.config: Any = model.config
+        self.batch, self.length = batch, length
         self.store: Any = model.lut if lookup else None
-        weight = model.get_input_embeddings().weight
+        weight: Tensor = self.model.get_input_embeddings().weight
         self.device, self.dtype = weight.device, weight.dtype
         cuda = self.device.type == "cuda"
         self.captured = cuda if captured is None else captured
@@ -131,7 +133,8 @@ class Decoder:
     @torch.no_grad()
     def _prepare(self) -> None:
         """Fuse weights and allocate everything a step touches."""
-        config, model = self.config, self.model.model
+        config = self.config
+        model: Any = self.model.model
         size = (self.batch, config.num_key_value_heads, self.length, config.head_dim)
         norms = [layer.input_layernorm.weight for layer in model.layers[1:]] + [model.norm.weight]
         self.layers = []
@@ -216,7 +219,8 @@ class Decoder:
     def _step(self) -> None:
         """Run one token of every sequence through the model."""
         events = self._fetch()
-        model, config = self.model.model, self.config
+        model: Any = self.model.model
+        config = self.config
         self.history.index_copy_(1, self.position, self.ids[:, None])
         hidden = model.embed_tokens(self.ids)
         normed = nn.functional.rms_norm(

@@ -222,9 +222,7 @@ class PinnedStore(_TensorStore):
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             flat = ids.flatten()
-            out = torch.empty(
-                len(flat), self.meta.row_stride, dtype=torch.uint8, device=ids.device
-            )
+            out = torch.empty(len(flat), self.meta.row_stride, dtype=torch.uint8, device=ids.device)
             gather(self.table, flat, out, self.flag)
         arrived = self.stream.record_event()
         ids.record_stream(self.stream)
@@ -389,9 +387,7 @@ class CachedStore(_Store):
         device: Memory to keep them in.
     """
 
-    def __init__(
-        self, store: "_Store", capacity: int, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, store: "_Store", capacity: int, device: torch.device | str = "cpu") -> None:
         super().__init__(store.meta)
         if capacity < 1:
             raise ValueError(f"`capacity` must be at least 1; got {capacity}.")

@@ -8,8 +8,8 @@ result has the residual's type. Values are float32, float16, bfloat16, int8 or f
 NF4 pairs (uint8: byte i holds element i in the low half, element i + dim/2 in the high half) or NF3
 planes (uint8: dim/4 bytes with the low bits of four quarters, dim/8 bytes with the high bits of
 eight eighths). Any number of experts and any dim (even for NF4, a multiple of 8 for NF3). Rows of
-NaN logits give NaN. `_combine_norm_kernel` adds an update to the residual first and also returns the
-RMSNorm of the result: the end of one decoding layer and the start of the next in one launch.
+NaN logits give NaN. `_combine_norm_kernel` adds an update to the residual first and returns
+the RMSNorm of the result, too: the end of a decoding layer and the start of the next in one launch.
 Source: Jie et al. 2025 (arXiv 2503.15798), equation 6.
 """
 

@@ -69,9 +69,7 @@ def _gates_grad_kernel(
             values_ptr + (row * experts + n[:, None]) * dim + d[None, :], mask=mask, other=0.0
         )
         total += tl.sum(grad[None, :] * values.to(tl.float32), axis=1)
-    tl.store(
-        out_ptr + token * experts + n, total.to(out_ptr.dtype.element_ty), mask=n < experts
-    )
+    tl.store(out_ptr + token * experts + n, total.to(out_ptr.dtype.element_ty), mask=n < experts)
 
 
 @triton.jit
@@ -118,9 +116,7 @@ def _segment_sum_kernel(
         tl.store(cells, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch_mix(
-    gates: torch.Tensor, values: torch.Tensor, inverse: torch.Tensor
-) -> torch.Tensor:
+def _launch_mix(gates: torch.Tensor, values: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """Return the gated sums; all tensors are contiguous."""
     experts, dim = values.shape[1:]
     out = torch.empty((len(inverse), dim), dtype=values.dtype, device=values.device)
