@@ -240,6 +240,139 @@ def generate(
     click.echo(tokenizer.decode(found[0], skip_special_tokens=True))
 
 
+@main.command()
+@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--model", type=click.Path(path_type=Path), help="Model to train further.")
+@click.option("--config", type=click.Path(path_type=Path), help="config.json of a new model.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder; else the model's.")
+@click.option("--steps", default=1000, show_default=True, help="Optimiser steps.")
+@click.option("--batch", default=64, show_default=True, help="Sequences in a step, in all.")
+@click.option("--micro-batch", default=8, show_default=True, help="Sequences in a forward pass.")
+@click.option("--context", default=512, show_default=True, help="Tokens in a sequence.")
+@click.option("--lr", default=6e-4, show_default=True, help="Peak learning rate.")
+@click.option("--seed", default=0, show_default=True, help="Seed of weights and data order.")
+@click.option(
+    "--dedup",
+    type=click.Choice(["off", "micro", "step"]),
+    help="Run lookup experts on every token, or once per id of a batch or step.",
+)
+@click.option("--save-every", default=500, show_default=True, help="Steps between checkpoints.")
+@click.option("--stop-after", type=int, help="Stop with a checkpoint after this step.")
+@click.option("--resume/--no-resume", default=True, help="Go on from OUTPUT's checkpoint.")
+@click.option("--compile/--no-compile", "compiled", default=False, help="Compile the layers.")
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+def train(
+    data: tuple[Path, ...],
+    output: Path,
+    model: Path | None,
+    config: Path | None,
+    tokenizer: Path | None,
+    dedup: str | None,
+    save_every: int,
+    stop_after: int | None,
+    resume: bool,
+    compiled: bool,
+    progress: bool,
+    **chosen: Any,
+) -> None:
+    """Train a model on the files DATA: text, .jsonl (also .gz, .xz), or ids in .npy.
+
+    Runs in one process, or in many under `accelerate launch -m mole train ...`.
+    """
+    if (model is None) == (config is None):
+        raise ValueError("Exactly one of `--model` and `--config` must be given.")
+    _quiet()
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from .modeling import register
+    from .training import TrainSettings, load_tokens
+    from .training import train as run
+
+    register()
+    torch.manual_seed(chosen["seed"])
+    if config is None:
+        trained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    else:
+        trained = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config))
+    if dedup is not None:
+        trained.config.dedup = dedup
+    words = None
+    if tokenizer is not None or (model is not None and any(model.glob("tokenizer*"))):
+        words = AutoTokenizer.from_pretrained(tokenizer or model)
+    tokens = load_tokens(list(data), trained.config.vocab_size, words)
+    run(
+        trained,
+        tokens,
+        output,
+        TrainSettings(**chosen),
+        tokenizer=words,
+        resume=resume,
+        save_every=save_every,
+        stop_after=stop_after,
+        compiled=compiled,
+        progress=progress,
+    )
+    click.echo(f"Wrote {output} ({len(tokens):,} tokens of text).")
+
+
+@main.command()
+@click.argument("base", type=click.Path(path_type=Path, exists=True))
+@click.argument("output", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--gguf", help="Name of a GGUF file in BASE to load (needs the package gguf).")
+@click.option("--experts", default=4, show_default=True, help="Lookup experts in a layer.")
+@click.option("--inner", type=click.IntRange(min=1), help="Inner width of an expert.")
+@click.option("--layers", help="Layers that get experts, such as 0,2,4; all if left out.")
+def upcycle(
+    base: Path, output: Path, gguf: str | None, experts: int, inner: int | None, layers: str | None
+) -> None:
+    """Add lookup experts to the dense or Llama-type model BASE; its logits stay as they are."""
+    _quiet()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from .modeling import register
+    from .upcycle import upcycle as run
+
+    register()
+    try:
+        chosen = None if layers is None else [int(part) for part in layers.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"`--layers` must be numbers with commas between; got {layers!r}."
+        ) from None
+    more = {} if gguf is None else {"gguf_file": gguf}
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **more)
+    model = run(loaded, experts, inner, chosen)
+    model.save_pretrained(output)
+    _copy_tokenizer(base, output)
+    click.echo(f"Wrote {output}: {model.num_parameters():,} parameters; train it further.")
+
+
+@main.command()
+@click.argument("topic", type=click.Choice(["decode", "train"]))
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("bench-output/mole"),
+    show_default=True,
+    help="Folder for TOPIC.json.",
+)
+@click.option("--shape", type=click.Choice(["tiny", "160m", "410m", "1b"]), default="410m")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+def bench(topic: str, output: Path, shape: str, device: str) -> None:
+    """Measure TOPIC with random weights, all contenders in one run, after checking results."""
+    _quiet()
+    from fourfold_common import Results
+
+    from .bench import run
+
+    path = run(topic, output, click.echo, device, shape=shape)
+    click.echo(Results.load(path).to_markdown())
+    click.echo(f"Wrote {path}")
+
+
 def _quiet() -> None:
     """Keep transformers' own bars off the screen: ours show what takes time."""
     from transformers.utils import logging as transformers_logging

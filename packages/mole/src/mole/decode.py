@@ -113,6 +113,8 @@ class Decoder:
         lookup = isinstance(model, MoleForCausalLM)
         if lookup and (model.config.lookup_form != "table" or model.lut is None):
             raise ValueError("`model` must be in table form with an open table; convert it first.")
+        if model.config.mlp_type != "plain":
+            raise ValueError("`model` must have plain feed-forward blocks; use its `generate`.")
         self.model: Any = model
         self.config: Any = model.config
         self.batch, self.length = batch, length

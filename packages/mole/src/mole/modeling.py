@@ -150,11 +150,16 @@ class _Mlp(nn.Module):
     def __init__(self, config: DenseConfig) -> None:
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_proj = None
+        if config.mlp_type == "swiglu":
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = _ResidualLinear(config.intermediate_size, config.hidden_size, bias=False)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Float[Tensor, "batch seq_q dim"]) -> Float[Tensor, "batch seq_q dim"]:
-        output: Tensor = self.down_proj(self.act(self.up_proj(x)))
+        up = self.up_proj(x)
+        inner = self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up
+        output: Tensor = self.down_proj(inner)
         return output
 
 
