@@ -5,7 +5,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from mole import DenseForCausalLM, MoleForCausalLM, convert, from_upstream, to_upstream, upcycle
 
@@ -37,6 +43,51 @@ def test_an_upcycled_llama_has_the_llamas_logits(llama, tokens, tmp_path, tied):
         convert(model, tmp_path / "table", progress=False)
         table = MoleForCausalLM.from_pretrained(tmp_path / "table").eval()
         torch.testing.assert_close(table(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_llama_from_a_gguf_file(llama, tokens, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    base = llama(tie_word_embeddings=False, num_key_value_heads=4)
+    path = tmp_path / "base.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(3)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(500.0)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(60)
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+             "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+             "model.embed_tokens": "token_embd", "model.norm": "output_norm",
+             "lm_head": "output"}  # fmt: skip
+    for name, value in base.state_dict().items():
+        key = name.removesuffix(".weight")
+        array = value.clone()
+        if key.endswith(("q_proj", "k_proj")):  # the file format interleaves rotary pairs
+            array = array.view(4, 2, 4, 32).transpose(1, 2).reshape(32, 32)
+        if key.startswith("model.layers."):
+            _, _, layer, rest = key.split(".", 3)
+            key = f"blk.{layer}.{names[rest]}"
+        else:
+            key = names[key]
+        writer.add_tensor(f"{key}.weight", array.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="base.gguf", dtype=torch.float32
+    ).eval()
+    model = upcycle(loaded, experts=2)
+    with torch.no_grad():
+        expected = base(tokens).logits
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_upcycled_model_learns_with_its_backbone_frozen(make_config, tokens):

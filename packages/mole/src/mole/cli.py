@@ -317,6 +317,56 @@ def train(
     click.echo(f"Wrote {output} ({len(tokens):,} tokens of text).")
 
 
+@main.command("eval")
+@click.argument("model", type=click.Path(path_type=Path, exists=True))
+@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option(
+    "--task",
+    type=click.Choice(["perplexity", "cloze"]),
+    default="perplexity",
+    show_default=True,
+    help="Loss on consecutive windows, or the last word of every text.",
+)
+@click.option("--context", type=click.IntRange(min=2), help="Tokens in a window.")
+@click.option("--store", default="mmap", show_default=True, help="Where a table's rows are kept.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+def evaluate(
+    model: Path, data: tuple[Path, ...], task: str, context: int | None, store: str, device: str
+) -> None:
+    """Evaluate MODEL, in any form, on the files DATA: text or .jsonl (also .gz, .xz)."""
+    _quiet()
+    import json
+    from dataclasses import asdict
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fourfold_common import pick_device
+
+    from .demo.train import encode, token_bytes
+    from .evaluation import last_word_cloze, summarise, window_losses
+    from .modeling import register
+    from .training.data import texts
+
+    register()
+    where, _ = pick_device(device)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(where).eval()
+    if getattr(loaded, "lut", None) is not None:
+        loaded.open_lut(model / loaded.config.lut["path"], store)
+    words = AutoTokenizer.from_pretrained(model)
+    found = [text for path in data for text in texts(path)]
+    if task == "cloze":
+        figures = asdict(last_word_cloze(loaded, words, found))
+    else:
+        tokens = encode(words, found)
+        losses = window_losses(
+            loaded, tokens, min(context or loaded.config.max_position_embeddings, len(tokens))
+        )
+        summary = summarise(losses, tokens, token_bytes(words))
+        figures = asdict(summary) | {"perplexity": losses.double().mean().exp().item()}
+    click.echo(json.dumps(figures, indent=1))
+
+
 @main.command()
 @click.argument("base", type=click.Path(path_type=Path, exists=True))
 @click.argument("output", type=click.Path(path_type=Path, file_okay=False))
@@ -344,7 +394,10 @@ def upcycle(
         ) from None
     more = {} if gguf is None else {"gguf_file": gguf}
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **more)
-    model = run(loaded, experts, inner, chosen)
+    try:
+        model = run(loaded, experts, inner, chosen)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
     model.save_pretrained(output)
     _copy_tokenizer(base, output)
     click.echo(f"Wrote {output}: {model.num_parameters():,} parameters; train it further.")

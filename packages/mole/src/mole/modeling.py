@@ -566,6 +566,17 @@ class MoleForCausalLM(_ForCausalLM):
         table.meta.check_fits(self.config)
         self.model.lut = table
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Return the inputs of one step; in table form with the rows of its ids.
+
+        `generate` may compile the forward pass, but not this: rows are fetched here.
+        """
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        ids = inputs.get("input_ids")
+        if self.lut is not None and ids is not None:
+            inputs["lut_rows"] = self.lut.rows(ids)
+        return inputs
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, lut_store: str = "mmap", **kwargs: Any
