@@ -47,7 +47,7 @@ class _OneLineErrors(click.Group):
 @click.version_option(__version__, prog_name="mole")
 @click.option("-v", "--verbose", is_flag=True, help="Log details, with tracebacks of errors.")
 def main(verbose: bool) -> None:
-    """Mixture of Lookup Experts language models: convert, generate, verify, and a demonstration."""
+    """Mixture of Lookup Experts language models: train, convert, evaluate, generate, measure."""
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
@@ -408,7 +408,7 @@ def upcycle(
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path("bench-output/mole"),
+    default=Path("demo-output/mole-bench"),
     show_default=True,
     help="Folder for TOPIC.json.",
 )

@@ -127,12 +127,23 @@ class _TensorStore(_Store):
 
     def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
         """Return whole rows as they are on disk, on the ids' device."""
-        if self.table.is_cuda:
-            self._check_open()
-            wanted = ids.to(self.table.device)
-        else:
-            wanted = self._host_ids(ids)
-        return self.table.index_select(0, wanted).to(ids.device)
+        self._check_open()
+        try:
+            rows = self.table.index_select(0, ids.to(self.table.device))
+        except (IndexError, RuntimeError):
+            if self.table.device.type == "cpu":
+                self._host_ids(ids)  # names the id, at no cost while all are right
+            raise
+        return rows.to(ids.device)
+
+    def rows(self, ids: Int[Tensor, "*tokens"]) -> LutRows:
+        """Return the rows of the ids, flattened, on the ids' device.
+
+        Raises:
+            LutIdError: An id is not in the table (checked where that needs no waiting).
+            ValueError: The store was closed.
+        """
+        return LutRows.from_bytes(self.read(ids.flatten()), self.meta)
 
     def close(self) -> None:
         """Let go of the memory; the store cannot be used any more."""
@@ -212,6 +223,10 @@ class PinnedStore(_TensorStore):
                 done += file.readinto(view[done : done + 2**30]) or len(view)
         table = torch.frombuffer(memory, dtype=torch.uint8).view(meta.vocab, meta.row_stride)
         return cls(meta, table, device)
+
+    def rows(self, ids: Int[Tensor, "*tokens"]) -> LutRows:
+        """Return the rows of the ids, flattened, on the ids' device, without waiting."""
+        return self.prefetch(ids).rows()
 
     def prefetch(self, ids: Int[Tensor, "*tokens"]) -> Ticket:
         """Begin to fetch the rows of the ids on a stream of its own."""
