@@ -20,6 +20,8 @@ def test_decode(tmp_path):
         "MoLE-4E fp16 pinned",
         "MoLE-2E nf4 pageable",
     }
+    eager = [c["provider"] for c in cases if "eager" in c["provider"]]
+    assert "MoE-10E offloaded by accelerate, eager" in eager
     assert all(c["error"] == 0 for c in cases if c["error"] is not None)
 
 
@@ -32,6 +34,22 @@ def test_train(tmp_path):
     assert [c["provider"] for c in cases if c["metric"] == "train"] == [
         "dense", "MoLE micro", "MoLE naive", "MoLE step",
     ]  # fmt: skip
+
+
+def test_machine_and_tables(tmp_path):
+    options = {"hw": {"megabytes": 8}, "quant": {"tokens": 257}, "cache": {"tokens": 300}}
+    found = {}
+    for topic in ("hw", "convert", "quant", "cache"):
+        path = run(topic, tmp_path, lambda line: None, "cpu", **options.get(topic, {}))
+        found[topic] = json.loads(path.read_text())["cases"]
+    assert all(c["median"] > 0 for c in found["hw"])
+    assert {c["parameters"].get("depth") for c in found["hw"]} == {None, 1, 4, 16, 64}
+    assert [c["provider"] for c in found["convert"]] == ["convert", "plain write"]
+    losses = {c["provider"]: c["median"] for c in found["quant"] if c["metric"] == "loss"}
+    assert losses["fp32"] == pytest.approx(losses["experts"], abs=1e-5)
+    assert losses["nf3"] > losses["experts"]
+    rates = [c["median"] for c in found["cache"]]
+    assert 0 < rates[0] < rates[1] <= rates[2] < 1
 
 
 def test_ids_repeat_as_in_prose():

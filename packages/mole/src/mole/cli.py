@@ -404,7 +404,7 @@ def upcycle(
 
 
 @main.command()
-@click.argument("topic", type=click.Choice(["decode", "train"]))
+@click.argument("topic", type=click.Choice(["hw", "decode", "convert", "train", "quant", "cache"]))
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
@@ -415,13 +415,17 @@ def upcycle(
 @click.option("--shape", type=click.Choice(["tiny", "160m", "410m", "1b"]), default="410m")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def bench(topic: str, output: Path, shape: str, device: str) -> None:
-    """Measure TOPIC with random weights, all contenders in one run, after checking results."""
+    """Measure TOPIC, all contenders in one run, after checking results.
+
+    `decode`, `train` and `hw` take random weights of a shape; the others the shipped model.
+    """
     _quiet()
     from fourfold_common import Results
 
     from .bench import run
 
-    path = run(topic, output, click.echo, device, shape=shape)
+    options = {"shape": shape} if topic in ("hw", "decode", "train") else {}
+    path = run(topic, output, click.echo, device, **options)
     click.echo(Results.load(path).to_markdown())
     click.echo(f"Wrote {path}")
 

@@ -110,6 +110,8 @@ def measure(
         for batch in batches:
             _one(results, say, model, kind, batch, length, steps, baselines[batch], prompts)
         store.close()
+    tables.clear()
+    _mixtures(results, say, device, dtype, shape, batches, max(3, steps // 5))
 
 
 def _one(
@@ -157,6 +159,45 @@ def _one(
         f"{torch.tensor(times['dense']).median():.4f} ms, ratio {middle:.3f} "
         f"[{low:.3f}, {high:.3f}]; {100 * share:.1f} % of ids are the model's choice"
     )
+
+
+@torch.inference_mode()
+def _mixtures(
+    results: Results,
+    say: Callable[[str], None],
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: str,
+    batches: Sequence[int],
+    steps: int,
+) -> None:
+    """Add eager steps of the dense model and of the mixture of experts, resident and offloaded."""
+    from accelerate import cpu_offload
+
+    for name, kind in (("dense", "dense"), ("MoE-10E resident", "moe"), ("MoE-10E", "moe")):
+        model = random_model(kind, shape, device, dtype).eval()
+        if name == "MoE-10E":
+            name = "MoE-10E offloaded by accelerate"
+            for layer in model.model.layers:
+                cpu_offload(layer.mlp, execution_device=device)
+        for batch in batches:
+            ids = torch.ones(batch, 1, dtype=torch.long, device=device)
+            cache = model(ids, use_cache=True).past_key_values
+            times = []
+            for _ in range(steps):
+                begin = time.perf_counter()
+                model(ids, past_key_values=cache)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                times.append((time.perf_counter() - begin) * 1e3)
+            found = torch.tensor(times)
+            low, middle, high = (float(found.quantile(q)) for q in (0.2, 0.5, 0.8))
+            results.add(
+                f"{name}, eager", "decode", middle, "ms/token", p20=low, p80=high, n=steps,
+                batch=batch, length=steps,
+            )  # fmt: skip
+            say(f"{name}, eager, batch {batch}: {middle:.3f} ms [{low:.3f}, {high:.3f}]")
+        del model
 
 
 def _on_device(model: Any, batch: int, length: int) -> Decoder:

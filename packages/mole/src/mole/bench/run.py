@@ -9,7 +9,16 @@ import torch
 
 from fourfold_common import Results, pick_device
 
-TOPICS = ("decode", "train")
+# Where each topic's function is, in this package.
+_HOME = {
+    "hw": ("hw", "measure"),
+    "decode": ("decode", "measure"),
+    "convert": ("tables", "measure_convert"),
+    "train": ("train", "measure"),
+    "quant": ("tables", "measure_quant"),
+    "cache": ("tables", "measure_cache"),
+}
+TOPICS = tuple(_HOME)
 
 
 def run(
@@ -37,7 +46,8 @@ def run(
     where = torch.device(where)
     say(f"{topic} on {where} ({reason})")
     results = Results("mole", command=f"mole bench {topic}", seed=0)
-    measure = import_module(f".{topic}", __package__).measure
+    module, name = _HOME[topic]
+    measure = getattr(import_module(f".{module}", __package__), name)
     path = output / f"{topic}.json"
     try:
         measure(results, say, where, **options)
