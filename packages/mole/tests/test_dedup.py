@@ -75,6 +75,17 @@ def test_a_step_gives_the_gradients_of_its_batches(make_mole, layers, chunk):
         torch.testing.assert_close(found["step"][name], expected, rtol=1e-7, atol=1e-9)
 
 
+def test_a_step_under_autocast_trains_every_weight(make_mole, tokens):
+    model = make_mole(dedup="step").train()
+    with torch.autocast("cpu", torch.bfloat16), StepBank(model, tokens, chunk=4):
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+    plain = make_mole().train()
+    plain(tokens, labels=tokens, use_cache=False).loss.backward()
+    for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        gap = (found.grad - expected.grad).norm() / expected.grad.norm()
+        assert gap < 0.05, name
+
+
 def test_a_failed_step_leaves_no_bank(make_mole, tokens):
     model = make_mole(dedup="step")
     with pytest.raises(RuntimeError, match="stop"), StepBank(model, tokens):

@@ -274,11 +274,13 @@ class Decoder:
         """Decode one token of every sequence; does not wait for the device."""
         if self.store is not None and not self.overlapped:
             self.staging.copy_(self.store.read(self.ids), non_blocking=True)
-        if not self.captured:
-            self._step()
-            return
         if self._graph is None:
-            self._capture()
+            # One compiled block serves all decoders of a process, in a version for each shape.
+            with torch._dynamo.config.patch(recompile_limit=64):
+                if not self.captured:
+                    self._step()
+                    return
+                self._capture()
         self._graph.replay()
 
     def _capture(self) -> None:

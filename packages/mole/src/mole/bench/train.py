@@ -108,6 +108,8 @@ def measure(
     say(f"gradients of micro and step against off, float32, relative: {gap:.1e}")
     if not gap < 1e-4:
         raise ValueError(f"deduplicated gradients are wrong: {gap:.1e} from the naive ones.")
+    # Layers of all contenders run the same code, compiled in a version for each.
+    torch._dynamo.config.recompile_limit = 64
     speeds: dict[tuple[str, int], float] = {}
     for way, count in cases:
         vocab = random_vocab(shape)

@@ -56,6 +56,8 @@ class StepBank:
             wide = torch.promote_types(values.dtype, torch.float32)
             self.values.append(values.requires_grad_())
             self.grads.append(torch.zeros_like(values, dtype=wide))
+        # Autocast keeps casts of weights, in older versions also those made without gradient.
+        torch.clear_autocast_cache()
         self.model.model.bank = self
         return self
 
