@@ -1,6 +1,7 @@
 """The command line: what it prints, and one clear line for every mistake."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -34,7 +35,17 @@ def saved(make_mole, tmp_path):
 def test_help_names_the_commands(run):
     done = run("--help")
     assert done.exit_code == 0
-    for command in ("env", "demo", "convert", "generate", "verify"):
+    for command in (
+        "env",
+        "demo",
+        "convert",
+        "generate",
+        "verify",
+        "train",
+        "upcycle",
+        "eval",
+        "bench",
+    ):
         assert command in done.output
         assert run(command, "--help").exit_code == 0
 
@@ -85,12 +96,15 @@ def test_quiet_conversion_shows_no_bar(run, saved, tmp_path):
     [
         (["nothing"], "No such command 'nothing'"),
         (["convert", "{tmp}/no", "{tmp}/t"], "it has no config.json"),
-        (["convert", "{saved}", "{tmp}/t", "--format", "fp8"], "'fp8' is not one of 'fp32'"),
+        (["convert", "{saved}", "{tmp}/t", "--format", "nf2"], "'nf2' is not one of 'fp32'"),
         (["convert", "{saved}", "{tmp}/t", "--chunk", "0"], "0 is not in the range x>=1"),
         (["convert", "{saved}", "{saved}"], "that would be lost"),
         (["verify", "{tmp}/no"], "lut.json"),
         (["generate", ""], "`PROMPT` must hold at least one character"),
         (["generate", "A", "--model", "{saved}", "--new-tokens", "99"], "must fit into 64 tokens"),
+        (["train", "{saved}/config.json", "--output", "{tmp}/t"], "Exactly one of `--model` and"),
+        (["upcycle", "{saved}", "{tmp}/t"], "`base` must be a DenseForCausalLM or a Llama-type"),
+        (["upcycle", "{saved}", "{tmp}/t", "--layers", "a"], "`--layers` must be numbers"),
         (["demo", "--new-tokens", "0"], "0 is not in the range"),
     ],
 )
@@ -101,6 +115,34 @@ def test_mistakes_end_in_one_line_and_status_2(run, saved, tmp_path, arguments, 
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("Error: ")
     assert message in line
+
+
+def test_upcycle_train_convert_eval(run, saved, make_config, tmp_path):
+    from mole import DenseForCausalLM
+
+    base, text = tmp_path / "base", tmp_path / "text.txt"
+    shutil.copytree(saved, base)
+    DenseForCausalLM(make_config("dense")).save_pretrained(base)
+    text.write_text("ABRACADABRA" * 40)
+    (tmp_path / "cloze.jsonl").write_text(json.dumps({"text": "ABRA CAD ABRA"}) + "\n")
+    done = run("upcycle", base, tmp_path / "more", "--experts", 2, "--layers", "0,2")
+    assert done.exit_code == 0, done.output
+    done = run(
+        "train", text, "--model", tmp_path / "more", "--output", tmp_path / "trained", "--dedup",
+        "step", "--steps", 20, "--batch", 4, "--micro-batch", 2, "--context", 16, "--lr", 1e-2,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "tok/s, loss" in done.stderr
+    run("convert", tmp_path / "trained", tmp_path / "table", "--format", "fp32")
+    found = {}
+    for name in ("more", "trained", "table"):
+        done = run("eval", tmp_path / name, text, "--context", 32)
+        assert done.exit_code == 0, done.output
+        found[name] = json.loads(done.stdout)
+    assert found["trained"]["nats"] < found["more"]["nats"] - 1
+    assert found["table"]["nats"] == pytest.approx(found["trained"]["nats"], abs=1e-5)
+    done = run("eval", tmp_path / "table", tmp_path / "cloze.jsonl", "--task", "cloze")
+    assert json.loads(done.stdout)["passages"] == 1, done.output
 
 
 def test_damage_is_reported_in_one_line(run, saved, tmp_path):

@@ -119,7 +119,7 @@ class Interrupted(Exception):
 def test_resumed_conversion_gives_the_identical_file(make_mole, tmp_path, monkeypatch, fmt, after):
     model, computed = make_mole(), []
     convert(model, tmp_path / "whole", fmt, chunk=7, progress=False)
-    values = module._values
+    values = module.expert_values
 
     def failing(model, ids):
         if len(computed) == after:
@@ -127,12 +127,12 @@ def test_resumed_conversion_gives_the_identical_file(make_mole, tmp_path, monkey
         computed.append(ids)
         return values(model, ids)
 
-    monkeypatch.setattr(module, "_values", failing)
+    monkeypatch.setattr(module, "expert_values", failing)
     with pytest.raises(Interrupted):
         convert(model, tmp_path / "broken", fmt, chunk=7, progress=False)
     assert sorted(p.name for p in (tmp_path / "broken").iterdir()) == [".lut.partial"]
     monkeypatch.setattr(
-        module, "_values", lambda model, ids: computed.append(ids) or values(model, ids)
+        module, "expert_values", lambda model, ids: computed.append(ids) or values(model, ids)
     )
     convert(model, tmp_path / "broken", fmt, chunk=7, progress=False)
     assert len(computed) == 9  # no chunk twice
@@ -142,7 +142,7 @@ def test_resumed_conversion_gives_the_identical_file(make_mole, tmp_path, monkey
 
 @pytest.mark.parametrize("damage", ["torn journal", "torn data", "changed data", "no data"])
 def test_what_the_journal_promises_is_checked(make_mole, tmp_path, monkeypatch, damage):
-    model, values, computed = make_mole(), module._values, []
+    model, values, computed = make_mole(), module.expert_values, []
     convert(model, tmp_path / "whole", chunk=7, progress=False)
 
     def counting(model, ids):
@@ -151,7 +151,7 @@ def test_what_the_journal_promises_is_checked(make_mole, tmp_path, monkeypatch, 
         computed.append(ids.start)
         return values(model, ids)
 
-    monkeypatch.setattr(module, "_values", counting)
+    monkeypatch.setattr(module, "expert_values", counting)
     with pytest.raises(Interrupted):
         convert(model, tmp_path / "broken", chunk=7, progress=False)
     partial = tmp_path / "broken" / ".lut.partial"
@@ -168,7 +168,7 @@ def test_what_the_journal_promises_is_checked(make_mole, tmp_path, monkeypatch, 
         data.unlink()
     computed.clear()
     monkeypatch.setattr(
-        module, "_values", lambda model, ids: computed.append(ids.start) or values(model, ids)
+        module, "expert_values", lambda model, ids: computed.append(ids.start) or values(model, ids)
     )
     convert(model, tmp_path / "broken", chunk=7, progress=False)
     first = {"torn journal": 28, "torn data": 28, "changed data": 14, "no data": 0}[damage]
@@ -183,13 +183,13 @@ def test_killed_process_is_resumed(make_mole, tmp_path):
     script = """
 import os, signal, sys, torch
 from mole import MoleForCausalLM, conversion
-values, calls = conversion._values, []
+values, calls = conversion.expert_values, []
 def killing(model, ids):
     calls.append(ids)
     if len(calls) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return values(model, ids)
-conversion._values = killing
+conversion.expert_values = killing
 torch.set_num_threads(1)  # as this suite does: products are added up in the same order
 model = MoleForCausalLM.from_pretrained(sys.argv[1])
 conversion.convert(model, sys.argv[2], chunk=7, progress=False)
@@ -211,7 +211,7 @@ def test_changed_weights_begin_anew_and_replace_the_table(make_mole, tmp_path, m
     assert table_bytes(tmp_path) != before
     assert verify(tmp_path / "lut", other)
     # A complete table of the same weights is kept.
-    monkeypatch.setattr(module, "_values", None)
+    monkeypatch.setattr(module, "expert_values", None)
     convert(other, tmp_path, progress=False)
     with pytest.raises(TypeError):
         convert(other, tmp_path, resume=False, progress=False)
@@ -236,8 +236,8 @@ def test_progress_bar_counts_ids(make_mole, tmp_path, capsys):
 
 def test_bad_arguments_are_named(make_mole, make_config, tmp_path, our_checks_only):
     model = make_mole()
-    with pytest.raises(ValueError, match=r"`fmt` must be one of fp32, .*; got 'fp8'"):
-        convert(model, tmp_path / "a", "fp8")
+    with pytest.raises(ValueError, match=r"`fmt` must be one of fp32, .*; got 'nf2'"):
+        convert(model, tmp_path / "a", "nf2")
     with pytest.raises(ValueError, match="`chunk` must be at least 1; got 0"):
         convert(model, tmp_path / "a", chunk=0)
     with pytest.raises(TypeError, match="`model` must be a MoleForCausalLM; got DenseForCausalLM"):

@@ -1,11 +1,13 @@
 """Experts run once for every distinct id: same values, same gradients."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mole.lookup import distinct_ids
+from mole.lookup import Repeats, StepBank, distinct_ids
 
 
 @given(st.lists(st.lists(st.integers(0, 19), min_size=3, max_size=3), min_size=1, max_size=12))
@@ -49,5 +51,52 @@ def test_expert_values_pass_gradcheck(make_mole):
     lookup = make_mole(hidden_size=8, intermediate_size=6, num_lookup_experts=2).double()
     lookup = lookup.model.layers[0].lookup
     embeddings = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    inverse = torch.tensor([[0, 2, 0, 1]])
-    assert torch.autograd.gradcheck(lambda e: lookup.token_values(e, inverse), (embeddings,))
+    logits = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    repeats = Repeats.of(torch.tensor([[0, 2, 0, 1]]), 3)
+    residual = torch.zeros(4, 8, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda e, r: lookup.mixed(r, residual, lookup.values(e), repeats), (embeddings, logits)
+    )
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 2], [1]])
+@pytest.mark.parametrize("chunk", [5, 8192])
+def test_a_step_gives_the_gradients_of_its_batches(make_mole, layers, chunk):
+    ids = torch.randint(0, 60, (3, 2, 9), generator=torch.Generator().manual_seed(3))
+    found = {}
+    for dedup in ("off", "step"):
+        model = make_mole(dedup=dedup, lookup_layers=layers).double().train()
+        with StepBank(model, ids, chunk) if dedup == "step" else nullcontext():
+            for batch in ids:
+                model(batch, labels=batch, use_cache=False).loss.backward()
+        assert model.model.bank is None
+        found[dedup] = {n: p.grad for n, p in model.named_parameters()}
+    for name, expected in found["off"].items():
+        torch.testing.assert_close(found["step"][name], expected, rtol=1e-7, atol=1e-9)
+
+
+def test_a_step_under_autocast_trains_every_weight(make_mole, tokens):
+    model = make_mole(dedup="step").train()
+    with torch.autocast("cpu", torch.bfloat16), StepBank(model, tokens, chunk=4):
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+    plain = make_mole().train()
+    plain(tokens, labels=tokens, use_cache=False).loss.backward()
+    for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        gap = (found.grad - expected.grad).norm() / expected.grad.norm()
+        assert gap < 0.05, name
+
+
+def test_a_failed_step_leaves_no_bank(make_mole, tokens):
+    model = make_mole(dedup="step")
+    with pytest.raises(RuntimeError, match="stop"), StepBank(model, tokens):
+        raise RuntimeError("stop")
+    assert model.model.bank is None
+    assert model.model.layers[0].lookup.up.grad is None
+
+
+def test_distinct_ids_may_come_with_the_batch(make_mole, tokens):
+    model = make_mole()
+    with torch.no_grad():
+        given = model(tokens, distinct=distinct_ids(tokens, 60, multiple=32)).logits
+        torch.testing.assert_close(given, model(tokens).logits)
+    assert len(distinct_ids(tokens, 60, multiple=32)[0]) == 32

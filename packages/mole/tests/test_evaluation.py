@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from mole.evaluation import paired_difference, summarise, window_losses
+from mole.demo import ASSETS
+from mole.evaluation import last_word_cloze, paired_difference, summarise, window_losses
 
 
 def test_losses_are_those_of_a_loop(make_mole):
@@ -57,3 +58,45 @@ def test_paired_difference_removes_what_windows_share():
 def test_text_shorter_than_a_window_is_refused(make_mole, count, context):
     with pytest.raises(ValueError, match=f"got {count} tokens and context {context}"):
         window_losses(make_mole(), torch.zeros(count, dtype=torch.long), context)
+
+
+class Words:
+    """One id for every letter."""
+
+    def __call__(self, text, add_special_tokens):
+        return type("Ids", (), {"input_ids": [ord(c) % 60 for c in text]})
+
+
+def test_cloze_counts_last_words_that_the_model_would_write(make_mole):
+    model, words = make_mole(), Words()
+    context = torch.tensor([[*words("ab cd", False).input_ids, ord(" ") % 60]])
+    with torch.no_grad():
+        logits = model(context).logits[0]
+    letter = next(chr(c) for c in range(65, 125) if c % 60 == int(logits[-1].argmax()))
+    space_is_likeliest = int(logits[-2].argmax()) == ord(" ") % 60
+    found = last_word_cloze(model, words, [f"ab cd {letter}"])
+    assert found.accuracy == float(space_is_likeliest)
+    expected = -torch.log_softmax(logits, -1)
+    nats = expected[-2, ord(" ") % 60] + expected[-1, ord(letter) % 60]
+    assert found.nats == pytest.approx(nats.item(), rel=1e-4)
+    assert found.passages == 1
+
+
+def test_cloze_needs_two_words(make_mole):
+    with pytest.raises(ValueError, match="at least two words; number 1 has not"):
+        last_word_cloze(make_mole(), Words(), ["a b", "word"])
+    with pytest.raises(ValueError, match="at least one passage"):
+        last_word_cloze(make_mole(), Words(), [])
+
+
+def test_lm_eval_scores_as_this_package_does(make_mole):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(
+        str(ASSETS / "tokenizer")
+    )
+    model = make_mole(vocab_size=len(tokenizer))
+    harness = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=1)
+    request = type("Request", (), {"args": ("The old man", " said")})
+    ((nats, _),) = harness.loglikelihood([request])
+    found = last_word_cloze(model, tokenizer, ["The old man said"])
+    assert found.nats == pytest.approx(-nats, rel=1e-3)

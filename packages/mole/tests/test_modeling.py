@@ -190,7 +190,7 @@ def test_embeddings_need_ids_to_look_up(make_mole, tokens):
         (MoleConfig, {"lookup_layers": [2, 1]}, r"`lookup_layers` must be ascending.*\[2, 1\]"),
         (MoleConfig, {"lookup_layers": [3]}, r"between 0 and 2; got \[3\]"),
         (MoleConfig, {"lookup_form": "tables"}, "`lookup_form` must be one of .*got 'tables'"),
-        (MoleConfig, {"dedup": "all"}, "`dedup` must be one of 'off', 'micro'; got 'all'"),
+        (MoleConfig, {"dedup": "all"}, "`dedup` must be one of 'off', 'micro', 'step'; got 'all'"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(kind, changes, message):

@@ -12,11 +12,15 @@ from .__about__ import __version__
 if TYPE_CHECKING:
     from .config import DenseConfig, MoeConfig, MoleConfig
     from .conversion import convert, fingerprint, verify
+    from .decode import Decoder
     from .kernels.combine import combine
     from .lut import LutError, LutStore, open_lut
     from .modeling import DenseForCausalLM, MoeForCausalLM, MoleForCausalLM, register
+    from .upcycle import upcycle
+    from .upstream import from_upstream, to_upstream
 
 _HOME = {
+    "Decoder": "decode",
     "DenseConfig": "config",
     "DenseForCausalLM": "modeling",
     "LutError": "lut",
@@ -28,8 +32,11 @@ _HOME = {
     "combine": "kernels.combine",
     "convert": "conversion",
     "fingerprint": "conversion",
+    "from_upstream": "upstream",
     "open_lut": "lut",
     "register": "modeling",
+    "to_upstream": "upstream",
+    "upcycle": "upcycle",
     "verify": "conversion",
 }
 
@@ -49,6 +56,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Decoder",
     "DenseConfig",
     "DenseForCausalLM",
     "LutError",
@@ -61,7 +69,10 @@ __all__ = [
     "combine",
     "convert",
     "fingerprint",
+    "from_upstream",
     "open_lut",
     "register",
+    "to_upstream",
+    "upcycle",
     "verify",
 ]

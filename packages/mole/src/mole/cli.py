@@ -11,7 +11,7 @@ from .__about__ import __version__
 
 _logger = logging.getLogger(__name__)
 
-_FORMATS = ("fp32", "fp16", "bf16", "int8", "nf4")
+_FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "nf4", "nf3")
 _ORIGIN = (
     "independent implementation of Mixture of Lookup Experts (arXiv 2503.15798); "
     "not the PyPI project 'mole'"
@@ -47,7 +47,7 @@ class _OneLineErrors(click.Group):
 @click.version_option(__version__, prog_name="mole")
 @click.option("-v", "--verbose", is_flag=True, help="Log details, with tracebacks of errors.")
 def main(verbose: bool) -> None:
-    """Mixture of Lookup Experts language models: convert, generate, verify, and a demonstration."""
+    """Mixture of Lookup Experts language models: train, convert, evaluate, generate, measure."""
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
@@ -238,6 +238,196 @@ def generate(
             **({"do_sample": False} | sampling),
         )
     click.echo(tokenizer.decode(found[0], skip_special_tokens=True))
+
+
+@main.command()
+@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--model", type=click.Path(path_type=Path), help="Model to train further.")
+@click.option("--config", type=click.Path(path_type=Path), help="config.json of a new model.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder; else the model's.")
+@click.option("--steps", default=1000, show_default=True, help="Optimiser steps.")
+@click.option("--batch", default=64, show_default=True, help="Sequences in a step, in all.")
+@click.option("--micro-batch", default=8, show_default=True, help="Sequences in a forward pass.")
+@click.option("--context", default=512, show_default=True, help="Tokens in a sequence.")
+@click.option("--lr", default=6e-4, show_default=True, help="Peak learning rate.")
+@click.option("--seed", default=0, show_default=True, help="Seed of weights and data order.")
+@click.option(
+    "--dedup",
+    type=click.Choice(["off", "micro", "step"]),
+    help="Run lookup experts on every token, or once per id of a batch or step.",
+)
+@click.option("--save-every", default=500, show_default=True, help="Steps between checkpoints.")
+@click.option("--stop-after", type=int, help="Stop with a checkpoint after this step.")
+@click.option("--resume/--no-resume", default=True, help="Go on from OUTPUT's checkpoint.")
+@click.option("--compile/--no-compile", "compiled", default=False, help="Compile the layers.")
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+def train(
+    data: tuple[Path, ...],
+    output: Path,
+    model: Path | None,
+    config: Path | None,
+    tokenizer: Path | None,
+    dedup: str | None,
+    save_every: int,
+    stop_after: int | None,
+    resume: bool,
+    compiled: bool,
+    progress: bool,
+    **chosen: Any,
+) -> None:
+    """Train a model on the files DATA: text, .jsonl (also .gz, .xz), or ids in .npy.
+
+    Runs in one process, or in many under `accelerate launch -m mole train ...`.
+    """
+    if (model is None) == (config is None):
+        raise ValueError("Exactly one of `--model` and `--config` must be given.")
+    _quiet()
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from .modeling import register
+    from .training import TrainSettings, load_tokens
+    from .training import train as run
+
+    register()
+    torch.manual_seed(chosen["seed"])
+    if config is None:
+        trained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    else:
+        trained = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config))
+    if dedup is not None:
+        trained.config.dedup = dedup
+    words = None
+    if tokenizer is not None or (model is not None and any(model.glob("tokenizer*"))):
+        words = AutoTokenizer.from_pretrained(tokenizer or model)
+    tokens = load_tokens(list(data), trained.config.vocab_size, words)
+    run(
+        trained,
+        tokens,
+        output,
+        TrainSettings(**chosen),
+        tokenizer=words,
+        resume=resume,
+        save_every=save_every,
+        stop_after=stop_after,
+        compiled=compiled,
+        progress=progress,
+    )
+    click.echo(f"Wrote {output} ({len(tokens):,} tokens of text).")
+
+
+@main.command("eval")
+@click.argument("model", type=click.Path(path_type=Path, exists=True))
+@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option(
+    "--task",
+    type=click.Choice(["perplexity", "cloze"]),
+    default="perplexity",
+    show_default=True,
+    help="Loss on consecutive windows, or the last word of every text.",
+)
+@click.option("--context", type=click.IntRange(min=2), help="Tokens in a window.")
+@click.option("--store", default="mmap", show_default=True, help="Where a table's rows are kept.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+def evaluate(
+    model: Path, data: tuple[Path, ...], task: str, context: int | None, store: str, device: str
+) -> None:
+    """Evaluate MODEL, in any form, on the files DATA: text or .jsonl (also .gz, .xz)."""
+    _quiet()
+    import json
+    from dataclasses import asdict
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fourfold_common import pick_device
+
+    from .demo.train import encode, token_bytes
+    from .evaluation import last_word_cloze, summarise, window_losses
+    from .modeling import register
+    from .training.data import texts
+
+    register()
+    where, _ = pick_device(device)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(where).eval()
+    if getattr(loaded, "lut", None) is not None:
+        loaded.open_lut(model / loaded.config.lut["path"], store)
+    words = AutoTokenizer.from_pretrained(model)
+    found = [text for path in data for text in texts(path)]
+    if task == "cloze":
+        figures = asdict(last_word_cloze(loaded, words, found))
+    else:
+        tokens = encode(words, found)
+        losses = window_losses(
+            loaded, tokens, min(context or loaded.config.max_position_embeddings, len(tokens))
+        )
+        summary = summarise(losses, tokens, token_bytes(words))
+        figures = asdict(summary) | {"perplexity": losses.double().mean().exp().item()}
+    click.echo(json.dumps(figures, indent=1))
+
+
+@main.command()
+@click.argument("base", type=click.Path(path_type=Path, exists=True))
+@click.argument("output", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--gguf", help="Name of a GGUF file in BASE to load (needs the package gguf).")
+@click.option("--experts", default=4, show_default=True, help="Lookup experts in a layer.")
+@click.option("--inner", type=click.IntRange(min=1), help="Inner width of an expert.")
+@click.option("--layers", help="Layers that get experts, such as 0,2,4; all if left out.")
+def upcycle(
+    base: Path, output: Path, gguf: str | None, experts: int, inner: int | None, layers: str | None
+) -> None:
+    """Add lookup experts to the dense or Llama-type model BASE; its logits stay as they are."""
+    _quiet()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from .modeling import register
+    from .upcycle import upcycle as run
+
+    register()
+    try:
+        chosen = None if layers is None else [int(part) for part in layers.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"`--layers` must be numbers with commas between; got {layers!r}."
+        ) from None
+    more = {} if gguf is None else {"gguf_file": gguf}
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **more)
+    try:
+        model = run(loaded, experts, inner, chosen)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    model.save_pretrained(output)
+    _copy_tokenizer(base, output)
+    click.echo(f"Wrote {output}: {model.num_parameters():,} parameters; train it further.")
+
+
+@main.command()
+@click.argument("topic", type=click.Choice(["hw", "decode", "convert", "train", "quant", "cache"]))
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("demo-output/mole-bench"),
+    show_default=True,
+    help="Folder for TOPIC.json.",
+)
+@click.option("--shape", type=click.Choice(["tiny", "160m", "410m", "1b"]), default="410m")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+def bench(topic: str, output: Path, shape: str, device: str) -> None:
+    """Measure TOPIC, all contenders in one run, after checking results.
+
+    `decode`, `train` and `hw` take random weights of a shape; the others the shipped model.
+    """
+    _quiet()
+    from fourfold_common import Results
+
+    from .bench import run
+
+    options = {"shape": shape} if topic in ("hw", "decode", "train") else {}
+    path = run(topic, output, click.echo, device, **options)
+    click.echo(Results.load(path).to_markdown())
+    click.echo(f"Wrote {path}")
 
 
 def _quiet() -> None:

@@ -19,6 +19,8 @@ class DenseConfig(PreTrainedConfig):
         num_attention_heads: Number of query heads; must divide `hidden_size`.
         num_key_value_heads: Number of key and value heads; the query heads' number if None.
         hidden_act: Activation of the feed-forward blocks; the method's is the exact GELU.
+        mlp_type: `"plain"`, the method's, or `"swiglu"`, a Llama's gated block. Lookup experts
+            are plain in either.
         max_position_embeddings: Longest sequence the model is meant for, in tokens.
         rope_theta: Base of the rotary frequencies.
         partial_rotary_factor: Share of every head's channels that rotates (1.0 in the published
@@ -46,6 +48,7 @@ class DenseConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
     hidden_act: str = "gelu"
+    mlp_type: str = "plain"
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 1.0
@@ -86,6 +89,8 @@ class DenseConfig(PreTrainedConfig):
             raise ValueError(
                 f"`num_key_value_heads` must divide `num_attention_heads` {heads}; got {kv_heads}."
             )
+        if self.mlp_type not in ("plain", "swiglu"):
+            raise ValueError(f"`mlp_type` must be 'plain' or 'swiglu'; got {self.mlp_type!r}.")
         if not 0.0 <= self.partial_rotary_factor <= 1.0:
             raise ValueError(
                 "`partial_rotary_factor` must be between 0 and 1; "
@@ -145,7 +150,8 @@ class MoleConfig(DenseConfig):
         lookup_form: `"experts"` (feed-forward networks, to train) or `"table"` (a lookup table, to
             deploy).
         dedup: `"off"` runs the experts on every token, `"micro"` once on every distinct id of the
-            batch. Both give the same values and gradients up to the order of summation.
+            batch, `"step"` once on every distinct id of an optimiser step inside a `StepBank` (as
+            `"micro"` outside). All give the same values and gradients up to the order of summation.
         lut: Where the table of a `"table"` model is and what it holds: `path` (relative to the
             model's folder), `format` and `fingerprint`.
 
@@ -184,7 +190,8 @@ class MoleConfig(DenseConfig):
                 "`lookup_layers` must be ascending layer numbers between 0 and "
                 f"{self.num_hidden_layers - 1}; got {layers}."
             )
-        for name, allowed in (("lookup_form", ("experts", "table")), ("dedup", ("off", "micro"))):
+        choices = {"lookup_form": ("experts", "table"), "dedup": ("off", "micro", "step")}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"`{name}` must be one of {', '.join(map(repr, allowed))}; "

@@ -46,8 +46,8 @@ def convert(
     Args:
         model: A model in expert form, on any device.
         output: Folder to write; made if missing.
-        fmt: Format of the table, one of `mole.lut.FORMATS`: `"fp32"`, `"fp16"`, `"bf16"`, `"int8"`
-            or `"nf4"`.
+        fmt: Format of the table, one of `mole.lut.FORMATS`: `"fp32"`, `"fp16"`, `"bf16"`, `"int8"`,
+            `"fp8"`, `"nf4"` or `"nf3"`.
         chunk: Ids to compute at a time; if None up to 1,024 that need up to 64 MiB.
         resume: Go on with an interrupted conversion of the same weights, and keep a table that is
             complete already; else start from the beginning.
@@ -65,7 +65,7 @@ def convert(
 
     Source: Jie et al. 2025 (arXiv 2503.15798), section 3.3.
     """
-    meta = _plan(model, fmt, chunk)
+    meta = plan(model, fmt, chunk)
     output = Path(output)
     _check_output(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -118,8 +118,8 @@ def verify(path: str | Path, model: MoleForCausalLM | None = None) -> LutMeta:
     return meta
 
 
-def _plan(model: MoleForCausalLM, fmt: str, chunk: int | None) -> LutMeta:
-    """Return the description of the table to write, without checksums."""
+def plan(model: MoleForCausalLM, fmt: str, chunk: int | None = None) -> LutMeta:
+    """Return the description of the table that `convert` would write, without checksums."""
     if not isinstance(model, MoleForCausalLM):
         raise TypeError(f"`model` must be a MoleForCausalLM; got {type(model).__name__}.")
     config = model.config
@@ -129,6 +129,10 @@ def _plan(model: MoleForCausalLM, fmt: str, chunk: int | None) -> LutMeta:
         raise ValueError(f"`fmt` must be one of {', '.join(FORMATS)}; got {fmt!r}.")
     if fmt == "nf4" and config.hidden_size % 2:
         raise ValueError(f"`fmt` 'nf4' needs an even `hidden_size`; got {config.hidden_size}.")
+    if fmt == "nf3" and config.hidden_size % 8:
+        raise ValueError(
+            f"`fmt` 'nf3' needs a `hidden_size` that 8 divides; got {config.hidden_size}."
+        )
     if chunk is not None and chunk < 1:
         raise ValueError(f"`chunk` must be at least 1; got {chunk}.")
     rows = model.model.embed_tokens.weight.shape[0]
@@ -248,7 +252,7 @@ def _write_chunks(
         data.seek(HEADER_BYTES + first * meta.row_stride)
         for start in range(first, meta.vocab, meta.chunk):
             ids = slice(start, min(start + meta.chunk, meta.vocab))
-            chunk: Any = LutRows.encode(_values(model, ids), meta).to_bytes(meta).numpy()
+            chunk: Any = LutRows.encode(expert_values(model, ids), meta).to_bytes(meta).numpy()
             data.write(chunk)
             data.flush()
             crcs.append(zlib.crc32(chunk))
@@ -259,8 +263,8 @@ def _write_chunks(
         os.fsync(data.fileno())
 
 
-def _values(model: MoleForCausalLM, ids: slice) -> Tensor:
-    """Return the experts' outputs for a range of ids, float32 `[ids, layers, experts, dim]`."""
+def expert_values(model: MoleForCausalLM, ids: slice | Tensor) -> Tensor:
+    """Return the experts' outputs for some ids, float32 `[ids, layers, experts, dim]`."""
     embeddings = model.model.embed_tokens.weight[ids].float()
     layers = []
     for lookup in _lookups(model):
@@ -298,4 +302,4 @@ def _write_backbone(model: MoleForCausalLM, meta: LutMeta, output: Path) -> None
     staging.rmdir()
 
 
-__all__ = ["convert", "fingerprint", "verify"]
+__all__ = ["convert", "expert_values", "fingerprint", "plan", "verify"]

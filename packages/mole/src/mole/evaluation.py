@@ -31,6 +31,64 @@ class Loss:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Cloze:
+    """How well a model completes passages by their last word.
+
+    Attributes:
+        accuracy: Share of passages whose last word the model would have written.
+        low: Lower end of its 95 % bootstrap interval over passages.
+        high: Upper end.
+        nats: Mean nats for a last word.
+        passages: Number of passages.
+    """
+
+    accuracy: float
+    low: float
+    high: float
+    nats: float
+    passages: int
+
+
+@torch.no_grad()
+def last_word_cloze(model: Any, tokenizer: Any, passages: Sequence[str], seed: int = 0) -> Cloze:
+    """Return how well a model predicts the last word of every passage, greedily.
+
+    A word counts only if all its tokens are the likeliest. Passages that do not fit into the
+    model's context lose their beginning.
+
+    Args:
+        model: A causal language model of transformers; its mode and device are kept.
+        tokenizer: Its tokenizer.
+        passages: Texts of at least two words.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        ValueError: There is no passage, or one has fewer than two words.
+
+    Source: the task of Paperno et al. 2016 (arXiv 1606.06031), on any text.
+    """
+    right, nats = [], []
+    for number, passage in enumerate(passages):
+        before, _, word = passage.strip().rpartition(" ")
+        if not before.strip():
+            raise ValueError(f"`passages` must have at least two words; number {number} has not.")
+        context = tokenizer(before, add_special_tokens=False).input_ids
+        target = tokenizer(" " + word, add_special_tokens=False).input_ids
+        room = model.config.max_position_embeddings - len(target)
+        ids = torch.tensor([context[-room:] + target], device=model.device)
+        keep = len(target) + 1
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0, :-1].float()
+        wanted = ids[0, -len(target) :]
+        right.append(float((logits.argmax(-1) == wanted).all()))
+        nats.append(float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")))
+    if not right:
+        raise ValueError("`passages` must hold at least one passage; got none.")
+    found = torch.tensor(right, dtype=torch.float64)
+    low, high = _interval(found, seed)
+    return Cloze(found.mean().item(), low, high, sum(nats) / len(nats), len(nats))
+
+
 @torch.no_grad()
 def window_losses(
     model: Any, tokens: Int[Tensor, " total"], context: int, batch: int = 16
@@ -118,4 +176,4 @@ def _interval(means: Tensor, seed: int) -> tuple[float, float]:
     return low.item(), high.item()
 
 
-__all__ = ["Loss", "paired_difference", "summarise", "window_losses"]
+__all__ = ["Cloze", "Loss", "last_word_cloze", "paired_difference", "summarise", "window_losses"]

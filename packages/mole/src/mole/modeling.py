@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .config import DenseConfig, MoeConfig, MoleConfig
 from .kernels.combine import dispatch
-from .lookup import Lookup, distinct_ids
+from .lookup import Lookup, Repeats, StepBank, distinct_ids
 from .lut import LutRows, LutStore, open_lut
 
 LayerRows = tuple[Tensor, Tensor | None]
@@ -150,11 +150,16 @@ class _Mlp(nn.Module):
     def __init__(self, config: DenseConfig) -> None:
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_proj = None
+        if config.mlp_type == "swiglu":
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = _ResidualLinear(config.intermediate_size, config.hidden_size, bias=False)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Float[Tensor, "batch seq_q dim"]) -> Float[Tensor, "batch seq_q dim"]:
-        output: Tensor = self.down_proj(self.act(self.up_proj(x)))
+        up = self.up_proj(x)
+        inner = self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up
+        output: Tensor = self.down_proj(inner)
         return output
 
 
@@ -213,15 +218,16 @@ class _DecoderLayer(GradientCheckpointingLayer):
         self,
         hidden: Float[Tensor, "batch seq_q dim"],
         embeddings: Tensor,
-        inverse: Tensor | None,
+        repeats: Repeats | None,
         rows: LayerRows | None,
         rotary: tuple[Tensor, Tensor],
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the new hidden states and the router's logits.
 
-        The lookup block reads `rows` of the table, or else runs its experts on `embeddings`: those
-        of every token, or of the distinct ids when `inverse` tells which one is each token's.
+        The lookup block reads `rows` of the table or of a bank, or else runs its experts on
+        `embeddings`: those of every token, or of the distinct ids when `repeats` tells which one is
+        each token's. `rows` with `repeats` are a bank's values and its gradient buffer.
         """
         attended = hidden + self.self_attn(self.input_layernorm(hidden), rotary, **kwargs)[0]
         x = self.post_attention_layernorm(attended)
@@ -232,8 +238,13 @@ class _DecoderLayer(GradientCheckpointingLayer):
         if self.lookup is None:
             return output, None
         logits = nn.functional.linear(x, self.lookup.router.weight)
-        values, scales = rows or (self.lookup.token_values(embeddings, inverse), None)
-        mixed = dispatch(logits.flatten(0, 1), values, output.flatten(0, 1), scales)
+        flat = logits.flatten(0, 1), output.flatten(0, 1)
+        if repeats is not None:
+            values, bank = rows or (self.lookup.values(embeddings), None)
+            mixed = self.lookup.mixed(*flat, values, repeats, bank)
+        else:
+            values, scales = rows or (self.lookup.values(embeddings).flatten(0, 1), None)
+            mixed = dispatch(flat[0], values, flat[1], scales)
         return mixed.view_as(output), logits
 
 
@@ -284,9 +295,13 @@ class _Decoder(MolePreTrainedModel):
         self.post_init()
 
     def _sources(
-        self, ids: Tensor | None, embeds: Tensor, lut_rows: LutRows | None
-    ) -> tuple[Tensor, Tensor | None, list[LayerRows | None]]:
-        """Return embeddings, their inverse index, and every layer's rows, for the lookup."""
+        self,
+        ids: Tensor | None,
+        embeds: Tensor,
+        lut_rows: LutRows | None,
+        distinct: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Repeats | None, list[LayerRows | None]]:
+        """Return embeddings, the repeats among them, and every layer's rows, for the lookup."""
         return embeds, None, [None] * len(self.layers)
 
     @merge_with_config_defaults
@@ -301,6 +316,7 @@ class _Decoder(MolePreTrainedModel):
         use_cache: bool | None = None,
         lookup_ids: Int[Tensor, "batch seq_q"] | None = None,
         lut_rows: LutRows | None = None,
+        distinct: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """Return the last hidden states, the cache, and every router's logits.
@@ -315,6 +331,7 @@ class _Decoder(MolePreTrainedModel):
             use_cache: Return a cache.
             lookup_ids: Ids that the lookup experts see; `input_ids` if None.
             lut_rows: Rows of the table for these ids, fetched beforehand.
+            distinct: What `distinct_ids` gives for these ids, computed beforehand.
             **kwargs: Passed on to the attention implementation.
 
         Raises:
@@ -339,14 +356,14 @@ class _Decoder(MolePreTrainedModel):
             position_ids=position_ids,
         )
         ids = input_ids if lookup_ids is None else lookup_ids
-        embeddings, inverse, rows = self._sources(ids, inputs_embeds, lut_rows)
+        embeddings, repeats, rows = self._sources(ids, inputs_embeds, lut_rows, distinct)
         rotary = self.rotary(position_ids, inputs_embeds.dtype)
         hidden, routers = inputs_embeds, []
         for layer, layer_rows in zip(self.layers, rows, strict=True):
             hidden, logits = layer(
                 hidden,
                 embeddings,
-                inverse,
+                repeats,
                 layer_rows,
                 rotary,
                 attention_mask=mask,
@@ -381,11 +398,16 @@ class MoleModel(_Decoder):
 
     def __init__(self, config: MoleConfig) -> None:
         super().__init__(config)
+        self.bank: StepBank | None = None
         self.lut: LutStore | None = None  # outside the state dict and the device map, on purpose
 
     def _sources(
-        self, ids: Tensor | None, embeds: Tensor, lut_rows: LutRows | None
-    ) -> tuple[Tensor, Tensor | None, list[LayerRows | None]]:
+        self,
+        ids: Tensor | None,
+        embeds: Tensor,
+        lut_rows: LutRows | None,
+        distinct: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Repeats | None, list[LayerRows | None]]:
         if self.config.lookup_form == "table" and lut_rows is not None:
             return embeds, None, self._layer_rows(lut_rows, embeds.dtype)
         if lut_rows is not None:
@@ -394,9 +416,12 @@ class MoleModel(_Decoder):
             raise ValueError("`lookup_ids` must be given along with `inputs_embeds`; got None.")
         if self.config.lookup_form == "experts":
             none: list[LayerRows | None] = [None] * len(self.layers)
-            if self.config.dedup == "micro":
-                distinct, inverse = distinct_ids(ids, self.config.vocab_size)
-                return self.embed_tokens(distinct), inverse, none
+            if self.bank is not None:
+                filled = [self.bank.layer(index) for index in range(len(self.layers))]
+                return embeds, self.bank.repeats(ids), list(filled)
+            if self.config.dedup != "off" or distinct is not None:
+                few, inverse = distinct or distinct_ids(ids, self.config.vocab_size)
+                return self.embed_tokens(few), Repeats.of(inverse, len(few)), none
             return self.embed_tokens(ids), None, none
         if self.lut is None:
             raise ValueError(
@@ -520,13 +545,13 @@ class MoleForCausalLM(_ForCausalLM):
         store: LutStore | None = self.model.lut
         return store
 
-    def open_lut(self, path: str | Path, store: str = "mmap") -> None:
+    def open_lut(self, path: str | Path, store: str = "mmap", cache: int = 0) -> None:
         """Open a lookup table and use it from now on.
 
         Args:
             path: Folder that holds `lut.json`.
-            store: `"mmap"` reads rows from the memory-mapped file, `"device"` keeps the whole
-                table on the model's device.
+            store: Where the rows are kept, as `mole.open_lut` has it; for the model's device.
+            cache: Recently used rows to keep on the model's device.
 
         Raises:
             ValueError: The model is in expert form, or `store` is unknown.
@@ -537,9 +562,20 @@ class MoleForCausalLM(_ForCausalLM):
                 "`open_lut` needs a model with `lookup_form` 'table'; this one is in the form "
                 f"{self.config.lookup_form!r}: convert it first."
             )
-        table = open_lut(path, store=store, device=self.device)
+        table = open_lut(path, store=store, device=self.device, cache=cache)
         table.meta.check_fits(self.config)
         self.model.lut = table
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Return the inputs of one step; in table form with the rows of its ids.
+
+        `generate` may compile the forward pass, but not this: rows are fetched here.
+        """
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        ids = inputs.get("input_ids")
+        if self.lut is not None and ids is not None:
+            inputs["lut_rows"] = self.lut.rows(ids)
+        return inputs
 
     @classmethod
     def from_pretrained(
@@ -550,7 +586,7 @@ class MoleForCausalLM(_ForCausalLM):
         Args:
             pretrained_model_name_or_path: Folder, or name on the hub.
             *args: Passed on to transformers.
-            lut_store: How the table is held: `"mmap"` or `"device"`.
+            lut_store: Where the rows are kept, as `mole.open_lut` has it.
             **kwargs: Passed on to transformers.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)

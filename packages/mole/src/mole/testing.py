@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .kernels.combine.op import Backend, combine
+from .kernels.combine.op import Backend, combine, combine_norm
 from .kernels.combine.reference import combine_reference, dequantise
 from .lut.format import LutMeta, LutRows
 
@@ -27,7 +27,7 @@ def make_combine_inputs(
     Args:
         tokens: Number of tokens.
         experts: Number of lookup experts.
-        dim: Width of a vector; even for `"nf4"`.
+        dim: Width of a vector; even for `"nf4"`, a multiple of 8 for `"nf3"`.
         dtype: Type of logits and residual.
         fmt: Format of the looked-up vectors, one of `mole.lut.FORMATS`.
         device: Where the result goes.
@@ -50,7 +50,7 @@ def combine_float64(
 ) -> Float[Tensor, "tokens dim"]:
     """Return the combination of the very same inputs, computed in float64."""
     wide = None if scales is None else scales.double()
-    vectors = dequantise(values, wide, torch.float64)
+    vectors = dequantise(values, wide, torch.float64, 8 * values.shape[2] // residual.shape[1])
     return combine_reference(logits.double(), vectors, residual.double())
 
 
@@ -76,13 +76,14 @@ def check_combine(device: torch.device | str, backend: Backend = "triton") -> li
     cuda = torch.device(device).type == "cuda"
     cases = []
     for dtype in (torch.float32, torch.float16, *((torch.bfloat16,) if cuda else ())):
-        for fmt in ("fp32", "fp16", *(("bf16",) if cuda else ()), "int8", "nf4"):
-            for tokens, experts, dim in ((1, 4, 128), (3, 5, 66), (17, 16, 768), (2, 1, 1024)):
+        for fmt in ("fp32", "fp16", *(("bf16",) if cuda else ()), "int8", "fp8", "nf4", "nf3"):
+            for tokens, experts, dim in ((1, 4, 128), (3, 5, 72), (17, 16, 768), (2, 1, 1024)):
                 inputs = make_combine_inputs(tokens, experts, dim, dtype, fmt, device)
                 exact = combine_float64(**inputs)  # type: ignore[arg-type]
                 with torch.no_grad():
                     found = combine(**inputs, backend=backend)  # type: ignore[arg-type]
                 gap = (found.double() - exact).abs()
+                gap = torch.maximum(gap, _norm_gap(inputs, exact, dtype, backend))
                 cases.append(
                     {
                         "dtype": str(dtype).removeprefix("torch."),
@@ -95,6 +96,35 @@ def check_combine(device: torch.device | str, backend: Backend = "triton") -> li
                     }
                 )
     return cases
+
+
+def _norm_gap(
+    inputs: dict[str, Tensor | None], exact: Tensor, dtype: torch.dtype, backend: Backend
+) -> Float[Tensor, "tokens dim"]:
+    """Return how far `combine_norm` is from float64, in units of the combination's budget."""
+    residual = inputs["residual"]
+    if residual is None:
+        raise TypeError("`inputs` must have a residual.")
+    weight = torch.linspace(0.5, 1.5, residual.shape[1], device=residual.device, dtype=dtype)
+    update = torch.ones_like(residual)
+    with torch.no_grad():
+        hidden, normed = combine_norm(
+            **inputs,  # type: ignore[arg-type]
+            update=update,
+            weight=weight,
+            eps=1e-5,
+            backend=backend,
+        )
+    wide = exact + 1
+    scale = wide.square().mean(1, keepdim=True).add(1e-5).rsqrt() * weight.double()
+    norms = wide * scale
+    budget = combine_budget(exact, dtype)
+    first = (hidden.double() - wide).abs() / combine_budget(wide, dtype)
+    # The norm divides by a mean square, whose relative error is that of a sum in float32.
+    second = (normed.double() - norms).abs() / (
+        0.51 * _EPS[dtype] * norms.abs() + 16 * _EPS[torch.float32] * (norms.abs() + scale)
+    )
+    return torch.maximum(first, second) * budget
 
 
 __all__ = ["check_combine", "combine_budget", "combine_float64", "make_combine_inputs"]

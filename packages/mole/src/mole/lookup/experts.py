@@ -1,11 +1,13 @@
 """The lookup block of one layer: a router over experts that see only the token's embedding."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..config import MoleConfig
+from ..kernels.mix import mix
+from .dedup import Repeats
 
 
 class Lookup(nn.Module):
@@ -43,22 +45,28 @@ class Lookup(nn.Module):
         values = torch.bmm(inner.transpose(0, 1), down)
         return values.transpose(0, 1).reshape(*tokens, self.num_experts, dim)
 
-    def token_values(
-        self, embeddings: Float[Tensor, "*tokens dim"], inverse: Int[Tensor, "batch seq_q"] | None
-    ) -> Float[Tensor, "all experts dim"]:
-        """Return every expert's output for every token of the batch, flattened.
+    def mixed(
+        self,
+        logits: Float[Tensor, "tokens experts"],
+        residual: Float[Tensor, "tokens dim"],
+        values: Float[Tensor, "distinct experts dim"],
+        repeats: Repeats,
+        bank: Float[Tensor, "distinct experts dim"] | None = None,
+    ) -> Float[Tensor, "tokens dim"]:
+        """Return `residual` plus the gated sum of the values of every token's id.
 
         Args:
-            embeddings: Embeddings of all tokens or, with `inverse`, of the distinct ids.
-            inverse: For every token, which of the distinct ids is its own.
+            logits: The router's logits.
+            residual: What the sum is added to.
+            values: Every expert's output for every distinct id.
+            repeats: Which of them is each token's.
+            bank: Buffer that takes the gradient of `values`, see `StepBank`.
 
         Source: own; the gradient of a distinct id's output is the sum over its tokens.
         """
-        values = self.values(embeddings)
-        if inverse is None:
-            return values.flatten(0, -3)
-        picked: Tensor = nn.functional.embedding(inverse.flatten(), values.flatten(1))
-        return picked.view(-1, *values.shape[1:])
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        gates = torch.softmax(logits, dim=-1, dtype=wide).to(values.dtype)
+        return residual + mix(gates, values, *repeats, bank)
 
 
 __all__ = ["Lookup"]

@@ -10,11 +10,26 @@ from .errors import (
     LutVersionError,
 )
 from .format import FORMATS, LutMeta, LutRows
-from .stores import DeviceStore, LutStore, MmapStore, open_lut, verify_lut
+from .stores import (
+    STORES,
+    CachedStore,
+    ComputeStore,
+    DeviceStore,
+    DiskStore,
+    LutStore,
+    MmapStore,
+    PinnedStore,
+    open_lut,
+    verify_lut,
+)
 
 __all__ = [
     "FORMATS",
+    "STORES",
+    "CachedStore",
+    "ComputeStore",
     "DeviceStore",
+    "DiskStore",
     "LutChecksumError",
     "LutError",
     "LutFingerprintError",
@@ -26,6 +41,7 @@ __all__ = [
     "LutTruncatedError",
     "LutVersionError",
     "MmapStore",
+    "PinnedStore",
     "open_lut",
     "verify_lut",
 ]

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
-from ..kernels.combine.reference import NF4_CODEBOOK, dequantise
+from ..kernels.combine.reference import NF3_CODEBOOK, NF4_CODEBOOK, dequantise
 from .errors import (
     LutError,
     LutFingerprintError,
@@ -31,15 +31,20 @@ HEADER_BYTES = 4096
 ALIGNMENT = 512
 DATA_FILE = "lut.safetensors"
 META_FILE = "lut.json"
-# Stored type of every format; int8 and nf4 have scales beside the codes.
+# Stored type of every format; those of a byte or less have scales beside the codes.
 FORMATS: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
     "nf4": torch.uint8,
+    "nf3": torch.uint8,
 }
-_LARGEST_BLOCK = 768
+_SCALED = ("int8", "fp8", "nf4", "nf3")
+_LARGEST_BLOCK, _NF3_BLOCK = 768, 128
+# What the largest element of a block is scaled to.
+_TOP = {"int8": 127.0, "fp8": 448.0, "nf4": 1.0, "nf3": 1.0}
 
 
 @dataclass(frozen=True)
@@ -70,13 +75,14 @@ class LutMeta:
 
     @property
     def block(self) -> int:
-        """Elements that share a scale: the largest divisor of `dim` up to 768."""
-        return max(b for b in range(1, min(self.dim, _LARGEST_BLOCK) + 1) if self.dim % b == 0)
+        """Elements that share a scale: the largest divisor of `dim` up to 768, 128 for nf3."""
+        largest = _NF3_BLOCK if self.format == "nf3" else _LARGEST_BLOCK
+        return max(b for b in range(1, min(self.dim, largest) + 1) if self.dim % b == 0)
 
     @property
     def stored(self) -> int:
         """Stored elements of one vector."""
-        return self.dim // 2 if self.format == "nf4" else self.dim
+        return {"nf4": self.dim // 2, "nf3": 3 * self.dim // 8}.get(self.format, self.dim)
 
     @property
     def code_bytes(self) -> int:
@@ -87,7 +93,7 @@ class LutMeta:
     @property
     def scale_bytes(self) -> int:
         """Bytes of a row's scales, which are float16."""
-        if self.format not in ("int8", "nf4"):
+        if self.format not in _SCALED:
             return 0
         return self.layers * self.experts * (self.dim // self.block) * 2
 
@@ -190,10 +196,12 @@ class LutRows:
     Attributes:
         codes: Stored values, `[tokens, layers, experts, stored]`.
         scales: Factors of the blocks, `[tokens, layers, experts, blocks]`, or None.
+        bits: Bits of a packed code.
     """
 
     codes: Shaped[Tensor, "tokens layers experts stored"]
     scales: Float[Tensor, "tokens layers experts blocks"] | None
+    bits: int = 4
 
     @classmethod
     def from_bytes(cls, rows: UInt8[Tensor, "tokens row_stride"], meta: LutMeta) -> "LutRows":
@@ -204,7 +212,7 @@ class LutRows:
         if not meta.scale_bytes:
             return cls(codes, None)
         scales = rows[:, meta.code_bytes : meta.row_bytes].view(torch.float16)
-        return cls(codes, scales.unflatten(1, shape))
+        return cls(codes, scales.unflatten(1, shape), 3 if meta.format == "nf3" else 4)
 
     def to_bytes(self, meta: LutMeta) -> UInt8[Tensor, "tokens row_stride"]:
         """Return whole rows as they go to disk, padding included."""
@@ -236,7 +244,7 @@ class LutRows:
                 )
             return cls(values.to(dtype), None)
         blocks = values.unflatten(-1, (-1, meta.block))
-        top = 1.0 if meta.format == "nf4" else 127.0
+        top = _TOP[meta.format]
         scales = (blocks.abs().amax(-1) / top).to(torch.float16)
         if not bool(scales.isfinite().all()):
             raise LutError(
@@ -247,15 +255,19 @@ class LutRows:
         ratios = ratios.flatten(-2)
         if meta.format == "int8":
             return cls(ratios.round().clamp(-127, 127).to(torch.int8), scales)
-        codebook = torch.tensor(NF4_CODEBOOK)
+        if meta.format == "fp8":
+            return cls(ratios.clamp(-top, top).to(dtype), scales)
+        codebook = torch.tensor(NF4_CODEBOOK if meta.format == "nf4" else NF3_CODEBOOK)
         middles = (codebook[1:] + codebook[:-1]) / 2
-        nibbles = torch.bucketize(ratios, middles).to(torch.uint8)
-        low, high = nibbles.chunk(2, dim=-1)
+        picks = torch.bucketize(ratios, middles).to(torch.uint8)
+        if meta.format == "nf3":
+            return cls(_pack3(picks), scales, 3)
+        low, high = picks.chunk(2, dim=-1)
         return cls(low | high << 4, scales)
 
     def decode(self, dtype: torch.dtype) -> Float[Tensor, "tokens layers experts dim"]:
         """Return the values as floating-point numbers."""
-        return dequantise(self.codes, self.scales, dtype)
+        return dequantise(self.codes, self.scales, dtype, self.bits)
 
     def layers(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]]:
         """Return values and scales of every layer, ready for `combine`.
@@ -271,7 +283,14 @@ class LutRows:
     def to(self, device: torch.device) -> "LutRows":
         """Return the rows on another device."""
         scales = None if self.scales is None else self.scales.to(device)
-        return LutRows(self.codes.to(device), scales)
+        return LutRows(self.codes.to(device), scales, self.bits)
+
+
+def _pack3(picks: UInt8[Tensor, "*vectors dim"]) -> UInt8[Tensor, "*vectors stored"]:
+    """Return 3-bit codes packed as `dequantise` reads them."""
+    low = [part << 2 * i for i, part in enumerate((picks & 3).chunk(4, dim=-1))]
+    high = [part << i for i, part in enumerate((picks >> 2).chunk(8, dim=-1))]
+    return torch.cat((sum(low[1:], low[0]), sum(high[1:], high[0])), dim=-1)
 
 
 __all__ = ["DATA_FILE", "FORMATS", "HEADER_BYTES", "META_FILE", "LutMeta", "LutRows"]

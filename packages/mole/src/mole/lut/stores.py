@@ -1,16 +1,37 @@
-"""Stores: where the rows of a lookup table are while a model runs."""
+"""Stores: where the rows of a lookup table are while a model runs.
+
+All stores serve the same bytes. `rows` returns them when they are there; `prefetch` starts to fetch
+them and returns a ticket, whose `rows` the model takes when it needs them.
+"""
 
 import mmap
+import os
+import warnings
 import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from ..kernels.gather import gather
 from .errors import LutChecksumError, LutIdError, LutTruncatedError
 from .format import DATA_FILE, HEADER_BYTES, LutMeta, LutRows
+
+_PIECE = 64 * 1024  # bytes of one direct read: longer rows are read in several at a time
+_DIRECT_ALIGNMENT = 4096
+
+
+@runtime_checkable
+class Ticket(Protocol):
+    """Rows that are on their way."""
+
+    def rows(self) -> LutRows:
+        """Return the rows; whoever uses them runs after they have arrived."""
+        ...
 
 
 @runtime_checkable
@@ -23,48 +44,111 @@ class LutStore(Protocol):
         """Return the rows of the ids, flattened, on the ids' device."""
         ...
 
+    def prefetch(self, ids: Int[Tensor, "*tokens"]) -> Ticket:
+        """Begin to fetch the rows of the ids."""
+        ...
+
     def close(self) -> None:
         """Let go of files and memory; the store cannot be used any more."""
         ...
 
 
-class _TensorStore:
-    """A store whose rows are a tensor `[vocab, row_stride]`, wherever its memory is.
+class _Ready:
+    """A ticket whose rows are computed when asked for."""
+
+    def __init__(self, take: Callable[[], LutRows]) -> None:
+        self._take = take
+
+    def rows(self) -> LutRows:
+        """Return the rows."""
+        return self._take()
+
+
+class _Store:
+    """What all stores share: checks, and fetching at once for those that cannot overlap.
 
     Args:
         meta: The table's description.
-        table: The rows, uint8.
     """
 
-    def __init__(self, meta: LutMeta, table: UInt8[Tensor, "vocab row_stride"]) -> None:
+    def __init__(self, meta: LutMeta) -> None:
         self.meta = meta
-        self._table: Tensor | None = table
+        self.closed = False
 
     def rows(self, ids: Int[Tensor, "*tokens"]) -> LutRows:
         """Return the rows of the ids, flattened, on the ids' device.
 
         Raises:
-            LutIdError: An id is not in the table (checked where the table is in host memory).
+            LutIdError: An id is not in the table (checked where that needs no waiting).
             ValueError: The store was closed.
         """
-        if self._table is None:
-            raise ValueError("This lookup table was closed; open it again with `open_lut`.")
-        wanted = ids.flatten().to(self._table.device)
-        try:
-            rows = self._table.index_select(0, wanted)
-        except (IndexError, RuntimeError):
-            if wanted.device.type != "cpu":
-                raise
-            low, high = int(wanted.min()), int(wanted.max())
+        return self.prefetch(ids).rows()
+
+    def prefetch(self, ids: Int[Tensor, "*tokens"]) -> Ticket:
+        """Begin to fetch the rows of the ids; the ticket's `rows` returns them."""
+        found = LutRows.from_bytes(self.read(ids.flatten()), self.meta)
+        return _Ready(lambda: found)
+
+    def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
+        """Return whole rows as they are on disk, on the ids' device."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of files and memory; the store cannot be used any more."""
+        self.closed = True
+
+    def _host_ids(self, ids: Tensor) -> Tensor:
+        """Return the ids in host memory, checked."""
+        self._check_open()
+        ids = ids.cpu()
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.meta.vocab:
             raise LutIdError(
                 f"`ids` must be between 0 and {self.meta.vocab - 1}, the table's last id; "
-                f"got ids from {low} to {high}."
-            ) from None
-        return LutRows.from_bytes(rows.to(ids.device), self.meta)
+                f"got ids from {int(ids.min())} to {int(ids.max())}."
+            )
+        return ids
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("This lookup table was closed; open it again with `open_lut`.")
+
+
+class _TensorStore(_Store):
+    """A store whose rows are a tensor `[vocab, row_stride]`, wherever its memory is.
+
+    Args:
+        meta: The table's description.
+        table: The rows.
+    """
+
+    def __init__(self, meta: LutMeta, table: UInt8[Tensor, "vocab row_stride"]) -> None:
+        super().__init__(meta)
+        self.table = table
+
+    def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
+        """Return whole rows as they are on disk, on the ids' device."""
+        self._check_open()
+        try:
+            rows = self.table.index_select(0, ids.to(self.table.device))
+        except (IndexError, RuntimeError):
+            if self.table.device.type == "cpu":
+                self._host_ids(ids)  # names the id, at no cost while all are right
+            raise
+        return rows.to(ids.device)
+
+    def rows(self, ids: Int[Tensor, "*tokens"]) -> LutRows:
+        """Return the rows of the ids, flattened, on the ids' device.
+
+        Raises:
+            LutIdError: An id is not in the table (checked where that needs no waiting).
+            ValueError: The store was closed.
+        """
+        return LutRows.from_bytes(self.read(ids.flatten()), self.meta)
 
     def close(self) -> None:
         """Let go of the memory; the store cannot be used any more."""
-        self._table = None
+        super().close()
+        self.table = torch.empty(0, 0, dtype=torch.uint8)
 
 
 class MmapStore(_TensorStore):
@@ -92,26 +176,326 @@ class DeviceStore(_TensorStore):
         super().__init__(meta, _map(Path(folder), meta).to(device, copy=True))
 
 
-def open_lut(path: str | Path, store: str = "mmap", device: torch.device | str = "cpu") -> LutStore:
+class PinnedStore(_TensorStore):
+    """All rows in host memory that the GPU reads itself, on a stream of its own, by id.
+
+    Nothing waits for the host: the ids stay on the device, and a kernel picks the rows over the
+    bus. Unknown ids give zeros and are reported by `check`. Without a GPU rows are copied.
+
+    Args:
+        meta: The table's description.
+        table: The rows in host memory; they are page-locked where they lie, without a copy.
+        device: The GPU that will read them.
+    """
+
+    def __init__(
+        self,
+        meta: LutMeta,
+        table: UInt8[Tensor, "vocab row_stride"],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(meta, table)
+        self.device = torch.device(device)
+        self._registered = 0
+        if self.device.type == "cuda":
+            address, size = table.data_ptr(), table.numel()
+            failed = torch.cuda.cudart().cudaHostRegister(address, size, 0)
+            if int(failed):
+                raise OSError(
+                    f"{size:,} bytes cannot be page-locked (CUDA error {int(failed)}); raise the "
+                    "limit on locked memory (`ulimit -l`), or use the store 'mmap' or 'disk'."
+                )
+            self._registered = address
+            self.stream = torch.cuda.Stream(self.device)
+            self.flag = torch.zeros(1, dtype=torch.int32, device=self.device)
+
+    @classmethod
+    def open(cls, folder: str | Path, device: torch.device | str) -> "PinnedStore":
+        """Read a table's file into memory and page-lock it."""
+        meta = LutMeta.load(folder)
+        _check_length(Path(folder), meta)
+        # Anonymous memory of exactly this size: a pinned allocator would round up.
+        memory = mmap.mmap(-1, meta.vocab * meta.row_stride)
+        with open(Path(folder) / DATA_FILE, "rb", buffering=0) as file:
+            file.seek(HEADER_BYTES)
+            view, done = memoryview(memory), 0
+            while done < len(view):
+                done += file.readinto(view[done : done + 2**30]) or len(view)
+        table = torch.frombuffer(memory, dtype=torch.uint8).view(meta.vocab, meta.row_stride)
+        return cls(meta, table, device)
+
+    def rows(self, ids: Int[Tensor, "*tokens"]) -> LutRows:
+        """Return the rows of the ids, flattened, on the ids' device, without waiting."""
+        return self.prefetch(ids).rows()
+
+    def prefetch(self, ids: Int[Tensor, "*tokens"]) -> Ticket:
+        """Begin to fetch the rows of the ids on a stream of its own."""
+        if not ids.is_cuda:
+            return super().prefetch(ids)
+        self._check_open()
+        current = torch.cuda.current_stream(ids.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            flat = ids.flatten()
+            out = torch.empty(len(flat), self.meta.row_stride, dtype=torch.uint8, device=ids.device)
+            gather(self.table, flat, out, self.flag)
+        arrived = self.stream.record_event()
+        ids.record_stream(self.stream)
+
+        def take() -> LutRows:
+            stream = torch.cuda.current_stream(out.device)
+            stream.wait_event(arrived)
+            out.record_stream(stream)
+            return LutRows.from_bytes(out, self.meta)
+
+        return _Ready(take)
+
+    def check(self) -> None:
+        """Raise an error if an unknown id was asked for so far; waits for the device.
+
+        Raises:
+            LutIdError: An id was not in the table; its row was zeros.
+        """
+        if self._registered and self.flag.item():
+            self.flag.zero_()
+            raise LutIdError(
+                f"`ids` must be between 0 and {self.meta.vocab - 1}, the table's last id; some "
+                "were not, and zeros were used for their rows."
+            )
+
+    def close(self) -> None:
+        """Unlock and let go of the memory; the store cannot be used any more."""
+        if self._registered:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.cudart().cudaHostUnregister(self._registered)
+            self._registered = 0
+        super().close()
+
+
+class DiskStore(_Store):
+    """Rows read from the file past the page cache, many at a time, each distinct id once.
+
+    Threads read with `preadv`, which lets others run meanwhile, in pieces of 64 KiB, into aligned
+    memory. Where the file system refuses direct reads, a warning says so and the page cache is
+    used.
+
+    Args:
+        folder: Folder of the table.
+        threads: Reads at a time.
+        direct: Read past the page cache.
+    """
+
+    def __init__(self, folder: str | Path, threads: int = 32, direct: bool = True) -> None:
+        super().__init__(LutMeta.load(folder))
+        _check_length(Path(folder), self.meta)
+        path = Path(folder) / DATA_FILE
+        self.direct = direct
+        self._file = self._open(path) if direct else os.open(path, os.O_RDONLY)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lut")
+
+    def _open(self, path: Path) -> int:
+        """Return a descriptor for direct reads, or a plain one with a warning."""
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        except (AttributeError, OSError):
+            file = -1
+        if file >= 0:
+            try:
+                os.preadv(file, [mmap.mmap(-1, _DIRECT_ALIGNMENT)], 0)
+                return file
+            except OSError:
+                os.close(file)
+        self.direct = False
+        warnings.warn(
+            f"direct reads are not supported for {path.name} here; reading through the page cache.",
+            stacklevel=4,
+        )
+        return os.open(path, os.O_RDONLY)
+
+    def prefetch(self, ids: Int[Tensor, "*tokens"]) -> Ticket:
+        """Begin to read the rows of the ids; returns at once."""
+        distinct, inverse = torch.unique(self._host_ids(ids.flatten()), return_inverse=True)
+        stride = self.meta.row_stride
+        # Rows begin on 512 bytes, direct reads on 4,096: every slot has room for both ends.
+        slot = (-(-stride // _DIRECT_ALIGNMENT) + 1) * _DIRECT_ALIGNMENT
+        memory = mmap.mmap(-1, max(1, len(distinct)) * slot)
+        futures: list[Future[None]] = []
+        offsets = []
+        for place, row in enumerate(distinct.tolist()):
+            begin = HEADER_BYTES + row * stride
+            first = begin // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT
+            offsets.append(place * slot + begin - first)
+            for start in range(0, slot, _PIECE):
+                view = memoryview(memory)[place * slot + start : place * slot + slot][:_PIECE]
+                futures.append(self._pool.submit(self._fill, view, first + start))
+
+        def take() -> LutRows:
+            for future in futures:
+                future.result()
+            flat = torch.frombuffer(memory, dtype=torch.uint8)
+            places = torch.tensor(offsets, dtype=torch.long)[inverse]
+            rows = torch.stack([flat[o : o + stride] for o in places.tolist()])
+            return LutRows.from_bytes(rows.to(ids.device), self.meta)
+
+        if not len(distinct):
+            empty = torch.empty(0, stride, dtype=torch.uint8, device=ids.device)
+            return _Ready(lambda: LutRows.from_bytes(empty, self.meta))
+        return _Ready(take)
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        """Fill the view from the file; what lies behind its end stays as it is."""
+        left = min(len(view), self.meta.file_bytes - offset)
+        done = 0
+        while done < left:
+            read = os.preadv(self._file, [view[done:]], offset + done)
+            if read <= 0:
+                raise LutTruncatedError(
+                    f"{DATA_FILE} must have {self.meta.file_bytes:,} bytes; it ends at "
+                    f"{offset + done:,}. Was it truncated while open? Convert the model again."
+                )
+            done += read
+
+    def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
+        """Return whole rows as they are on disk, on the ids' device."""
+        return self.rows(ids).to_bytes(self.meta).to(ids.device)
+
+    def close(self) -> None:
+        """Close the file and end the threads; the store cannot be used any more."""
+        if not self.closed:
+            super().close()
+            self._pool.shutdown()
+            os.close(self._file)
+
+
+class ComputeStore(_Store):
+    """No table at all: the experts are run for every row. The reference of the other stores.
+
+    Args:
+        model: A model in expert form.
+        fmt: Format of the rows.
+    """
+
+    def __init__(self, model: Any, fmt: str = "fp32") -> None:
+        from ..conversion import plan  # conversion needs stores to verify
+
+        super().__init__(plan(model, fmt))
+        self._model = model
+
+    def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
+        """Return whole rows as conversion would write them, on the ids' device."""
+        from ..conversion import expert_values
+
+        with torch.no_grad():
+            values = expert_values(self._model, self._host_ids(ids))
+        return LutRows.encode(values, self.meta).to_bytes(self.meta).to(ids.device)
+
+
+class CachedStore(_Store):
+    """A number of recently used rows in memory, in front of a slower store.
+
+    Which row has to go is decided by CLOCK: a hand walks round and takes the first row that was not
+    used since its last visit.
+
+    Args:
+        store: Where missing rows come from.
+        capacity: Rows to keep.
+        device: Memory to keep them in.
+    """
+
+    def __init__(self, store: "_Store", capacity: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(store.meta)
+        if capacity < 1:
+            raise ValueError(f"`capacity` must be at least 1; got {capacity}.")
+        self.store, self.capacity = store, min(capacity, store.meta.vocab)
+        self._rows = torch.empty(
+            self.capacity, store.meta.row_stride, dtype=torch.uint8, device=device
+        )
+        self._slot: dict[int, int] = {}
+        self._owner: list[int | None] = [None] * self.capacity
+        self._used = bytearray(self.capacity)
+        self._hand = 0
+        self.hits = self.misses = 0
+
+    def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
+        """Return whole rows as they are on disk, on the ids' device."""
+        distinct, inverse = torch.unique(self._host_ids(ids), return_inverse=True)
+        wanted = distinct.tolist()
+        missing = [row for row in wanted if row not in self._slot]
+        self.hits += len(wanted) - len(missing)
+        self.misses += len(missing)
+        found = torch.empty(
+            len(wanted), self.meta.row_stride, dtype=torch.uint8, device=self._rows.device
+        )
+        cached = [place for place, row in enumerate(wanted) if row in self._slot]
+        if cached:
+            slots = [self._slot[wanted[place]] for place in cached]
+            for slot in slots:
+                self._used[slot] = 1
+            found[cached] = self._rows[slots]
+        if missing:
+            fresh = self.store.read(torch.tensor(missing)).to(found.device)
+            found[[place for place, row in enumerate(wanted) if row not in self._slot]] = fresh
+            kept = fresh[: self.capacity]
+            self._rows[[self._claim(row) for row in missing[: self.capacity]]] = kept
+        return found[inverse.to(found.device)].to(ids.device)
+
+    def _claim(self, row: int) -> int:
+        """Return the slot that now belongs to a row."""
+        while self._used[self._hand]:
+            self._used[self._hand] = 0
+            self._hand = (self._hand + 1) % self.capacity
+        slot, old = self._hand, self._owner[self._hand]
+        if old is not None:
+            del self._slot[old]
+        self._owner[slot], self._slot[row] = row, slot
+        self._hand = (slot + 1) % self.capacity
+        return slot
+
+    def close(self) -> None:
+        """Close the store behind the cache, too."""
+        super().close()
+        self.store.close()
+
+
+_STORES: dict[str, Callable[[Any, Any], Any]] = {
+    "mmap": lambda path, device: MmapStore(path),
+    "device": DeviceStore,
+    "pinned": PinnedStore.open,
+    "disk": lambda path, device: DiskStore(path),
+}
+STORES = tuple(_STORES)
+
+
+def open_lut(
+    path: str | Path,
+    store: str = "mmap",
+    device: torch.device | str = "cpu",
+    cache: int = 0,
+) -> LutStore:
     """Return a store for the lookup table in a folder.
 
     The lengths of the files are checked, their contents are not: `verify_lut` does that.
 
     Args:
         path: Folder that holds `lut.json`.
-        store: `"mmap"` reads rows from the memory-mapped file, `"device"` copies all rows to
-            `device`.
-        device: Device of the `"device"` store.
+        store: `"mmap"` reads rows from the memory-mapped file, `"disk"` reads them past the page
+            cache, `"pinned"` keeps all in host memory that the GPU reads itself, `"device"` copies
+            all to `device`.
+        device: Device that will use the rows.
+        cache: Rows to keep on `device` in front of the store; 0 for none.
 
     Raises:
         ValueError: `store` is unknown.
         LutError: A file is missing, truncated, or of another version.
+        OSError: Host memory cannot be page-locked.
     """
-    if store == "mmap":
-        return MmapStore(path)
-    if store == "device":
-        return DeviceStore(path, device)
-    raise ValueError(f"`store` must be 'mmap' or 'device'; got {store!r}.")
+    if store not in _STORES:
+        raise ValueError(f"`store` must be one of {', '.join(map(repr, STORES))}; got {store!r}.")
+    opened: LutStore = _STORES[store](path, device)
+    if not cache:
+        return opened
+    cached: LutStore = CachedStore(opened, cache, device)  # type: ignore[arg-type]
+    return cached
 
 
 def verify_lut(path: str | Path) -> LutMeta:
@@ -166,4 +550,16 @@ def _map(folder: Path, meta: LutMeta) -> Tensor:
     return rows.view(meta.vocab, meta.row_stride)
 
 
-__all__ = ["DeviceStore", "LutStore", "MmapStore", "open_lut", "verify_lut"]
+__all__ = [
+    "STORES",
+    "CachedStore",
+    "ComputeStore",
+    "DeviceStore",
+    "DiskStore",
+    "LutStore",
+    "MmapStore",
+    "PinnedStore",
+    "Ticket",
+    "open_lut",
+    "verify_lut",
+]

@@ -4,9 +4,12 @@
 
 Layout: all tensors row-major with unit stride in the last axis; the other strides are free, so that
 one layer's slice of the gathered rows needs no copy. Softmax and sum accumulate in float32; the
-result has the residual's type. Values are float32, float16, bfloat16, int8 codes or NF4 pairs
-(uint8: byte i holds element i in the low half, element i + dim/2 in the high half). Any number of
-experts and any dim (even for NF4). Rows of NaN logits give NaN.
+result has the residual's type. Values are float32, float16, bfloat16, int8 or float8 (e4m3) codes,
+NF4 pairs (uint8: byte i holds element i in the low half, element i + dim/2 in the high half) or NF3
+planes (uint8: dim/4 bytes with the low bits of four quarters, dim/8 bytes with the high bits of
+eight eighths). Any number of experts and any dim (even for NF4, a multiple of 8 for NF3). Rows of
+NaN logits give NaN. `_combine_norm_kernel` adds an update to the residual first and returns
+the RMSNorm of the result, too: the end of a decoding layer and the start of the next in one launch.
 Source: Jie et al. 2025 (arXiv 2503.15798), equation 6.
 """
 
@@ -33,6 +36,39 @@ def _softmax(logits):  # [BLOCK_N] -> [BLOCK_N]
     """Softmax of one row of logits; masked entries are -inf."""
     weights = tl.exp(logits - tl.max(logits, axis=0))
     return weights / tl.sum(weights, axis=0)
+
+
+@triton.jit
+@no_type_check
+def _vectors(
+    rows, scale_rows, d, mask, dim, block_size, codebook_ptr, FORMAT: tl.constexpr
+):  # [BLOCK_N, BLOCK_D]
+    """Decoded channels `d` of the vectors that begin at `rows`."""
+    if FORMAT == "nf4":
+        half = dim // 2
+        low = d < half
+        pairs = tl.load(rows + tl.where(low, d, d - half)[None, :], mask=mask, other=0).to(tl.int32)
+        codes = tl.where(low[None, :], pairs & 15, pairs >> 4)
+        values = tl.load(codebook_ptr + codes, mask=mask, other=0.0)
+    elif FORMAT == "nf3":
+        quarter = dim // 4
+        eighth = dim // 8
+        lows = tl.load(rows + (d % quarter)[None, :], mask=mask, other=0).to(tl.int32)
+        highs = tl.load(rows + (quarter + d % eighth)[None, :], mask=mask, other=0).to(tl.int32)
+        lows = (lows >> (2 * (d // quarter))[None, :]) & 3
+        highs = (highs >> (d // eighth)[None, :]) & 1
+        values = tl.load(codebook_ptr + 16 + (lows | highs << 2), mask=mask, other=0.0)
+    elif FORMAT == "fp8":
+        # The bits of e4m3, seven places up, are those of a float16 that is 256 times too small.
+        bits = tl.load(rows + d[None, :], mask=mask, other=0).to(tl.int16)
+        half_bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        values = half_bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    else:
+        values = tl.load(rows + d[None, :], mask=mask, other=0).to(tl.float32)
+    if FORMAT != "float":
+        scales = scale_rows + (d // block_size)[None, :]
+        values *= tl.load(scales, mask=mask, other=0.0).to(tl.float32)
+    return values
 
 
 @triton.autotune(configs=_TUNING, key=["dim", "experts"])
@@ -70,23 +106,124 @@ def _combine_kernel(
 
     rows = values_ptr + token * stride_vt + n[:, None] * stride_vn  # [BLOCK_N, 1]
     mask = (n[:, None] < experts) & (d[None, :] < dim)  # [BLOCK_N, BLOCK_D]
-    if FORMAT == "nf4":
-        half = dim // 2
-        low = d < half
-        pairs = tl.load(rows + tl.where(low, d, d - half)[None, :], mask=mask, other=0).to(tl.int32)
-        codes = tl.where(low[None, :], pairs & 15, pairs >> 4)  # [BLOCK_N, BLOCK_D]
-        values = tl.load(codebook_ptr + codes, mask=mask, other=0.0)
-    else:
-        values = tl.load(rows + d[None, :], mask=mask, other=0).to(tl.float32)
-    if FORMAT != "float":
-        scales = (
-            scales_ptr + token * stride_st + n[:, None] * stride_sn + (d // block_size)[None, :]
-        )
-        values *= tl.load(scales, mask=mask, other=0.0).to(tl.float32)
+    scale_rows = scales_ptr + token * stride_st + n[:, None] * stride_sn
+    values = _vectors(rows, scale_rows, d, mask, dim, block_size, codebook_ptr, FORMAT)
 
     residual = tl.load(residual_ptr + token * stride_rt + d, mask=d < dim, other=0.0)
     out = residual.to(tl.float32) + tl.sum(gates[:, None] * values, axis=0)  # [BLOCK_D]
     tl.store(out_ptr + token * stride_ot + d, out.to(out_ptr.dtype.element_ty), mask=d < dim)
+
+
+@triton.jit
+@no_type_check
+def _combine_norm_kernel(
+    logits_ptr,
+    values_ptr,
+    scales_ptr,
+    residual_ptr,
+    update_ptr,
+    weight_ptr,
+    codebook_ptr,
+    out_ptr,
+    normed_ptr,
+    stride_lt,
+    stride_vt,
+    stride_vn,
+    stride_st,
+    stride_sn,
+    stride_rt,
+    stride_ut,
+    experts,
+    dim,
+    block_size,
+    eps,
+    FORMAT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program computes all channels of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    inside = d < dim
+    mask = (n[:, None] < experts) & inside[None, :]  # [BLOCK_N, BLOCK_D]
+    rows = values_ptr + token * stride_vt + n[:, None] * stride_vn
+    scale_rows = scales_ptr + token * stride_st + n[:, None] * stride_sn
+    # The table's rows come first: they do not depend on the launch just before this one.
+    values = _vectors(rows, scale_rows, d, mask, dim, block_size, codebook_ptr, FORMAT)
+    logits = tl.load(logits_ptr + token * stride_lt + n, mask=n < experts, other=float("-inf"))
+    residual = tl.load(residual_ptr + token * stride_rt + d, mask=inside, other=0.0)
+    update = tl.load(update_ptr + token * stride_ut + d, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + d, mask=inside, other=0.0).to(tl.float32)
+    gates = _softmax(logits.to(tl.float32))  # [BLOCK_N]
+    out = residual.to(tl.float32) + update.to(tl.float32) + tl.sum(gates[:, None] * values, axis=0)
+    tl.store(out_ptr + token * dim + d, out.to(out_ptr.dtype.element_ty), mask=inside)
+    inverse = tl.rsqrt(tl.sum(out * out, axis=0) / dim + eps)
+    normed = (out * inverse * weight).to(normed_ptr.dtype.element_ty)
+    tl.store(normed_ptr + token * dim + d, normed, mask=inside)
+
+
+def _form(
+    values: torch.Tensor, scales: torch.Tensor | None, dim: int
+) -> tuple[torch.Tensor, str, int]:
+    """Return the values as the kernels read them, their format, and the elements of a block."""
+    if scales is None:
+        return values, "float", dim
+    block_size = dim // scales.shape[-1]
+    if values.dtype == torch.int8:
+        return values, "int8", block_size
+    if values.dtype == torch.float8_e4m3fn:
+        return values.view(torch.uint8), "fp8", block_size
+    return values, "nf4" if 2 * values.shape[-1] == dim else "nf3", block_size
+
+
+def _launch_norm(
+    logits: torch.Tensor,
+    values: torch.Tensor,
+    residual: torch.Tensor,
+    update: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    scales: torch.Tensor | None,
+    codebook: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the combined tokens and their norms; shapes were checked by the caller."""
+    tokens, dim = residual.shape
+    experts = logits.shape[1]
+    out = torch.empty((tokens, dim), dtype=residual.dtype, device=residual.device)
+    normed = torch.empty_like(out)
+    if tokens == 0:
+        return out, normed
+    values, form, block_size = _form(values, scales, dim)
+    scales = logits if scales is None else scales
+    block_n, block_d = triton.next_power_of_2(experts), triton.next_power_of_2(dim)
+    _combine_norm_kernel[(tokens,)](
+        logits,
+        values,
+        scales,
+        residual,
+        update,
+        weight,
+        codebook,
+        out,
+        normed,
+        logits.stride(0),
+        values.stride(0),
+        values.stride(1),
+        scales.stride(0),
+        scales.stride(1),
+        residual.stride(0),
+        update.stride(0),
+        experts,
+        dim,
+        block_size,
+        eps,
+        FORMAT=form,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        num_warps=4 if block_n * block_d <= 4096 else 8 if block_n * block_d <= 16384 else 16,
+    )
+    return out, normed
 
 
 def _launch_forward(
@@ -102,11 +239,8 @@ def _launch_forward(
     out = torch.empty((tokens, dim), dtype=residual.dtype, device=residual.device)
     if tokens == 0:
         return out
-    if scales is None:
-        form, scales, block_size = "float", logits, dim
-    else:
-        form = "nf4" if values.dtype == torch.uint8 else "int8"
-        block_size = dim // scales.shape[-1]
+    values, form, block_size = _form(values, scales, dim)
+    scales = logits if scales is None else scales
     _combine_kernel[lambda meta: (tokens, triton.cdiv(dim, meta["BLOCK_D"]))](
         logits,
         values,

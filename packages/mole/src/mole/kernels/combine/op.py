@@ -11,7 +11,12 @@ from torch import Tensor
 
 from fourfold_common import triton_status
 
-from .reference import NF4_CODEBOOK, combine_reference
+from .reference import (
+    NF3_CODEBOOK,
+    NF4_CODEBOOK,
+    combine_norm_reference,
+    combine_reference,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -30,7 +35,8 @@ def combine(
     Args:
         logits: The router's logits, one for every expert.
         values: The vectors, as floating-point numbers (`stored = dim`), as int8 codes
-            (`stored = dim`) or as uint8 pairs of NF4 codes (`stored = dim / 2`).
+            or float8 codes (`stored = dim`), as uint8 pairs of NF4 codes (`stored = dim / 2`) or
+            as uint8 planes of NF3 codes (`stored = 3 dim / 8`).
         residual: What the weighted sum is added to.
         scales: For codes: one factor for every block of `dim / blocks` elements.
         backend: `"triton"` (CUDA, no gradient; or any device in Triton's interpreter),
@@ -102,13 +108,14 @@ def _check(logits: Tensor, values: Tensor, residual: Tensor, scales: Tensor | No
             f"`values` must have (tokens, experts) {tuple(logits.shape)} as `logits` does; "
             f"got {tuple(values.shape[:2])}."
         )
-    coded = values.dtype in (torch.int8, torch.uint8)
+    coded = values.dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn)
     if not coded and not values.dtype.is_floating_point:
         raise TypeError(
-            f"`values` must be floating point, int8 or uint8 (NF4 pairs); got {values.dtype}."
+            f"`values` must be floating point, int8 or uint8 (NF4 or NF3); got {values.dtype}."
         )
     stored = dim // 2 if values.dtype == torch.uint8 else dim
-    if values.shape[2] != stored:
+    nf3 = values.dtype == torch.uint8 and 8 * values.shape[2] == 3 * dim
+    if values.shape[2] != stored and not nf3:
         raise ValueError(
             f"`values` must store {stored} {values.dtype} elements a vector for `dim` {dim}; "
             f"got {values.shape[2]}."
@@ -151,13 +158,87 @@ def _(
     return torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
 
 
+def combine_norm(
+    logits: Float[Tensor, "tokens experts"],
+    values: Shaped[Tensor, "tokens experts stored"],
+    residual: Float[Tensor, "tokens dim"],
+    update: Float[Tensor, "tokens dim"],
+    weight: Float[Tensor, " dim"],
+    eps: float,
+    scales: Float[Tensor, "tokens experts blocks"] | None = None,
+    backend: Backend = "auto",
+) -> tuple[Float[Tensor, "tokens dim"], Float[Tensor, "tokens dim"]]:
+    """Return `combine(logits, values, residual + update, scales)` and its RMSNorm.
+
+    What ends one layer and starts the next while decoding, in one launch: no more launches than a
+    dense model has. The sum is not rounded in between, and there is no gradient on a GPU.
+
+    Args:
+        logits: The router's logits, one for every expert.
+        values: The vectors, as `combine` takes them.
+        residual: The residual stream.
+        update: What the feed-forward block adds to it.
+        weight: Weight of the norm.
+        eps: Added to the mean square.
+        scales: For codes: one factor for every block.
+        backend: As `combine` has it.
+
+    Raises:
+        ValueError: As `combine`.
+        TypeError: As `combine`.
+
+    Source: Jie et al. 2025 (arXiv 2503.15798), equation 6; the fusion is own.
+    """
+    if not torch.compiler.is_compiling():
+        _check(logits, values, residual, scales)
+    wanted = residual.is_cuda if backend == "auto" else backend == "triton"
+    if wanted and (torch.compiler.is_compiling() or _triton_works()):
+        found: tuple[Tensor, Tensor] = _combine_norm_triton(
+            logits, values, residual, update, weight, eps, scales
+        )
+        return found
+    return combine_norm_reference(logits, values, residual, update, weight, eps, scales)
+
+
+@torch.library.custom_op("mole::combine_norm", mutates_args=())
+def _combine_norm_triton(
+    logits: torch.Tensor,
+    values: torch.Tensor,
+    residual: torch.Tensor,
+    update: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    scales: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kernel = import_module(".kernel", __package__)
+    logits, values, residual, update = map(_unit_stride, (logits, values, residual, update))
+    scales = None if scales is None else _unit_stride(scales)
+    launched: tuple[Tensor, Tensor] = kernel._launch_norm(
+        logits, values, residual, update, weight, eps, scales, _codebook(residual.device)
+    )
+    return launched
+
+
+@_combine_norm_triton.register_fake
+def _(
+    logits: torch.Tensor,
+    values: torch.Tensor,
+    residual: torch.Tensor,
+    update: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    scales: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return residual.new_empty(residual.shape), residual.new_empty(residual.shape)
+
+
 def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @cache
 def _codebook(device: torch.device) -> Tensor:
-    return torch.tensor(NF4_CODEBOOK, dtype=torch.float32, device=device)
+    return torch.tensor(NF4_CODEBOOK + NF3_CODEBOOK, dtype=torch.float32, device=device)
 
 
-__all__ = ["combine", "dispatch"]
+__all__ = ["combine", "combine_norm", "dispatch"]

@@ -26,26 +26,44 @@ NF4_CODEBOOK = (
 )
 
 
+# The 8 values of NF3: the same construction for 3 bits (own derivation).
+NF3_CODEBOOK = (-1.0, -0.53502, -0.24693, 0.0, 0.18334, 0.38199, 0.62299, 1.0)
+
+
+def unpack3(codes: Shaped[Tensor, "*vectors stored"]) -> Shaped[Tensor, "*vectors dim"]:
+    """Return the 3-bit codes, one a byte, of vectors packed as `dequantise` describes."""
+    quarter = codes.shape[-1] * 2 // 3
+    low, high = codes[..., :quarter], codes[..., quarter:]
+    low = torch.cat([low >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
+    high = torch.cat([high >> shift & 1 for shift in range(8)], dim=-1)
+    return low | high << 2
+
+
 def dequantise(
     codes: Shaped[Tensor, "*vectors stored"],
     scales: Float[Tensor, "*vectors blocks"] | None,
     dtype: torch.dtype = torch.float32,
+    bits: int = 4,
 ) -> Float[Tensor, "*vectors dim"]:
     """Return the vectors that stored codes stand for.
 
     Args:
-        codes: Plain floating-point values; or int8 codes; or uint8 pairs of NF4 codes, where byte
-            `i` holds element `i` in its low half and element `i + stored` in its high half.
+        codes: Plain floating-point values; or int8 or float8 codes; or uint8 pairs of NF4 codes,
+            where byte `i` holds element `i` in its low half and element `i + stored` in its high
+            half; or uint8 NF3 codes: `dim / 4` bytes with the two low bits of the four quarters,
+            then `dim / 8` bytes with the high bits of the eight eighths.
         scales: One factor for every block of `dim / blocks` elements; None for plain values.
         dtype: Type of the result.
+        bits: Bits of a uint8 code, 4 or 3.
 
     Source: own; the NF4 code is Dettmers et al. 2023 (arXiv 2305.14314), appendix E.
     """
     if scales is None:
         return codes.to(dtype)
     if codes.dtype == torch.uint8:
-        nibbles = torch.cat((codes & 15, codes >> 4), dim=-1)
-        codes = torch.tensor(NF4_CODEBOOK, device=codes.device)[nibbles.int()]
+        book = NF4_CODEBOOK if bits == 4 else NF3_CODEBOOK
+        picks = torch.cat((codes & 15, codes >> 4), dim=-1) if bits == 4 else unpack3(codes)
+        codes = torch.tensor(book, device=codes.device)[picks.int()]
     blocks = codes.to(scales.dtype if scales.dtype == torch.float64 else torch.float32).unflatten(
         -1, (scales.shape[-1], -1)
     )
@@ -69,7 +87,8 @@ def combine_reference(
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     gates = torch.softmax(logits, dim=-1, dtype=wide)
     if scales is not None:
-        values = dequantise(values, scales, residual.dtype)
+        bits = 8 * values.shape[2] // residual.shape[1]
+        values = dequantise(values, scales, residual.dtype, bits)
     elif values.dtype != residual.dtype:
         values = values.to(torch.promote_types(values.dtype, residual.dtype))
     gates = gates.to(values.dtype)[:, None]
@@ -78,4 +97,28 @@ def combine_reference(
     return residual + torch.matmul(gates, values).squeeze(1)
 
 
-__all__ = ["NF4_CODEBOOK", "combine_reference", "dequantise"]
+def combine_norm_reference(
+    logits: Float[Tensor, "tokens experts"],
+    values: Shaped[Tensor, "tokens experts stored"],
+    residual: Float[Tensor, "tokens dim"],
+    update: Float[Tensor, "tokens dim"],
+    weight: Float[Tensor, " dim"],
+    eps: float,
+    scales: Float[Tensor, "tokens experts blocks"] | None = None,
+) -> tuple[Float[Tensor, "tokens dim"], Float[Tensor, "tokens dim"]]:
+    """Return `combine(..., residual + update)` and its RMSNorm with `weight`.
+
+    Source: Jie et al. 2025 (arXiv 2503.15798), equation 6, and the norm that follows it.
+    """
+    hidden = combine_reference(logits, values, residual + update, scales)
+    return hidden, torch.nn.functional.rms_norm(hidden, weight.shape, weight, eps)
+
+
+__all__ = [
+    "NF3_CODEBOOK",
+    "NF4_CODEBOOK",
+    "combine_norm_reference",
+    "combine_reference",
+    "dequantise",
+    "unpack3",
+]

@@ -1,0 +1,95 @@
+"""What tables cost and keep: conversion speed, loss by format, hit rate of a cache."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from fourfold_common import Results
+
+from ..conversion import convert, verify
+from ..demo import ASSETS
+from ..demo.train import encode
+from ..evaluation import window_losses
+from ..lut import FORMATS, CachedStore, open_lut
+from ..modeling import MoleForCausalLM
+
+
+def _shipped() -> tuple[Any, torch.Tensor]:
+    """Return the shipped model in expert form and held-out text for it."""
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tokenizer")
+    model = MoleForCausalLM.from_pretrained(ASSETS / "mole", dtype=torch.float32).eval()
+    return model, encode(tokenizer, [(ASSETS / "snippet.txt").read_text(encoding="utf-8")])
+
+
+def measure_quant(
+    results: Results, say: Callable[[str], None], device: torch.device, tokens: int | None = None
+) -> None:
+    """Add the shipped model's loss on its held-out excerpt, by format of the table."""
+    model, text = _shipped()
+    model, text = model.to(device), text[:tokens]
+    context = min(len(text), model.config.max_position_embeddings)
+    exact = window_losses(model, text, context).double().mean().item()
+    results.add("experts", "loss", exact, "nats/token")
+    with tempfile.TemporaryDirectory() as folder:
+        for fmt in FORMATS:
+            target = convert(model, Path(folder) / fmt, fmt, progress=False)
+            table: Any = MoleForCausalLM.from_pretrained(target).to(device).eval()
+            loss = window_losses(table, text, context).double().mean().item()
+            size = table.lut.meta.row_bytes
+            results.add(fmt, "loss", loss, "nats/token")
+            results.add(
+                fmt, "perplexity over experts", torch.tensor(loss - exact).exp().item(), "x"
+            )
+            results.add(fmt, "read", size, "B/token")
+            say(f"{fmt}: loss {loss:.4f} ({loss - exact:+.4f} to the experts), {size:,} B/token")
+
+
+def measure_convert(
+    results: Results, say: Callable[[str], None], device: torch.device, fmt: str = "fp16"
+) -> None:
+    """Add the speed of converting the shipped model, next to writing as many bytes with fsync."""
+    model, _ = _shipped()
+    model = model.to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        target = convert(model, Path(folder) / "table", fmt, progress=False)
+        seconds = time.perf_counter() - begin
+        meta = verify(target / "lut", model)
+        data = (target / "lut" / "lut.safetensors").read_bytes()
+        begin = time.perf_counter()
+        with open(Path(folder) / "plain", "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        plain = time.perf_counter() - begin
+    for name, time_s in (("convert", seconds), ("plain write", plain)):
+        results.add(name, "speed", meta.file_bytes / time_s / 1e9, "GB/s", format=fmt)
+    say(f"convert {fmt}: {meta.file_bytes / seconds / 1e9:.3f} GB/s, {plain / seconds:.2f} of a "
+        "plain write's speed")  # fmt: skip
+
+
+def measure_cache(
+    results: Results, say: Callable[[str], None], device: torch.device, tokens: int | None = None
+) -> None:
+    """Add the share of tokens that a cache serves while the held-out excerpt goes by."""
+    model, text = _shipped()
+    with tempfile.TemporaryDirectory() as folder:
+        target = convert(model, folder, "nf4", progress=False)
+        for capacity in (64, 256, 1024):
+            store: Any = open_lut(target / "lut", cache=capacity, device=device)
+            if not isinstance(store, CachedStore):
+                raise TypeError("a cache was asked for and none was opened")
+            for token in text[:tokens].long().split(1):
+                store.read(token)
+            rate = store.hits / (store.hits + store.misses)
+            results.add("CLOCK", "hit rate", rate, "", rows=capacity, tokens=len(text[:tokens]))
+            say(f"cache of {capacity} rows: {100 * rate:.1f} % of {len(text[:tokens]):,} tokens")
+
+
+__all__ = ["measure_cache", "measure_convert", "measure_quant"]

@@ -1,0 +1,324 @@
+"""Fast decoding: one token at a time for a whole batch, as one CUDA graph.
+
+A dense model and a lookup model in table form run the same code. The router's weights ride in the
+up-projection, and one kernel ends a layer: softmax, dequantisation, weighted sum, residual, and the
+next layer's norm. A lookup model therefore launches as many kernels as its dense twin; the rows of
+all layers are fetched on a second stream while earlier layers compute.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from .kernels.combine import combine_norm
+from .kernels.gather import gather
+from .lut import DeviceStore, LutRows, PinnedStore
+from .modeling import DenseForCausalLM, MoleForCausalLM, _rotate
+
+_ROUTER_ROWS = 8  # the up-projection grows by a multiple of this, for aligned matrix products
+_GROUPS = (1, 5)  # layers whose rows are waited for together: first group, second; then the rest
+
+
+class _Layer(NamedTuple):
+    """One layer's weights as the step reads them."""
+
+    qkv: Tensor
+    out: Tensor
+    post: Tensor
+    up: Tensor
+    down: Tensor
+    next: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def _block(
+    hidden: Tensor,
+    normed: Tensor,
+    layer: _Layer,
+    cos: Tensor,
+    sin: Tensor,
+    position: Tensor,
+    mask: Tensor,
+    rows: tuple[Tensor, Tensor | None] | None,
+    heads: int,
+    inner: int,
+    eps: float,
+    act: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return the residual stream after one layer, and its norm for the next; one token each."""
+    batch, dim = hidden.shape
+    kv_heads, head = layer.keys.shape[1], layer.keys.shape[3]
+    projected = nn.functional.linear(normed, layer.qkv).view(batch, -1, 1, head)
+    query, key, value = projected.split([heads, kv_heads, kv_heads], dim=1)
+    layer.keys.index_copy_(2, position, _rotate(key, cos, sin))
+    layer.values.index_copy_(2, position, value)
+    attended = nn.functional.scaled_dot_product_attention(
+        _rotate(query, cos, sin),
+        layer.keys,
+        layer.values,
+        attn_mask=mask,
+        enable_gqa=heads != kv_heads,
+    )
+    hidden = hidden + nn.functional.linear(attended.reshape(batch, dim), layer.out)
+    x = nn.functional.rms_norm(hidden, (dim,), layer.post, eps)
+    up = nn.functional.linear(x, layer.up)
+    update = nn.functional.linear(act(up[:, :inner]), layer.down)
+    if rows is None:
+        hidden = hidden + update
+        return hidden, nn.functional.rms_norm(hidden, (dim,), layer.next, eps)
+    values, scales = rows
+    logits = up[:, inner : inner + values.shape[1]]
+    return combine_norm(logits, values, hidden, update, layer.next, eps, scales)
+
+
+def _choose(normed: Tensor, head: Tensor, ids: Tensor) -> None:
+    """Write the likeliest next ids."""
+    ids.copy_(nn.functional.linear(normed, head).argmax(-1))
+
+
+class Decoder:
+    """Greedy decoding of one batch of prompts of equal length.
+
+    Args:
+        model: A `DenseForCausalLM`, or a `MoleForCausalLM` in table form whose table is open. Its
+            weights are used where they are, but for two fused copies a layer.
+        batch: Number of sequences.
+        length: Longest sequence, prompt included.
+        compiled: Compile the layers with Inductor.
+        captured: Replay a step as a CUDA graph. Needs a GPU and a table in pinned or device
+            memory; with other stores the rows are fetched before the replay.
+
+    Raises:
+        TypeError: `model` is of another type.
+        ValueError: It is in expert form, or has no table.
+    """
+
+    def __init__(
+        self,
+        model: DenseForCausalLM | MoleForCausalLM,
+        batch: int,
+        length: int,
+        compiled: bool | None = None,
+        captured: bool | None = None,
+    ) -> None:
+        if not isinstance(model, (DenseForCausalLM, MoleForCausalLM)):
+            raise TypeError(
+                "`model` must be a DenseForCausalLM or a MoleForCausalLM; "
+                f"got {type(model).__name__}."
+            )
+        lookup = isinstance(model, MoleForCausalLM)
+        if lookup and (model.config.lookup_form != "table" or model.lut is None):
+            raise ValueError("`model` must be in table form with an open table; convert it first.")
+        if model.config.mlp_type != "plain":
+            raise ValueError("`model` must have plain feed-forward blocks; use its `generate`.")
+        self.model: Any = model
+        self.config: Any = model.config
+        self.batch, self.length = batch, length
+        self.store: Any = model.lut if lookup else None
+        weight: Tensor = self.model.get_input_embeddings().weight
+        self.device, self.dtype = weight.device, weight.dtype
+        cuda = self.device.type == "cuda"
+        self.captured = cuda if captured is None else captured
+        block: Any = _block
+        choose: Any = _choose
+        if cuda if compiled is None else compiled:
+            block = torch.compile(_block, fullgraph=True, dynamic=False)
+            choose = torch.compile(_choose, fullgraph=True, dynamic=False)
+        self._run_block, self._run_choose = block, choose
+        self._graph: Any = None
+        self._prepare()
+
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        """Fuse weights and allocate everything a step touches."""
+        config = self.config
+        model: Any = self.model.model
+        size = (self.batch, config.num_key_value_heads, self.length, config.head_dim)
+        norms = [layer.input_layernorm.weight for layer in model.layers[1:]] + [model.norm.weight]
+        self.layers = []
+        for layer, following in zip(model.layers, norms, strict=True):
+            attention, up = layer.self_attn, layer.mlp.up_proj.weight
+            if layer.lookup is not None:
+                router = layer.lookup.router.weight
+                padding = router.new_zeros(-len(router) % _ROUTER_ROWS, router.shape[1])
+                up = torch.cat((up, router, padding))
+            qkv = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj,
+                                                attention.v_proj)])  # fmt: skip
+            self.layers.append(
+                _Layer(
+                    qkv=qkv,
+                    out=attention.o_proj.weight.detach(),
+                    post=layer.post_attention_layernorm.weight.detach(),
+                    up=up.detach(),
+                    down=layer.mlp.down_proj.weight.detach(),
+                    next=following.detach(),
+                    keys=torch.zeros(size, dtype=self.dtype, device=self.device),
+                    values=torch.zeros(size, dtype=self.dtype, device=self.device),
+                )
+            )
+        positions = torch.arange(self.length, device=self.device)
+        cos, sin = model.rotary(positions[None], self.dtype)
+        self.cos, self.sin = cos[0, 0], sin[0, 0]
+        self.positions = positions
+        self.ids = torch.zeros(self.batch, dtype=torch.long, device=self.device)
+        self.position = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.history = torch.zeros(self.batch, self.length, dtype=torch.long, device=self.device)
+        self.rows: list[Any] = [None] * len(self.layers)
+        if self.store is None:
+            return
+        meta = self.store.meta
+        self.staging = torch.zeros(
+            self.batch, meta.row_stride, dtype=torch.uint8, device=self.device
+        )
+        staged = LutRows.from_bytes(self.staging, meta)
+        scales = [None] * meta.layers if staged.scales is None else staged.scales.unbind(1)
+        found = iter(zip(staged.codes.unbind(1), scales, strict=True))
+        self.rows = [None if layer.lookup is None else next(found) for layer in model.layers]
+        self.overlapped = self.device.type == "cuda" and isinstance(
+            self.store, (PinnedStore, DeviceStore)
+        )
+        if self.overlapped:
+            self.side = torch.cuda.Stream(self.device)
+            self.flag = torch.zeros(1, dtype=torch.int32, device=self.device)
+            self.spans = self._spans()
+
+    def _spans(self) -> dict[int, list[tuple[int, int]]]:
+        """Return, for the layers that begin a group, the parts of a row the group needs."""
+        meta, spans = self.store.meta, {}
+        numbers = [n for n, layer in enumerate(self.model.model.layers) if layer.lookup is not None]
+        size = meta.code_bytes // meta.layers
+        begin = 0
+        for count in (*_GROUPS, meta.layers):
+            end = min(begin + count, meta.layers)
+            if begin == end:
+                break
+            parts = [(begin * size // 8 * 8, min(-(-end * size // 8) * 8, meta.row_stride))]
+            if begin == 0 and meta.scale_bytes:
+                parts.append((meta.code_bytes // 8 * 8, meta.row_stride))
+            spans[numbers[begin]] = parts
+            begin = end
+        return spans
+
+    def _fetch(self) -> dict[int, Any]:
+        """Start to fetch the rows of the current ids; return the events of the groups."""
+        if self.store is None:
+            return {}
+        if not self.overlapped:
+            return {}
+        main, events = torch.cuda.current_stream(self.device), {}
+        self.side.wait_stream(main)
+        with torch.cuda.stream(self.side):
+            for number, parts in self.spans.items():
+                for first, last in parts:
+                    gather(self.store.table, self.ids, self.staging, self.flag, first, last)
+                events[number] = self.side.record_event()
+        return events
+
+    def _step(self) -> None:
+        """Run one token of every sequence through the model."""
+        events = self._fetch()
+        model: Any = self.model.model
+        config = self.config
+        self.history.index_copy_(1, self.position, self.ids[:, None])
+        hidden = model.embed_tokens(self.ids)
+        normed = nn.functional.rms_norm(
+            hidden, hidden.shape[1:], model.layers[0].input_layernorm.weight, config.rms_norm_eps
+        )
+        cos, sin = self.cos[self.position], self.sin[self.position]
+        mask = (self.positions <= self.position)[None, None, None]
+        for number, layer in enumerate(self.layers):
+            if number in events:
+                torch.cuda.current_stream(self.device).wait_event(events[number])
+            hidden, normed = self._run_block(
+                hidden,
+                normed,
+                layer,
+                cos,
+                sin,
+                self.position,
+                mask,
+                self.rows[number],
+                config.num_attention_heads,
+                config.intermediate_size,
+                config.rms_norm_eps,
+                model.layers[0].mlp.act,
+            )
+        self._run_choose(normed, self.model.lm_head.weight, self.ids)
+        self.position += 1
+
+    @torch.no_grad()
+    def prefill(self, prompts: Int[Tensor, "batch seq_q"]) -> None:
+        """Run the prompts through the model and choose the first new ids."""
+        batch, count = prompts.shape
+        if batch != self.batch or not 0 < count < self.length:
+            raise ValueError(
+                f"`prompts` must have {self.batch} rows of 1 to {self.length - 1} ids; "
+                f"got {batch} of {count}."
+            )
+        prompts = prompts.to(self.device)
+        found = self.model(prompts, use_cache=True, logits_to_keep=1)
+        for number, layer in enumerate(self.layers):
+            cached = found.past_key_values.layers[number]
+            layer.keys[:, :, :count] = cached.keys
+            layer.values[:, :, :count] = cached.values
+        self.history[:, :count] = prompts
+        self.ids.copy_(found.logits[:, -1].argmax(-1))
+        self.position.fill_(count)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Decode one token of every sequence; does not wait for the device."""
+        if self.store is not None and not self.overlapped:
+            self.staging.copy_(self.store.read(self.ids), non_blocking=True)
+        if self._graph is None:
+            # One compiled block serves all decoders of a process, in a version for each shape.
+            with torch._dynamo.config.patch(recompile_limit=64):
+                if not self.captured:
+                    self._step()
+                    return
+                self._capture()
+        self._graph.replay()
+
+    def _capture(self) -> None:
+        """Record a step as a graph; what the rehearsals changed is put back."""
+        kept = [t.clone() for t in (self.ids, self.position, self.history)]
+        rehearsal = torch.cuda.Stream(self.device)
+        rehearsal.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(rehearsal):
+            for _ in range(2):
+                self.position.copy_(kept[1])
+                self._step()
+        torch.cuda.current_stream(self.device).wait_stream(rehearsal)
+        self._graph = torch.cuda.CUDAGraph()
+        self.position.copy_(kept[1])
+        with torch.cuda.graph(self._graph):
+            self._step()
+        for tensor, value in zip((self.ids, self.position, self.history), kept, strict=True):
+            tensor.copy_(value)
+
+    def generate(
+        self, prompts: Int[Tensor, "batch seq_q"], new_tokens: int
+    ) -> Int[Tensor, "batch total"]:
+        """Return the prompts with `new_tokens` greedily chosen ids after each.
+
+        Raises:
+            ValueError: The prompts are not `batch` rows, or do not fit into `length`.
+        """
+        total = prompts.shape[1] + new_tokens
+        if new_tokens < 1 or total > self.length:
+            raise ValueError(
+                f"`new_tokens` must be 1 to {self.length - prompts.shape[1]}, what fits into "
+                f"`length` {self.length}; got {new_tokens}."
+            )
+        self.prefill(prompts)
+        for _ in range(new_tokens - 1):
+            self.step()
+        self.history.index_copy_(1, self.position, self.ids[:, None])
+        return self.history[:, :total].clone()
+
+
+__all__ = ["Decoder"]

@@ -1,0 +1,81 @@
+"""Training data from local files: text, or ids that were computed before."""
+
+import gzip
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Yield the texts of a file: a `.jsonl` file has one in the field `text` of every line.
+
+    Files that end in `.gz` or `.xz` are unpacked; any other file is one text.
+    """
+    packed = path.suffix in _OPENERS
+    opener = _OPENERS.get(path.suffix, open)
+    name = path.stem if packed else path.name
+    with opener(path, "rt", encoding="utf-8") as lines:
+        if not name.endswith(".jsonl"):
+            yield lines.read()
+            return
+        for number, line in enumerate(lines, 1):
+            try:
+                yield json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{path}, line {number}: must be a JSON object with a field `text`."
+                ) from None
+
+
+def load_tokens(paths: list[Path], vocab: int, tokenizer: Any = None) -> Int[Tensor, " total"]:
+    """Return the ids of all files in one row; every text is followed by the end-of-text id.
+
+    Args:
+        paths: Text files (see `texts`), or `.npy` files of ids.
+        vocab: Number of ids of the model.
+        tokenizer: A transformers tokenizer; only `.npy` files do without.
+
+    Raises:
+        ValueError: A file holds no ids, ids that are not in the vocabulary, or text without a
+            tokenizer.
+        OSError: A file cannot be read.
+    """
+    parts = []
+    for path in paths:
+        if path.suffix == ".npy":
+            import numpy
+
+            ids = torch.from_numpy(numpy.load(path).astype("int32").ravel())
+        elif tokenizer is None:
+            raise ValueError(f"`tokenizer` must be given to read text; {path} is no .npy file.")
+        else:
+            end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+            found = [
+                torch.tensor(
+                    tokenizer(text, add_special_tokens=False).input_ids + end, dtype=torch.int32
+                )
+                for text in texts(path)
+            ]
+            ids = torch.cat(found) if found else torch.empty(0, dtype=torch.int32)
+        if not len(ids):
+            raise ValueError(f"{path} holds no tokens.")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+            raise ValueError(
+                f"{path}: ids must be between 0 and {vocab - 1}, the model's last id; "
+                f"got {int(ids.min())} to {int(ids.max())}. Is the tokenizer the model's?"
+            )
+        parts.append(ids)
+    if not parts:
+        raise ValueError("`paths` must name at least one file.")
+    return torch.cat(parts)
+
+
+__all__ = ["load_tokens", "texts"]

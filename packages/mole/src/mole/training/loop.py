@@ -1,0 +1,294 @@
+"""The training loop: one optimiser step over all processes' micro-batches, resumable.
+
+Gradients are averaged over processes once a step, whatever `dedup` is, so `"step"` works on any
+number of them. The data of a step are a function of seed and step alone: an interrupted run goes on
+as if it had not been interrupted, and the number of processes only changes the order of summation.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..lookup import StepBank
+
+_STATE, _LOG = "training_state.pt", "training_log.jsonl"
+_FINAL_LR_SHARE = 0.1
+_BUCKET = 2**25  # elements averaged over processes at a time
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What decides the result, next to model and data.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch: Sequences in a step, over all processes.
+        micro_batch: Sequences in one forward pass of one process.
+        context: Tokens in a sequence.
+        lr: Peak learning rate; linear warm-up, then cosine to a tenth.
+        warmup: Share of the steps that warm up.
+        weight_decay: Decay of matrices; norms are left alone.
+        clip: Largest norm of the gradient.
+        seed: Seed of the data order.
+    """
+
+    steps: int = 1000
+    batch: int = 64
+    micro_batch: int = 8
+    context: int = 512
+    lr: float = 6e-4
+    warmup: float = 0.01
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of a step."""
+        warmup = max(1, round(self.warmup * self.steps))
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.steps - warmup)
+        share = _FINAL_LR_SHARE + (1 - _FINAL_LR_SHARE) * (1 + math.cos(math.pi * done)) / 2
+        return self.lr * share
+
+    def crops(self, step: int, total: int) -> Int[Tensor, " batch"]:
+        """Return where the sequences of a step begin among `total` tokens."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return torch.randint(total - self.context + 1, (self.batch,), generator=generator)
+
+
+def train(
+    model: Any,
+    tokens: Int[Tensor, " total"],
+    output: str | Path,
+    settings: TrainSettings,
+    *,
+    tokenizer: Any = None,
+    resume: bool = True,
+    save_every: int = 500,
+    log_every: int = 10,
+    stop_after: int | None = None,
+    mixed_precision: str | None = None,
+    compiled: bool = False,
+    progress: bool = True,
+) -> Any:
+    """Train a model on one row of tokens and return it; the result is saved to `output`.
+
+    Works in one process and under `accelerate launch`. With `dedup="step"` the experts of a lookup
+    model run once a step.
+
+    Args:
+        model: A causal language model of this package.
+        tokens: All training tokens, on the CPU.
+        output: Folder for the model, the checkpoint of an unfinished run, and the log.
+        settings: What decides the result.
+        tokenizer: Saved beside the model.
+        resume: Go on from the checkpoint in `output`, if there is one.
+        save_every: Steps between checkpoints.
+        log_every: Steps between lines of the log.
+        stop_after: Stop, with a checkpoint, after this step; the schedule stays that of
+            `settings.steps`.
+        mixed_precision: `"no"`, `"bf16"` or `"fp16"`; if None bf16 on a GPU that has it.
+        compiled: Compile the layers.
+        progress: Show a progress bar with tokens/s, loss and learning rate.
+
+    Raises:
+        ValueError: The text is shorter than a sequence, sizes do not fit, the checkpoint is of
+            other settings, or the loss is no longer finite.
+    """
+    if mixed_precision is None:
+        mixed_precision = "bf16" if torch.cuda.is_available() else "no"
+    accelerator = Accelerator(mixed_precision=mixed_precision)
+    _check(tokens, settings, accelerator.num_processes)
+    output = Path(output)
+    device = accelerator.device
+    model = model.to(device).train()
+    _synchronise(accelerator, model)
+    optimizer = _optimizer(model, settings)
+    first = _resume(model, optimizer, output, settings) if resume else 0
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+    main = accelerator.is_main_process
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(
+        total=settings.steps, initial=first, desc="training", unit="step",
+        disable=not (progress and main),
+    )  # fmt: skip
+    last = min(settings.steps, stop_after or settings.steps)
+    clock, counted = time.perf_counter(), 0
+    for step in range(first, last):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate(step)
+        loss = _step(accelerator, model, optimizer, tokens, settings, step)
+        counted += settings.batch * settings.context
+        bar.update()
+        if (step + 1) % log_every == 0 or step + 1 == last:
+            value = accelerator.reduce(loss, "mean").item()
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"the loss is {value} at step {step + 1}; lower `lr` and resume from the last "
+                    "checkpoint."
+                )
+            speed = counted / (time.perf_counter() - clock)
+            bar.set_postfix_str(f"{speed:,.0f} tok/s, loss {value:.3f}")
+            line = {
+                "step": step + 1,
+                "tokens": (step + 1) * settings.batch * settings.context,
+                "loss": value,
+                "lr": settings.learning_rate(step),
+                "tokens_per_second": speed,
+            }
+            if main:
+                with open(output / _LOG, "a", encoding="utf-8") as log:
+                    log.write(json.dumps(line) + "\n")
+            clock, counted = time.perf_counter(), 0
+        if (
+            main
+            and step + 1 < settings.steps
+            and ((step + 1) % save_every == 0 or step + 1 == last)
+        ):
+            _save(model, optimizer, output, settings, step + 1)
+    bar.close()
+    accelerator.wait_for_everyone()
+    if main and last == settings.steps:
+        model.save_pretrained(output)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(output)
+        shutil.rmtree(output / "checkpoint", ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return model
+
+
+def _step(
+    accelerator: Accelerator,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    tokens: Tensor,
+    settings: TrainSettings,
+    step: int,
+) -> Tensor:
+    """Run one optimiser step; return this process's mean loss."""
+    crops = settings.crops(step, len(tokens))
+    crops = crops[accelerator.process_index :: accelerator.num_processes]
+    ids = tokens[crops[:, None] + torch.arange(settings.context)].long().to(accelerator.device)
+    batches = ids.split(settings.micro_batch)
+    total = torch.zeros((), device=accelerator.device)
+    by_step = getattr(model.config, "dedup", None) == "step"
+    with accelerator.autocast(), StepBank(model, ids) if by_step else nullcontext():
+        for batch in batches:
+            share = len(batch) / len(ids)
+            loss = share * model(input_ids=batch, labels=batch, use_cache=False).loss
+            loss.backward()
+            total += loss.detach()
+    if accelerator.num_processes > 1:
+        _average(accelerator, [p.grad for p in model.parameters() if p.grad is not None])
+    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def _average(accelerator: Accelerator, grads: list[Tensor]) -> None:
+    """Replace gradients by their mean over all processes, many at a time."""
+    while grads:
+        some: list[Tensor] = []
+        size = 0
+        while grads and (not some or size + grads[-1].numel() <= _BUCKET):
+            some.append(grads.pop())
+            size += some[-1].numel()
+        flat = torch.cat([grad.flatten() for grad in some])
+        flat = accelerator.reduce(flat, "mean")
+        for grad, mean in zip(some, flat.split([g.numel() for g in some]), strict=True):
+            grad.copy_(mean.view_as(grad))
+
+
+def _synchronise(accelerator: Accelerator, model: Any) -> None:
+    """Give all processes the weights of the first."""
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast
+
+        for parameter in model.parameters():
+            parameter.data.copy_(broadcast(parameter.data))
+
+
+def _optimizer(model: Any, settings: TrainSettings) -> torch.optim.Optimizer:
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    fused = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+
+
+def _check(tokens: Tensor, settings: TrainSettings, processes: int) -> None:
+    if settings.context < 2 or len(tokens) < settings.context:
+        raise ValueError(
+            f"`tokens` must hold at least one sequence of `context` >= 2 tokens; "
+            f"got {len(tokens)} tokens and context {settings.context}."
+        )
+    if settings.batch % processes or min(settings.steps, settings.micro_batch, settings.batch) < 1:
+        raise ValueError(
+            f"`batch` must be a multiple of the {processes} processes, and steps, batch and "
+            f"micro_batch at least 1; got batch {settings.batch}, steps {settings.steps}, "
+            f"micro_batch {settings.micro_batch}."
+        )
+
+
+def _save(
+    model: Any, optimizer: torch.optim.Optimizer, output: Path, settings: TrainSettings, step: int
+) -> None:
+    """Write a checkpoint, whole or not at all."""
+    partial, final, old = (output / name for name in (".checkpoint", "checkpoint", ".old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "settings": asdict(settings),
+    }
+    torch.save(state, partial / _STATE)
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(partial, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _resume(
+    model: Any, optimizer: torch.optim.Optimizer, output: Path, settings: TrainSettings
+) -> int:
+    """Load the checkpoint, if any; return the number of steps that are done."""
+    path = output / "checkpoint" / _STATE
+    if not path.is_file():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["settings"] != asdict(settings):
+        changed = [k for k, v in asdict(settings).items() if state["settings"].get(k) != v]
+        raise ValueError(
+            f"{path.parent} was written with other settings ({', '.join(changed)}); give the same, "
+            "another `output`, or `resume=False`."
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    step: int = state["step"]
+    return step
+
+
+__all__ = ["TrainSettings", "train"]

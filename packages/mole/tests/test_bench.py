@@ -1,0 +1,63 @@
+"""Benchmarks run on tiny models and write figures."""
+
+import json
+
+import pytest
+import torch
+
+from mole.bench import run
+from mole.bench.shapes import zipf_ids
+
+
+def test_decode(tmp_path):
+    lines = []
+    path = run(
+        "decode", tmp_path, lines.append, "cpu", shape="tiny", batches=(1, 2), length=48, steps=2,
+        cases=((4, "fp16", "pinned"), (2, "nf4", "pageable")),
+    )  # fmt: skip
+    cases = json.loads(path.read_text())["cases"]
+    assert {c["provider"] for c in cases if c["metric"] == "over dense"} == {
+        "MoLE-4E fp16 pinned",
+        "MoLE-2E nf4 pageable",
+    }
+    eager = [c["provider"] for c in cases if "eager" in c["provider"]]
+    assert "MoE-10E offloaded by accelerate, eager" in eager
+    assert all(c["error"] == 0 for c in cases if c["error"] is not None)
+
+
+def test_train(tmp_path):
+    path = run(
+        "train", tmp_path, lambda line: None, "cpu", shape="tiny", sequences=2, context=16, steps=1,
+        cases=(("dense", 2), ("micro", 2), ("off", 2), ("step", 2)),
+    )  # fmt: skip
+    cases = json.loads(path.read_text())["cases"]
+    assert [c["provider"] for c in cases if c["metric"] == "train"] == [
+        "dense", "MoLE micro", "MoLE naive", "MoLE step",
+    ]  # fmt: skip
+
+
+def test_machine_and_tables(tmp_path):
+    options = {"hw": {"megabytes": 8}, "quant": {"tokens": 257}, "cache": {"tokens": 300}}
+    found = {}
+    for topic in ("hw", "convert", "quant", "cache"):
+        path = run(topic, tmp_path, lambda line: None, "cpu", **options.get(topic, {}))
+        found[topic] = json.loads(path.read_text())["cases"]
+    assert all(c["median"] > 0 for c in found["hw"])
+    assert {c["parameters"].get("depth") for c in found["hw"]} == {None, 1, 4, 16, 64}
+    assert [c["provider"] for c in found["convert"]] == ["convert", "plain write"]
+    losses = {c["provider"]: c["median"] for c in found["quant"] if c["metric"] == "loss"}
+    assert losses["fp32"] == pytest.approx(losses["experts"], abs=1e-5)
+    assert losses["nf3"] > losses["experts"]
+    rates = [c["median"] for c in found["cache"]]
+    assert 0 < rates[0] < rates[1] <= rates[2] < 1
+
+
+def test_ids_repeat_as_in_prose():
+    ids = zipf_ids((16384,), 50304)
+    assert 2500 < len(ids.unique()) < 4500
+    assert torch.equal(ids, zipf_ids((16384,), 50304))
+
+
+def test_unknown_topics_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`topic` must be one of .*; got 'speed'"):
+        run("speed", tmp_path, print)

@@ -1,0 +1,143 @@
+"""Training: exact whatever the deduplication, the processes, or an interruption."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from mole import MoleForCausalLM
+from mole.training import TrainSettings, load_tokens, train
+
+SETTINGS = {"steps": 4, "batch": 4, "micro_batch": 2, "context": 8, "lr": 1e-2}
+
+
+@pytest.fixture
+def text():
+    return torch.randint(0, 60, (400,), generator=torch.Generator().manual_seed(0))
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(found, expected, **tolerance):
+    for name, value in weights(expected).items():
+        torch.testing.assert_close(weights(found)[name], value, **tolerance)
+
+
+def run(make_mole, text, output, dedup="off", **options):
+    settings = TrainSettings(**SETTINGS)
+    return train(make_mole(dedup=dedup), text, output, settings, progress=False, **options)
+
+
+@pytest.mark.parametrize("dedup", ["micro", "step"])
+def test_deduplication_changes_nothing(make_mole, text, tmp_path, dedup):
+    plain = run(make_mole, text, tmp_path / "a")
+    assert_same(run(make_mole, text, tmp_path / "b", dedup), plain, rtol=1e-3, atol=2e-4)
+    saved = MoleForCausalLM.from_pretrained(tmp_path / "a")
+    assert_same(saved, plain, rtol=0, atol=0)
+    lines = [json.loads(x) for x in (tmp_path / "a" / "training_log.jsonl").open()]
+    assert lines[-1]["step"] == 4
+    assert lines[-1]["tokens"] == 4 * 4 * 8
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(make_mole, text, tmp_path):
+    whole = run(make_mole, text, tmp_path / "whole")
+    run(make_mole, text, tmp_path / "parts", stop_after=2)
+    assert not (tmp_path / "parts" / "config.json").exists()
+    resumed = run(make_mole, text, tmp_path / "parts")
+    assert_same(resumed, whole, rtol=0, atol=0)
+    assert not (tmp_path / "parts" / "checkpoint").exists()
+
+
+def test_other_settings_do_not_resume(make_mole, text, tmp_path):
+    run(make_mole, text, tmp_path, stop_after=2)
+    with pytest.raises(ValueError, match=r"other settings \(lr\)"):
+        train(make_mole(), text, tmp_path, TrainSettings(**(SETTINGS | {"lr": 1.0})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context": 500}, "at least one sequence .* got 400 tokens and context 500"),
+        ({"micro_batch": 0}, "micro_batch at least 1; got batch 4, steps 4, micro_batch 0"),
+    ],
+)
+def test_bad_settings_are_named(make_mole, text, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(make_mole(), text, tmp_path, TrainSettings(**(SETTINGS | changes)))
+
+
+_TWO = """
+import sys, torch
+from accelerate import PartialState
+from mole import MoleConfig, MoleForCausalLM
+from mole.training import TrainSettings, train
+torch.manual_seed(0)
+config = MoleConfig(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                    num_attention_heads=2, initializer_range=0.2, dedup=sys.argv[2])
+text = torch.randint(0, 60, (400,), generator=torch.Generator().manual_seed(0))
+settings = TrainSettings(steps=3, batch=4, micro_batch=1, context=8, lr=1e-3)
+train(MoleForCausalLM(config), text, sys.argv[1], settings, progress=False)
+assert PartialState().num_processes == int(sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dedup", ["micro", "step"])
+def test_two_processes_train_as_one(tmp_path, dedup):
+    script = tmp_path / "two.py"
+    script.write_text(_TWO)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, arguments in (("one", []), ("two", launch)):
+        done = subprocess.run(
+            [sys.executable, *arguments, str(script), str(tmp_path / name), dedup,
+             "2" if launch == arguments else "1"],
+            capture_output=True, text=True, check=False, timeout=300,
+            env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    one, two = (MoleForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    assert_same(two, one, rtol=1e-3, atol=2e-5)
+
+
+def test_hugging_face_trainer(make_mole, text, tmp_path):
+    model = make_mole(dedup="micro").train()
+    rows = [{"input_ids": row, "labels": row} for row in text[:320].view(40, 8)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=8, learning_rate=1e-2,
+        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+class Letters:
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens):
+        return type("Ids", (), {"input_ids": [ord(c) - 96 for c in text]})
+
+
+def test_text_and_ids_are_read(tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "b.jsonl").write_text('{"text": "de"}\n{"text": "f"}\n')
+    numpy.save(tmp_path / "c.npy", numpy.array([9, 8]))
+    paths = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.npy")]
+    assert load_tokens(paths, 30, Letters()).tolist() == [1, 2, 3, 0, 4, 5, 0, 6, 0, 9, 8]
+    with pytest.raises(ValueError, match=r"ids must be between 0 and 5, .* got 8 to 9"):
+        load_tokens(paths[2:], 6)
+    with pytest.raises(ValueError, match="`tokenizer` must be given to read text"):
+        load_tokens(paths, 30)
+    (tmp_path / "b.jsonl").write_text('{"text": "de"}\n[]\n')
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 2: must be a JSON object"):
+        load_tokens(paths[1:], 30, Letters())
+    with pytest.raises(ValueError, match="at least one file"):
+        load_tokens([], 30)
