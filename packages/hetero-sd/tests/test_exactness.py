@@ -55,7 +55,7 @@ def outcomes_of_block(p, proposed, q, kept):
     for i, token in enumerate(proposed.tolist()):
         share = min(1.0, share * float(p[i, token] / full[i, token]))
         if i + 1 < len(proposed):
-            rest = sum(max(share * float(a) - float(b), 0.0) for a, b in zip(p[i + 1], full[i + 1]))
+            rest = float((share * p[i + 1] - full[i + 1]).clamp(min=0.0).sum())
             bounds.append(rest / (rest + 1 - share))
         else:
             bounds.append(share)
