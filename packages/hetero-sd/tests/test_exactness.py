@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from hetero_sd.acceptance import verify, verify_greedy
+from hetero_sd.acceptance import Choice, verify, verify_block, verify_greedy, verify_runs
 from hetero_sd.processors import Processors
 from hetero_sd.testing import total_variation
 
@@ -43,19 +43,77 @@ def outcomes_of_verify(p, proposed, q, kept):
     for i, token in enumerate(proposed.tolist()):
         theirs = 1.0 if q is None else float(q[i, kept.tolist().index(token)])
         bounds.append(min(1.0, float(p[i, token]) / theirs))
+    for weight, coins in coin_regions(bounds):
+        yield weight, verify(p, proposed, coins, q, kept)
+
+
+def outcomes_of_block(p, proposed, q, kept):
+    """The same for `verify_block`, its bounds worked out here once more in plain numbers."""
+    full = torch.zeros_like(p[:-1])
+    full[:, kept] = q
+    share, bounds = 1.0, []
+    for i, token in enumerate(proposed.tolist()):
+        share = min(1.0, share * float(p[i, token] / full[i, token]))
+        if i + 1 < len(proposed):
+            rest = float((share * p[i + 1] - full[i + 1]).clamp(min=0.0).sum())
+            bounds.append(rest / (rest + 1 - share))
+        else:
+            bounds.append(share)
+    for weight, coins in coin_regions(bounds):
+        yield weight, verify_block(p, proposed, coins, q, kept)
+
+
+def outcomes_of_runs(p, steps):
+    """The same for `verify_runs`; a bound is the target's share over that of all like runs."""
+    bounds = []
+    for step in steps:
+        runs = [[int(t) for t in run if t >= 0] for run in step.runs]
+        chosen = runs[step.chosen]
+        for depth, token in enumerate(chosen):
+            longer = [
+                (run, float(m))
+                for run, m in zip(runs, step.mass, strict=True)
+                if run[:depth] == chosen[:depth] and len(run) > depth
+            ]
+            law = sum(m for run, m in longer if run[depth] == token) / sum(m for _, m in longer)
+            bounds.append(min(1.0, float(p[len(bounds), token]) / law))
+    for weight, coins in coin_regions(bounds):
+        yield weight, verify_runs(p, steps, coins)
+
+
+def coin_regions(bounds):
     for pattern in itertools.product((True, False), repeat=len(bounds)):
-        weight = 1.0
-        coins = []
+        weight, coins = 1.0, []
         for accept, bound in zip(pattern, bounds, strict=True):
             weight *= bound if accept else 1 - bound
             coins.append(bound / 2 if accept else (1 + bound) / 2)
         if weight > 0:
-            yield weight, verify(p, proposed, torch.tensor(coins, dtype=torch.float64), q, kept)
+            yield weight, torch.tensor(coins, dtype=torch.float64)
+
+
+# What each of four drafter tokens is for the target, alone and after another one.
+PUSH = torch.tensor([[1, -1], [2, 0], [2, -1], [2, 4]])
+AFTER = {
+    (a, b): run
+    for a, runs in enumerate(
+        [
+            [[1, 3], [1, 2], [4], [1, 3, 3]],
+            [[2, 0], [2, 4, 1], [3], [2, 0]],
+            [[0], [2, 2], [2, 1], [2, 2, 2]],
+            [[4, 4], [4], [4, 1], [0, 2]],
+        ]
+    )
+    for b, run in enumerate(runs)
+}
+
+
+def own_law(history, drafted, process):
+    return process(logits_for([*history, *drafted], 13, 4))[0].softmax(-1)
 
 
 def drafts(method, history, process):
-    """Every draft with its probability: target tokens and, for TLI, the laws they came from."""
-    if method == "tli":
+    """Every draft with its probability: its target tokens and what the accept rule is told."""
+    if method in ("tli", "block"):
         for columns in itertools.product(range(len(KEPT)), repeat=GAMMA):
             weight, seen, laws = 1.0, list(history), []
             for column in columns:
@@ -65,12 +123,30 @@ def drafts(method, history, process):
                 seen.append(int(KEPT[column]))
             yield weight, seen[len(history) :], torch.stack(laws)
         return
-    # SLEM: two drafter tokens, told apart by their text; the text becomes one or two target tokens.
-    retokenised = {(0, 0): [1], (0, 1): [2, 0], (1, 0): [4], (1, 1): [3, 3]}
-    first = torch.softmax(logits_for(history, 13, 2)[0], -1)
-    for a, b in itertools.product(range(2), repeat=2):
-        second = torch.softmax(logits_for([*history, a], 17, 2)[0], -1)
-        yield float(first[a] * second[b]), retokenised[a, b], None
+    first = own_law(history, [], process)
+    for a in range(4):
+        second = own_law(history, [a], process)
+        for b in range(4):
+            weight = float(first[a] * second[b])
+            if method == "slem":
+                yield weight, AFTER[a, b], None
+            elif method == "slrs":
+                steps = [Choice(PUSH, first, a), Choice(PUSH, second, b)]
+                yield weight, [int(t) for run in PUSH[[a, b]] for t in run if t >= 0], steps
+            else:
+                runs = torch.full((4, 3), -1)
+                for other in range(4):
+                    run = AFTER[a, other]
+                    runs[other, : len(run)] = torch.tensor(run)
+                yield weight, AFTER[a, b], [Choice(runs, second, b)]
+
+
+def judge(method, p, tokens, told):
+    if method in ("slrs", "c-slrs"):
+        return outcomes_of_runs(p, told)
+    if method == "block":
+        return outcomes_of_block(p, tokens, told, KEPT)
+    return outcomes_of_verify(p, tokens, told, None if told is None else KEPT)
 
 
 def output_law(method, process, spoil=None):
@@ -87,13 +163,15 @@ def output_law(method, process, spoil=None):
 
 def round_outcomes(method, history, process, spoil):
     """Every list of tokens that one round may emit after a history, with its probability."""
-    for chance, tokens, q in drafts(method, history, process):
+    for chance, tokens, told in drafts(method, history, process):
         if chance == 0:
             continue
         p = torch.stack([target_law(history + tokens[:i], process) for i in range(len(tokens) + 1)])
-        told = q if spoil is None or q is None else spoil(q)
-        kept = None if q is None else KEPT
-        for share, (accepted, law) in outcomes_of_verify(p, torch.tensor(tokens), told, kept):
+        if spoil is not None and isinstance(told, list):
+            told = [Choice(step.runs, spoil(step.mass), step.chosen) for step in told]
+        elif spoil is not None and told is not None:
+            told = spoil(told)
+        for share, (accepted, law) in judge(method, p, torch.tensor(tokens), told):
             law = law / law.sum()
             for token in law.nonzero().flatten().tolist():
                 yield chance * share * float(law[token]), [*tokens[:accepted], token]
@@ -115,10 +193,28 @@ def distance(found, wanted):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("method", ["tli", "slem"])
+@pytest.mark.parametrize("method", ["tli", "slem", "block", "slrs", "c-slrs"])
 def test_output_has_the_targets_law(method, setting):
     process = Processors(do_sample=True, **SETTINGS[setting])
     assert distance(output_law(method, process), true_law(process)) < 1e-12
+
+
+def test_more_is_accepted_as_theory_says():
+    """Block verification is no worse than token by token; SLRS than C-SLRS than SLEM."""
+    process = Processors(do_sample=True)
+
+    def mean(method):
+        return sum(weight * len(new) for weight, new in round_outcomes(method, [2], process, None))
+
+    assert mean("block") > mean("tli") + 1e-3
+    assert mean("c-slrs") > mean("slem") + 1e-3
+
+
+@pytest.mark.parametrize("method", ["block", "slrs", "c-slrs"])
+def test_negative_control_of_the_newer_methods(method):
+    process = Processors(do_sample=True)
+    found = output_law(method, process, lambda q: q.roll(1, dims=-1))
+    assert distance(found, true_law(process)) > 1e-2
 
 
 @pytest.mark.parametrize(
