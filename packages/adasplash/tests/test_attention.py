@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from adasplash import adasplash
-from adasplash.testing import oracle_attention, oracle_weights, random_inputs, relative_error
+from adasplash.testing import (
+    clustered_inputs,
+    oracle_attention,
+    oracle_weights,
+    random_inputs,
+    relative_error,
+)
 
 BACKENDS = ["reference", "triton"]
 # batch, heads, heads_kv, seq_q, seq_k, dim_head, dim_value
@@ -161,6 +167,26 @@ def test_half_precision_is_as_good_as_a_dense_half_precision_computation(device)
         output = adasplash(q, k, v, backend=backend)
         assert output.dtype is torch.float16
         assert relative_error(output, want) < 2e-3
+
+
+@pytest.mark.parametrize("gain", [0.0, 1.0, 6.0])
+def test_blocks_in_registers_and_blocks_in_memory_agree_with_the_oracle(gain, device):
+    """Half precision holds some blocks in registers: lists shorter and longer than those."""
+    q, k, v = clustered_inputs(1, 1, 512, 16, gain, dtype=torch.float16, device=device)
+    grad = torch.randn_like(v)
+    found = _run(q, k, v, "triton", grad)
+    for x, y in zip(found, oracle_attention(q, k, v, True, grad=grad), strict=True):
+        assert relative_error(x, y) < 4e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_scale_may_be_zero_or_negative(backend, device):
+    q, k, v = random_inputs(1, 2, 1, 40, 40, 16, device=device)
+    grad = torch.randn_like(q)
+    for scale in (0.0, -0.3):
+        found = _run(q, k, v, backend, grad, scale=scale)
+        for x, y in zip(found, oracle_attention(q, k, v, True, None, scale, grad), strict=True):
+            assert relative_error(x, y) < 1e-5 or y.abs().max() < 1e-12
 
 
 def test_an_empty_batch_gives_an_empty_output():

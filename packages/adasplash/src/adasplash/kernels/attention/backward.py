@@ -24,120 +24,119 @@ import torch
 import triton
 import triton.language as tl
 
-from .forward import list_blocks
-from .tiles import half_scores, load_rows, padded, store_rows, tiles_for
+from .forward import list_blocks, mask_bytes
+from .tiles import aligned, describe, hide, load_tile, padded, relu, store_rows, tiles_for
+
+_SIZES = [
+    "heads",
+    "group",
+    "seq_q",
+    "seq_k",
+    "n_tiles",
+    "n_blocks",
+]  # a new length compiles nothing
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def _queries_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, tau_ptr, list_ptr, count_ptr, dq_ptr, delta_ptr,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    stride_db, stride_dh, stride_dm, stride_mask,
-    heads, group, seq_q, seq_k, dim_head, dim_value, scale, n_tiles, n_blocks,
+    q_desc, k_desc, v_desc, do_desc, mask_ptr, tau_ptr, list_ptr, count_ptr, dq_ptr, delta_ptr,
+    stride_mask, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head, half_scale,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Write delta and dQ of one tile of queries."""
-    place = tl.program_id(0).to(tl.int64)
-    tile, plane = place % n_tiles, place // n_tiles
+    place = tl.program_id(0)
+    plane, tile = place // n_tiles, n_tiles - 1 - place % n_tiles
+    line = (plane * n_tiles + tile).to(tl.int64)
     batch, head = plane // heads, plane % heads
-    q_ptr += batch * stride_qb + head * stride_qh
-    k_ptr += batch * stride_kb + head // group * stride_kh
-    v_ptr += batch * stride_vb + head // group * stride_vh
-    do_ptr += batch * stride_ob + head * stride_oh
-    dq_ptr += batch * stride_db + head * stride_dh
-    mask_ptr += batch * stride_mask
-    list_ptr += place * n_blocks
-    count = tl.load(count_ptr + place)
+    head_kv = head // group
+    mask_ptr += batch.to(tl.int64) * stride_mask
+    list_ptr += line * n_blocks
+    count = tl.load(count_ptr + line)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr, stride_qm, rows, seq_q, dim_head, BLOCK_D)
-    do = load_rows(do_ptr, stride_om, rows, seq_q, dim_value, BLOCK_DV)
-    tau = tl.load(tau_ptr + plane * seq_q + rows, mask=rows < seq_q, other=float("inf"))
+    row_base = plane.to(tl.int64) * seq_q
+    q = load_tile(q_desc, batch, head, tile * BLOCK_M, BLOCK_M, BLOCK_D)
+    do = load_tile(do_desc, batch, head, tile * BLOCK_M, BLOCK_M, BLOCK_DV)
+    tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
 
     weighted = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for index in range(0, count):
-        keys = tl.load(list_ptr + index) * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, stride_kn, keys, seq_k, dim_head, BLOCK_D)
-        v = load_rows(v_ptr, stride_vn, keys, seq_k, dim_value, BLOCK_DV)
-        z = half_scores(q, k, scale * 0.5, rows, keys, seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
-        u = z - tau[:, None]
-        u = tl.where(u < 0.0, 0.0, u)  # keeps NaN
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        start = tl.load(list_ptr + index) * BLOCK_N
+        keys = start + tl.arange(0, BLOCK_N)
+        k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
+        v = load_tile(v_desc, batch, head_kv, start, BLOCK_N, BLOCK_DV)
+        z = tl.dot(q, k.T, input_precision="ieee") * half_scale
+        z = hide(z, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
+        u = relu(z - tau[:, None])
+        dp = tl.dot(do, v.T, input_precision="ieee")
         weighted += tl.sum(u * dp, 1)
         total += tl.sum(u, 1)
     delta = weighted / tl.where(total == 0.0, 1.0, total)
-    tl.store(delta_ptr + plane * seq_q + rows, delta, mask=rows < seq_q)
+    tl.store(delta_ptr + row_base + rows, delta, mask=rows < seq_q)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for index in range(0, count):
-        keys = tl.load(list_ptr + index) * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, stride_kn, keys, seq_k, dim_head, BLOCK_D)
-        v = load_rows(v_ptr, stride_vn, keys, seq_k, dim_value, BLOCK_DV)
-        z = half_scores(q, k, scale * 0.5, rows, keys, seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
-        u = z - tau[:, None]
-        u = tl.where(u < 0.0, 0.0, u)
-        ds = u * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+        start = tl.load(list_ptr + index) * BLOCK_N
+        keys = start + tl.arange(0, BLOCK_N)
+        k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
+        v = load_tile(v_desc, batch, head_kv, start, BLOCK_N, BLOCK_DV)
+        z = tl.dot(q, k.T, input_precision="ieee") * half_scale
+        z = hide(z, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
+        u = relu(z - tau[:, None])
+        ds = u * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    store_rows(dq_ptr, dq * scale, stride_dm, rows, seq_q, dim_head, BLOCK_D)
+    dq = dq * (2.0 * half_scale)
+    store_rows(dq_ptr + row_base * dim_head, dq, rows, seq_q, dim_head, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def _keys_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, tau_ptr, delta_ptr, list_ptr, count_ptr, dk_ptr, dv_ptr,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn, stride_mask,
-    heads, group, seq_q, seq_k, dim_head, dim_value, scale, n_tiles, n_blocks,
+    q_desc, k_desc, v_desc, do_desc, mask_ptr, tau_ptr, delta_ptr, list_ptr, count_ptr,
+    dk_ptr, dv_ptr,
+    stride_mask, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head, dim_value, half_scale,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Write dK and dV of one tile of keys, summed over the query heads that share them."""
-    place = tl.program_id(0).to(tl.int64)
+    """Write dK and dV of one block of keys, summed over the query heads that share them.
+
+    Tiles are computed transposed, keys by queries, so that no product needs a transposed operand
+    that is not in memory.
+    """
+    place = tl.program_id(0)
     block, plane = place % n_blocks, place // n_blocks
     heads_kv = heads // group
     batch, head_kv = plane // heads_kv, plane % heads_kv
-    k_ptr += batch * stride_kb + head_kv * stride_kh
-    v_ptr += batch * stride_vb + head_kv * stride_vh
-    mask_ptr += batch * stride_mask
+    mask_ptr += batch.to(tl.int64) * stride_mask
     keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, stride_kn, keys, seq_k, dim_head, BLOCK_D)
-    v = load_rows(v_ptr, stride_vn, keys, seq_k, dim_value, BLOCK_DV)
+    k = load_tile(k_desc, batch, head_kv, block * BLOCK_N, BLOCK_N, BLOCK_D)
+    v = load_tile(v_desc, batch, head_kv, block * BLOCK_N, BLOCK_N, BLOCK_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, group):
         head = head_kv * group + member
-        line = (batch * heads + head) * n_blocks + block
-        row_base = (batch * heads + head) * seq_q
+        line = ((batch * heads + head) * n_blocks + block).to(tl.int64)
+        row_base = (batch * heads + head).to(tl.int64) * seq_q
         count = tl.load(count_ptr + line)
         for index in range(0, count):
-            tile = tl.load(list_ptr + line * n_tiles + index)
-            rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            q = load_rows(
-                q_ptr + batch * stride_qb + head * stride_qh,
-                stride_qm, rows, seq_q, dim_head, BLOCK_D,
-            )  # fmt: skip
-            do = load_rows(
-                do_ptr + batch * stride_ob + head * stride_oh,
-                stride_om, rows, seq_q, dim_value, BLOCK_DV,
-            )  # fmt: skip
+            start = tl.load(list_ptr + line * n_tiles + index) * BLOCK_M
+            rows = start + tl.arange(0, BLOCK_M)
+            q = load_tile(q_desc, batch, head, start, BLOCK_M, BLOCK_D)
+            do = load_tile(do_desc, batch, head, start, BLOCK_M, BLOCK_DV)
             tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
             delta = tl.load(delta_ptr + row_base + rows, mask=rows < seq_q, other=0.0)
-            z = half_scores(
-                q, k, scale * 0.5, rows, keys, seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK
-            )
-            u = z - tau[:, None]
-            u = tl.where(u < 0.0, 0.0, u)
-            dv = tl.dot(tl.trans((u * u).to(do.dtype)), do, dv, input_precision="ieee")
-            ds = u * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
-            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision="ieee")
-    dk_ptr += batch * stride_dkb + head_kv * stride_dkh
-    dv_ptr += batch * stride_dvb + head_kv * stride_dvh
-    store_rows(dk_ptr, dk * scale, stride_dkn, keys, seq_k, dim_head, BLOCK_D)
-    store_rows(dv_ptr, dv, stride_dvn, keys, seq_k, dim_value, BLOCK_DV)
+            z = tl.dot(k, q.T, input_precision="ieee") * half_scale  # [BLOCK_N, BLOCK_M]
+            z = hide(z, rows[None, :], keys[:, None], seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
+            u = relu(z - tau[None, :])
+            dv = tl.dot((u * u).to(do.dtype), do, dv, input_precision="ieee")
+            ds = u * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    row_base = plane.to(tl.int64) * seq_k
+    dk = dk * (2.0 * half_scale)
+    store_rows(dk_ptr + row_base * dim_head, dk, keys, seq_k, dim_head, BLOCK_D)
+    store_rows(dv_ptr + row_base * dim_value, dv, keys, seq_k, dim_value, BLOCK_DV)
 
 
 def launch_backward(
@@ -164,18 +163,19 @@ def launch_backward(
         scale: Factor of the scores.
         is_causal: Row i sees keys up to `i + seq_k - seq_q`.
     """
+    grad, q, k, v = aligned(grad), aligned(q), aligned(k), aligned(v)
     batch, heads, seq_q, dim_head = q.shape
     heads_kv, seq_k, dim_value = v.shape[1:]
     tiles = tiles_for(q, v)
     n_tiles, n_blocks = active.shape[-2:]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(tau)
-    mask = q if key_mask is None else key_mask.view(torch.uint8)
-    stride_mask = 0 if key_mask is None else mask.stride(0)
-    inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
-    sizes = (
-        heads, heads // heads_kv, seq_q, seq_k, dim_head, dim_value, scale, n_tiles, n_blocks,
+    mask, stride_mask = mask_bytes(key_mask, q)
+    sources = (
+        describe(q, tiles.block_m), describe(k, tiles.block_n),
+        describe(v, tiles.block_n), describe(grad, tiles.block_m), mask, tau,
     )  # fmt: skip
+    sizes = (stride_mask, heads, heads // heads_kv, seq_q, seq_k, n_tiles, n_blocks, dim_head)
     common = {
         "IS_CAUSAL": is_causal,
         "HAS_MASK": key_mask is not None,
@@ -187,11 +187,10 @@ def launch_backward(
         "num_stages": tiles.num_stages,
     }
     _queries_kernel[(n_tiles * batch * heads,)](
-        q, k, v, grad, mask, tau, *list_blocks(active), dq, delta,
-        *inputs, *dq.stride()[:3], stride_mask, *sizes, **common,
-    )  # fmt: skip
+        *sources, *list_blocks(active), dq, delta, *sizes, scale / 2, **common
+    )
     _keys_kernel[(n_blocks * batch * heads_kv,)](
-        q, k, v, grad, mask, tau, delta, *list_blocks(active.mT.contiguous()), dk, dv,
-        *inputs, *dk.stride()[:3], *dv.stride()[:3], stride_mask, *sizes, **common,
+        *sources, delta, *list_blocks(active, columns=True), dk, dv,
+        *sizes, dim_value, scale / 2, **common,
     )  # fmt: skip
     return dq, dk, dv

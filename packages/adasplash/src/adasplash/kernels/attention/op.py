@@ -68,7 +68,8 @@ def adasplash(
         return q.new_zeros(*q.shape[:-1], v.shape[-1]) + 0 * (q.sum() + k.sum() + v.sum())
     if chosen == "reference":
         return reference.attention(q, k, v, key_padding_mask, factor, is_causal)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if factor < 0.0:  # the kernels take the maximum before they scale
+        q, factor = -q, -factor
     mask = None if key_padding_mask is None else key_padding_mask.contiguous()
     output: Tensor = _forward(q, k, v, mask, factor, is_causal)[0]
     return output
@@ -213,7 +214,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     q, k, v, key_mask, tau, active = ctx.saved_tensors
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     gradients = _backward(grad, q, k, v, key_mask, tau, active, ctx.scale, ctx.is_causal)
     return *gradients, None, None, None
 
