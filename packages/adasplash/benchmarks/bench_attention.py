@@ -73,7 +73,7 @@ def measure(results: Results, lengths: list[int]) -> None:
                 q, k, v = clustered_inputs(
                     2, heads, length, dim, gain, dtype=torch.bfloat16, device="cuda"
                 )
-                active = launch_forward(q, k, v, None, dim**-0.5, True)[2]
+                active = launch_forward(q, k, v, None, None, dim**-0.5, True)[2]
                 blocks = active.shape[-1]
                 density = active.sum().item() / (2 * heads * blocks * (blocks + 1) / 2)
                 for name, attend in contenders.items():

@@ -5,7 +5,7 @@ import torch
 
 from adasplash import adasplash
 from adasplash.kernels.attention.reference import entmax_weights
-from adasplash.testing import random_inputs, relative_error
+from adasplash.testing import clustered_inputs, random_inputs, relative_error
 
 ROWS, KEYS = 7, 9
 
@@ -67,6 +67,37 @@ def test_alpha_per_head_equals_the_heads_one_by_one():
     for head in range(3):
         one = (x[:, head : head + 1] for x in (q, k, v))
         assert relative_error(output[:, head], adasplash(*one, alpha[head].item())[:, 0]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("alpha", [1.01, 1.2, 1.5, 1.8, 2.0])
+def test_kernels_equal_the_reference_for_any_alpha(alpha, dtype, device):
+    """Float16 holds blocks in registers; half of the lists are longer than those."""
+    length = 150 if dtype is torch.float32 else 400
+    q, k, v = clustered_inputs(1, 2, length, 16, 0.5, dtype=dtype, device=device)
+    grad = torch.randn_like(v)
+    alphas = torch.tensor([alpha, 1.6], device=device)
+    found = []
+    for backend in ("triton", "reference"):
+        wide = torch.float32 if backend == "reference" else dtype
+        leaves = [x.detach().to(wide).requires_grad_() for x in (q, k, v)]
+        leaves.append(alphas.clone().requires_grad_())
+        output = adasplash(*leaves, backend=backend)
+        output.backward(grad.to(wide))
+        found.append([output, *(leaf.grad for leaf in leaves)])
+    budget = 5e-5 if dtype is torch.float32 else 5e-3
+    for name, x, y in zip(["output", "dq", "dk", "dv", "dalpha"], *found, strict=True):
+        # Near alpha 1 the gradient of alpha is a difference times 1e4.
+        factor = 20 if name == "dalpha" and alpha == 1.01 else 1
+        assert relative_error(x.detach(), y.detach()) < factor * budget, name
+
+
+def test_alpha_as_a_number_equals_alpha_as_a_tensor(device):
+    q, k, v = random_inputs(1, 2, 1, 40, 40, 16, device=device)
+    for alpha in (1.3, 1.5):
+        one = adasplash(q, k, v, alpha, backend="triton")
+        other = adasplash(q, k, v, torch.tensor(alpha), backend="triton")
+        assert relative_error(one, other) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 4)])

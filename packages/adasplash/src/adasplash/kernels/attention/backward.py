@@ -1,7 +1,7 @@
-"""Backward of 1.5-entmax attention in two kernels.
+"""Backward of alpha-entmax attention in two kernels.
 
-With `u = relu(z - tau)`, so `p = u ** 2`, the Jacobian of the weights with respect to the scores is
-`diag(u) - u u^T / sum(u)`. Hence
+With `u = p ** (2 - alpha)`, which is `relu(z - tau)` for alpha 1.5, the Jacobian of the weights
+with respect to the scores is `diag(u) - u u^T / sum(u)`. Hence
 
     dP = dO V^T        delta_i = sum_j u_ij dP_ij / sum_j u_ij        dS = u (dP - delta)
     dQ = scale dS K    dK = scale dS^T Q    dV = p^T dO
@@ -10,6 +10,11 @@ With `u = relu(z - tau)`, so `p = u ** 2`, the Jacobian of the weights with resp
    the second dQ.
 2. *Keys*: one program per tile of keys; for every query head of its group it visits the tiles of
    queries that give these keys weight, and adds up dK and dV.
+
+The gradient of alpha needs three more sums of every row, which the first sweep adds up:
+
+    dalpha = (sum p dP - delta) / (alpha - 1)^2
+             - (sum p ln p dP - delta sum p ln p) / (alpha - 1)
 
 Only blocks that the forward marked as active are visited. There are no atomics: the result is the
 same in every run. Rows with `tau = +inf` have u = 0 and get zero gradients. Layout as in
@@ -25,7 +30,7 @@ import triton
 import triton.language as tl
 
 from .forward import list_blocks, mask_bytes
-from .tiles import aligned, describe, hide, load_tile, padded, relu, store_rows, tiles_for
+from .tiles import aligned, describe, hide, load_tile, padded, roots, store_rows, tiles_for
 
 _SIZES = [
     "heads",
@@ -40,9 +45,10 @@ _SIZES = [
 @triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def _queries_kernel(
-    q_desc, k_desc, v_desc, do_desc, mask_ptr, tau_ptr, list_ptr, count_ptr, dq_ptr, delta_ptr,
-    stride_mask, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head, half_scale,
-    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, list_ptr, count_ptr,
+    dq_ptr, delta_ptr, dalpha_ptr,
+    stride_mask, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head, scale,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HALF: tl.constexpr, ALPHA_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Write delta and dQ of one tile of queries."""
@@ -60,21 +66,39 @@ def _queries_kernel(
     do = load_tile(do_desc, batch, head, tile * BLOCK_M, BLOCK_M, BLOCK_DV)
     tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
 
+    alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
+    power = 1.0 / (alpha - 1.0)
+    factor = scale * (alpha - 1.0)
+
     weighted = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    p_sum = tl.zeros([BLOCK_M], tl.float32)
+    p_dp = tl.zeros([BLOCK_M], tl.float32)
+    log_dp = tl.zeros([BLOCK_M], tl.float32)
+    entropy = tl.zeros([BLOCK_M], tl.float32)
     for index in range(0, count):
         start = tl.load(list_ptr + index) * BLOCK_N
         keys = start + tl.arange(0, BLOCK_N)
         k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
         v = load_tile(v_desc, batch, head_kv, start, BLOCK_N, BLOCK_DV)
-        z = tl.dot(q, k.T, input_precision="ieee") * half_scale
+        z = tl.dot(q, k.T, input_precision="ieee") * factor
         z = hide(z, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
-        u = relu(z - tau[:, None])
+        x, u = roots(z, tau[:, None], power, HALF)
         dp = tl.dot(do, v.T, input_precision="ieee")
         weighted += tl.sum(u * dp, 1)
         total += tl.sum(u, 1)
+        if ALPHA_GRAD:
+            p = x * u
+            log_p = p * power * tl.log(tl.where(x == 0.0, 1.0, x))  # p ln p
+            p_sum += tl.sum(p, 1)
+            p_dp += tl.sum(p * dp, 1)
+            log_dp += tl.sum(log_p * dp, 1)
+            entropy += tl.sum(log_p, 1)
     delta = weighted / tl.where(total == 0.0, 1.0, total)
     tl.store(delta_ptr + row_base + rows, delta, mask=rows < seq_q)
+    if ALPHA_GRAD:  # with the sum of p itself: what it lacks to 1 would be blown up near alpha 1
+        dalpha = (p_dp - delta * p_sum) * power - (log_dp - delta * entropy)
+        tl.store(dalpha_ptr + row_base + rows, dalpha * power, mask=rows < seq_q)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for index in range(0, count):
@@ -82,22 +106,22 @@ def _queries_kernel(
         keys = start + tl.arange(0, BLOCK_N)
         k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
         v = load_tile(v_desc, batch, head_kv, start, BLOCK_N, BLOCK_DV)
-        z = tl.dot(q, k.T, input_precision="ieee") * half_scale
+        z = tl.dot(q, k.T, input_precision="ieee") * factor
         z = hide(z, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
-        u = relu(z - tau[:, None])
+        x, u = roots(z, tau[:, None], power, HALF)
         ds = u * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    dq = dq * (2.0 * half_scale)
+    dq = dq * scale
     store_rows(dq_ptr + row_base * dim_head, dq, rows, seq_q, dim_head, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def _keys_kernel(
-    q_desc, k_desc, v_desc, do_desc, mask_ptr, tau_ptr, delta_ptr, list_ptr, count_ptr,
+    q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, delta_ptr, list_ptr, count_ptr,
     dk_ptr, dv_ptr,
-    stride_mask, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head, dim_value, half_scale,
-    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
+    stride_mask, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head, dim_value, scale,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of one block of keys, summed over the query heads that share them.
@@ -120,6 +144,9 @@ def _keys_kernel(
         line = ((batch * heads + head) * n_blocks + block).to(tl.int64)
         row_base = (batch * heads + head).to(tl.int64) * seq_q
         count = tl.load(count_ptr + line)
+        alpha = 1.5 if HALF else tl.load(alpha_ptr + batch * heads + head)
+        power = 1.0 / (alpha - 1.0)
+        factor = scale * (alpha - 1.0)
         for index in range(0, count):
             start = tl.load(list_ptr + line * n_tiles + index) * BLOCK_M
             rows = start + tl.arange(0, BLOCK_M)
@@ -127,14 +154,14 @@ def _keys_kernel(
             do = load_tile(do_desc, batch, head, start, BLOCK_M, BLOCK_DV)
             tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
             delta = tl.load(delta_ptr + row_base + rows, mask=rows < seq_q, other=0.0)
-            z = tl.dot(k, q.T, input_precision="ieee") * half_scale  # [BLOCK_N, BLOCK_M]
+            z = tl.dot(k, q.T, input_precision="ieee") * factor  # [BLOCK_N, BLOCK_M]
             z = hide(z, rows[None, :], keys[:, None], seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
-            u = relu(z - tau[None, :])
-            dv = tl.dot((u * u).to(do.dtype), do, dv, input_precision="ieee")
+            x, u = roots(z, tau[None, :], power, HALF)
+            dv = tl.dot((x * u).to(do.dtype), do, dv, input_precision="ieee")
             ds = u * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     row_base = plane.to(tl.int64) * seq_k
-    dk = dk * (2.0 * half_scale)
+    dk = dk * scale
     store_rows(dk_ptr + row_base * dim_head, dk, keys, seq_k, dim_head, BLOCK_D)
     store_rows(dv_ptr + row_base * dim_value, dv, keys, seq_k, dim_value, BLOCK_DV)
 
@@ -145,19 +172,21 @@ def launch_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
+    alpha: torch.Tensor | None,
     tau: torch.Tensor,
     active: torch.Tensor,
     scale: float,
     is_causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of q, k and v.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of q, k, v and alpha (`[batch, heads]`, or empty if that is None).
 
     Args:
         grad: Gradient of the output, `[batch, heads, seq_q, dim_value]`, last stride 1.
-        q: As in the forward, as are `k`, `v`, `key_mask`, `scale` and `is_causal`.
+        q: As in the forward, as are `k`, `v`, `key_mask`, `alpha`, `scale` and `is_causal`.
         k: Keys.
         v: Values.
         key_mask: True for visible keys.
+        alpha: Float32, or None for 1.5.
         tau: From the forward.
         active: From the forward.
         scale: Factor of the scores.
@@ -170,15 +199,18 @@ def launch_backward(
     n_tiles, n_blocks = active.shape[-2:]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(tau)
+    dalpha = delta if alpha is None else torch.empty_like(tau)
     mask, stride_mask = mask_bytes(key_mask, q)
     sources = (
         describe(q, tiles.block_m), describe(k, tiles.block_n),
-        describe(v, tiles.block_n), describe(grad, tiles.block_m), mask, tau,
+        describe(v, tiles.block_n), describe(grad, tiles.block_m),
+        mask, q if alpha is None else alpha, tau,
     )  # fmt: skip
     sizes = (stride_mask, heads, heads // heads_kv, seq_q, seq_k, n_tiles, n_blocks, dim_head)
     common = {
         "IS_CAUSAL": is_causal,
         "HAS_MASK": key_mask is not None,
+        "HALF": alpha is None,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_D": padded(dim_head),
@@ -187,10 +219,11 @@ def launch_backward(
         "num_stages": tiles.num_stages,
     }
     _queries_kernel[(n_tiles * batch * heads,)](
-        *sources, *list_blocks(active), dq, delta, *sizes, scale / 2, **common
-    )
+        *sources, *list_blocks(active), dq, delta, dalpha, *sizes, scale,
+        ALPHA_GRAD=alpha is not None, **common,
+    )  # fmt: skip
     _keys_kernel[(n_blocks * batch * heads_kv,)](
         *sources, delta, *list_blocks(active, columns=True), dk, dv,
-        *sizes, dim_value, scale / 2, **common,
+        *sizes, dim_value, scale, **common,
     )  # fmt: skip
-    return dq, dk, dv
+    return dq, dk, dv, tau.new_empty(0) if alpha is None else dalpha.sum(-1)

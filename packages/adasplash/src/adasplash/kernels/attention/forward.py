@@ -1,4 +1,4 @@
-"""Forward of 1.5-entmax attention in three kernels.
+"""Forward of alpha-entmax attention in three kernels; the formulas below are those of alpha 1.5.
 
     z_ij = scale / 2 * q_i . k_j        p_ij = relu(z_ij - tau_i) ** 2        o_i = sum_j p_ij v_j
 
@@ -16,6 +16,9 @@ whose scores lie at or below `max - 1` in every row is exactly zero.
    solves for the blocks in registers, as a sample of all. A last pass adds up `p v` and marks the
    blocks that hold any weight.
 
+For another alpha, `z = (alpha - 1) s` and `p = x ** (1 / (alpha - 1))`. The norm of x to that power
+is convex in t as well, and Newton's step on it a lower bound; it alone is taken, from the left.
+
 Layout: q [batch, heads, seq_q, dim_head], k and v [batch, heads_kv, seq_k, ...], strides as
 `tiles.aligned` leaves them. Sums and tau are float32. Rows without a visible key give zeros and
 `tau = +inf`; a NaN stays in its row. Source: AdaSplash (arXiv 2502.12082), section 3; screening,
@@ -32,7 +35,7 @@ import triton.language as tl
 
 from fourfold_common import triton_status
 
-from .tiles import Tiles, aligned, describe, hide, load_tile, padded, relu, store_rows, tiles_for
+from .tiles import Tiles, aligned, describe, hide, load_tile, padded, roots, store_rows, tiles_for
 
 _MAX_PASSES = 20  # 2 to 5 suffice; this bounds the loop where ties slow it down
 _GUESSES = 4
@@ -87,9 +90,9 @@ def _mark(
 @triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def _screen_kernel(
-    q_desc, k_desc, mask_ptr, top_ptr, marked_ptr, stride_mask,
-    heads, group, seq_q, seq_k, n_tiles, n_blocks, half_scale,
-    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, SKIP: tl.constexpr,
+    q_desc, k_desc, mask_ptr, alpha_ptr, top_ptr, marked_ptr, stride_mask,
+    heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HALF: tl.constexpr, SKIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -107,6 +110,9 @@ def _screen_kernel(
     lines = marked_ptr + (plane * n_tiles + rows // BLOCK_M).to(tl.int64) * n_blocks
     q = load_tile(q_desc, batch, head, first, TILE_M, BLOCK_D)
 
+    alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
+    factor = scale * (alpha - 1.0)
+
     limit, full = seq_k, seq_k // TILE_N  # tiles before `full` are visible to every row
     if IS_CAUSAL:
         shift = seq_k - seq_q
@@ -120,7 +126,7 @@ def _screen_kernel(
         tile = end - 1 - step
         keys = tile * TILE_N + tl.arange(0, TILE_N)
         k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
-        z = tl.dot(q, k.T, input_precision="ieee") * half_scale
+        z = tl.dot(q, k.T, input_precision="ieee") * factor
         z = hide(z, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
         peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED)
         top = _mark(peaks, top, lines, tile * PARTS, inside, n_blocks, SKIP, PARTS, INTERPRETED)
@@ -129,7 +135,7 @@ def _screen_kernel(
         k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
         z = tl.dot(q, k.T, input_precision="ieee")
         # The scale is positive: the largest product has the largest score.
-        peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED) * half_scale
+        peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED) * factor
         top = _mark(peaks, top, lines, tile * PARTS, inside, n_blocks, SKIP, PARTS, INTERPRETED)
     tl.store(top_ptr + plane.to(tl.int64) * seq_q + rows, top, mask=inside)
 
@@ -157,47 +163,61 @@ def _list_kernel(
 
 @triton.jit
 @no_type_check
-def _sums(z, t):
-    """Return the sums of x^2, x and 1 over the positive x = z - t of every row."""
-    x = relu(z - t[:, None])
-    return tl.sum(x * x, 1), tl.sum(x, 1), tl.sum((x > 0.0).to(tl.float32), 1)
+def _sums(z, t, power, HALF: tl.constexpr):
+    """Return the sums of p and u, and the number of positive x, of every row (HALF only)."""
+    x, u = roots(z, t[:, None], power, HALF)
+    if HALF:
+        return tl.sum(x * x, 1), tl.sum(x, 1), tl.sum((x > 0.0).to(tl.float32), 1)
+    else:
+        total = tl.sum(u, 1)
+        return tl.sum(x * u, 1), total, total
 
 
 @triton.jit
 @no_type_check
-def _step(t, f, a1, a2):
-    """Return a step that lands left of the root of f, and Newton's and the quadratic's roots.
+def _step(t, a0, goal, a1, a2, power, HALF: tl.constexpr):
+    """Return a step that lands left of the root of a0 - goal, a lower and an upper bound of it.
 
-    With g = a2 f / a1^2, the weight that keeps the step left of the root for evenly spread scores
-    is g / 2. Where the support of t has no root (g > 1), Halley's step is taken.
+    HALF: with g = a2 f / a1^2, the weight that keeps the step left of the root for evenly spread
+    scores is g / 2. Where the support of t has no root (g > 1), Halley's step is taken, and the
+    upper bound is infinite.
     """
+    f = a0 - goal
     slope = tl.where(a1 > 0.0, a1, 1.0)
-    square = a1 * a1 - a2 * f
-    newton = t + 0.5 * f / slope
-    root = t + f / (slope + tl.sqrt(tl.maximum(square, 0.0)))
-    halley = t + 2.0 * f * slope / (4.0 * slope * slope - f * a2)
-    back = tl.minimum(tl.maximum(0.5 * a2 * f / (slope * slope), 0.0), 1.0)
-    return tl.where(square > 0.0, root - back * (root - newton), halley), newton, root, square > 0.0
+    if HALF:
+        square = a1 * a1 - a2 * f
+        newton = t + 0.5 * f / slope
+        root = t + f / (slope + tl.sqrt(tl.maximum(square, 0.0)))
+        halley = t + 2.0 * f * slope / (4.0 * slope * slope - f * a2)
+        back = tl.minimum(tl.maximum(0.5 * a2 * f / (slope * slope), 0.0), 1.0)
+        step = tl.where(square > 0.0, root - back * (root - newton), halley)
+        step = tl.where(f < 0.0, root, step)
+        lower = tl.where(f < 0.0, root, newton)
+        return step, lower, tl.where((f > 0.0) & (square > 0.0), root, float("inf"))
+    else:
+        # The p-norm of x has the slope -a1 / a0^(1 - 1/power).
+        norm = tl.exp2(tl.log2(tl.where(a0 > 0.0, a0, 1.0)) * (1.0 - 1.0 / power))
+        step = t + (a0 - tl.exp2(tl.log2(goal) / power) * norm) / slope
+        return step, step, tl.full(t.shape, float("inf"), tl.float32)
 
 
 @triton.jit
 @no_type_check
-def _improve(t, f, a1, a2, lower, upper, tolerance):
+def _improve(t, a0, a1, a2, power, lower, upper, tolerance, HALF: tl.constexpr):
     """Return the next t of every row, its bounds, and whether it is as good as it has to be."""
-    t_next, newton, root, real = _step(t, f, a1, a2)
+    f = a0 - 1.0
+    t_next, below, above = _step(t, a0, 1.0, a1, a2, power, HALF)
     known = a1 > 0.0
-    lower = tl.where(known, tl.maximum(lower, tl.minimum(newton, upper)), lower)
-    lower = tl.where((f < 0.0) & known, tl.maximum(lower, tl.minimum(root, upper)), lower)
+    lower = tl.where(known, tl.maximum(lower, tl.minimum(below, upper)), lower)
     lower = tl.where(f > 0.0, tl.maximum(lower, t), lower)
-    upper = tl.where((f > 0.0) & real, tl.minimum(upper, root), upper)
+    upper = tl.where(known, tl.minimum(upper, above), upper)
     upper = tl.maximum(tl.where(f < 0.0, tl.minimum(upper, t), upper), lower)
-    t_next = tl.where(f < 0.0, root, t_next)  # left of the root of f, or on it
     # Bounds included: near the root they agree to the last digit, and halving would start anew.
     within = known & (t_next >= lower) & (t_next <= upper)
     t_next = tl.where(within, t_next, 0.5 * (lower + upper))
     # f' shrinks to the right: between the bounds the sum of the row changes by this at most.
-    known = known & (f >= 0.0) & (2.0 * a1 * (upper - lower) <= tolerance)
-    done = known | (upper - lower <= 1.2e-7 * tl.abs(upper)) | (t_next == t)
+    close = known & (f >= 0.0) & (power * a1 * (upper - lower) <= tolerance)
+    done = close | (upper - lower <= 1.2e-7 * tl.abs(upper)) | (t_next == t)
     exact = (tl.abs(f) <= tolerance) | (f != f)
     return tl.where(exact, t, t_next), lower, upper, done | exact
 
@@ -205,10 +225,11 @@ def _improve(t, f, a1, a2, lower, upper, tolerance):
 @triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def _solve_kernel(
-    q_desc, k_desc, v_desc, mask_ptr, top_ptr, list_ptr, count_ptr, out_ptr, tau_ptr, active_ptr,
-    stride_mask, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_value, half_scale,
+    q_desc, k_desc, v_desc, mask_ptr, alpha_ptr, top_ptr, list_ptr, count_ptr,
+    out_ptr, tau_ptr, active_ptr,
+    stride_mask, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_value, scale,
     tolerance, max_passes, guesses,
-    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HELD: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HALF: tl.constexpr, HELD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Write tau and the output of one tile of queries, and mark the blocks that hold weight."""
@@ -227,6 +248,11 @@ def _solve_kernel(
     row_base = plane.to(tl.int64) * seq_q
     q = load_tile(q_desc, batch, head, tile * BLOCK_M, BLOCK_M, BLOCK_D)
     top = tl.load(top_ptr + row_base + rows, mask=rows < seq_q, other=float("-inf"))
+    alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
+    power = 1.0 / (alpha - 1.0)
+    factor = scale * (alpha - 1.0)
+    if not HALF:  # a high power of x has fewer digits
+        tolerance = tolerance * (1.0 + power)
     empty = top == float("-inf")
     top = tl.where(empty, 0.0, top)
 
@@ -237,7 +263,7 @@ def _solve_kernel(
             start = tl.load(list_ptr + part) * BLOCK_N
             keys = start + tl.arange(0, BLOCK_N)
             k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
-            z = tl.dot(q, k.T, input_precision="ieee") * half_scale
+            z = tl.dot(q, k.T, input_precision="ieee") * factor
             z = hide(z, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
         held = held + (z,)  # noqa: RUF005 -- Triton unpacks no tuples
 
@@ -249,13 +275,13 @@ def _solve_kernel(
             highest = tl.max(held[0], 1)
             for part in tl.static_range(1, HELD):
                 highest = tl.maximum(highest, tl.max(held[part], 1))
-            t = tl.maximum(highest - tl.sqrt(share), lower)
+            t = tl.maximum(highest - tl.exp2(tl.log2(share) / power), lower)
             for _ in range(0, guesses):
-                a0, a1, a2 = _sums(held[0], t)
+                a0, a1, a2 = _sums(held[0], t, power, HALF)
                 for part in tl.static_range(1, HELD):
-                    b0, b1, b2 = _sums(held[part], t)
+                    b0, b1, b2 = _sums(held[part], t, power, HALF)
                     a0, a1, a2 = a0 + b0, a1 + b1, a2 + b2
-                t = tl.where(a1 > 0.0, _step(t, a0 - share, a1, a2)[0], t)
+                t = tl.where(a1 > 0.0, _step(t, a0, share, a1, a2, power, HALF)[0], t)
             t = tl.where((t > lower) & (t < upper), t, lower)
 
     passes, unsolved = 0, 1
@@ -264,18 +290,18 @@ def _solve_kernel(
         a1 = tl.zeros([BLOCK_M], tl.float32)
         a2 = tl.zeros([BLOCK_M], tl.float32)
         for part in tl.static_range(HELD):
-            b0, b1, b2 = _sums(held[part], t)
+            b0, b1, b2 = _sums(held[part], t, power, HALF)
             a0, a1, a2 = a0 + b0, a1 + b1, a2 + b2
         for index in range(HELD, count):
             start = tl.load(list_ptr + index) * BLOCK_N
             k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
-            z = tl.dot(q, k.T, input_precision="ieee") * half_scale
+            z = tl.dot(q, k.T, input_precision="ieee") * factor
             if ALWAYS:
                 keys = (start + tl.arange(0, BLOCK_N))[None, :]
                 z = hide(z, rows[:, None], keys, seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
-            b0, b1, b2 = _sums(z, t)
+            b0, b1, b2 = _sums(z, t, power, HALF)
             a0, a1, a2 = a0 + b0, a1 + b1, a2 + b2
-        t_next, lower, upper, done = _improve(t, a0 - 1.0, a1, a2, lower, upper, tolerance)
+        t_next, lower, upper, done = _improve(t, a0, a1, a2, power, lower, upper, tolerance, HALF)
         done = done | empty
         # A row that is done keeps its t, whatever its neighbours still need.
         t = t_next
@@ -288,8 +314,8 @@ def _solve_kernel(
         if part < count:
             block = tl.load(list_ptr + part)
             v = load_tile(v_desc, batch, head_kv, block * BLOCK_N, BLOCK_N, BLOCK_DV)
-            x = relu(held[part] - t[:, None])
-            p = x * x
+            x, u = roots(held[part], t[:, None], power, HALF)
+            p = x * u
             output = tl.dot(p.to(v.dtype), v, output, input_precision="ieee")
             weighted = tl.sum(p, 1) != 0.0
             tl.store(active_ptr + block + rows * 0, 1, mask=weighted)
@@ -297,12 +323,12 @@ def _solve_kernel(
         block = tl.load(list_ptr + index)
         k = load_tile(k_desc, batch, head_kv, block * BLOCK_N, BLOCK_N, BLOCK_D)
         v = load_tile(v_desc, batch, head_kv, block * BLOCK_N, BLOCK_N, BLOCK_DV)
-        z = tl.dot(q, k.T, input_precision="ieee") * half_scale
+        z = tl.dot(q, k.T, input_precision="ieee") * factor
         if ALWAYS:
             keys = (block * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
             z = hide(z, rows[:, None], keys, seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
-        x = relu(z - t[:, None])
-        p = x * x
+        x, u = roots(z, t[:, None], power, HALF)
+        p = x * u
         output = tl.dot(p.to(v.dtype), v, output, input_precision="ieee")
         weighted = tl.sum(p, 1) != 0.0
         tl.store(active_ptr + block + rows * 0, 1, mask=weighted)
@@ -316,6 +342,7 @@ def launch_forward(
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
+    alpha: torch.Tensor | None,
     scale: float,
     is_causal: bool,
     *,
@@ -328,27 +355,29 @@ def launch_forward(
         k: `[batch, heads_kv, seq_k, dim_head]`.
         v: `[batch, heads_kv, seq_k, dim_value]`.
         key_mask: True for visible keys, `[batch, seq_k]`.
+        alpha: Float32 `[batch, heads]`, contiguous; None means 1.5.
         scale: Factor of the scores, at least 0.
         is_causal: Row i sees keys up to `i + seq_k - seq_q`.
         skip: False visits every block; in float32 the output is the same, bit for bit.
     """
     q, k, v = aligned(q), aligned(k), aligned(v)
     tiles = tiles_for(q, v)
-    top, marked = screen(q, k, key_mask, scale, is_causal, tiles, skip=skip)
-    return solve(q, k, v, key_mask, top, *list_blocks(marked), scale, is_causal, tiles)
+    top, marked = screen(q, k, key_mask, alpha, scale, is_causal, tiles, skip=skip)
+    return solve(q, k, v, key_mask, alpha, top, *list_blocks(marked), scale, is_causal, tiles)
 
 
 def screen(
     q: torch.Tensor,
     k: torch.Tensor,
     key_mask: torch.Tensor | None,
+    alpha: torch.Tensor | None,
     scale: float,
     is_causal: bool,
     tiles: Tiles,
     *,
     skip: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the largest half score of every row, and the blocks that may hold weight (int8)."""
+    """Return the largest z of every row, and the blocks that may hold weight (int8)."""
     batch, heads, seq_q, dim_head = q.shape
     seq_k = k.shape[2]
     n_tiles, n_blocks = triton.cdiv(seq_q, tiles.block_m), triton.cdiv(seq_k, tiles.block_n)
@@ -356,9 +385,10 @@ def screen(
     marked = torch.zeros((batch, heads, n_tiles, n_blocks), dtype=torch.int8, device=q.device)
     mask, stride_mask = mask_bytes(key_mask, q)
     _screen_kernel[(triton.cdiv(seq_q, tiles.screen_m) * batch * heads,)](
-        describe(q, tiles.screen_m), describe(k, tiles.screen_n), mask, top, marked, stride_mask,
-        heads, heads // k.shape[1], seq_q, seq_k, n_tiles, n_blocks, scale / 2,
-        IS_CAUSAL=is_causal, HAS_MASK=key_mask is not None, SKIP=skip,
+        describe(q, tiles.screen_m), describe(k, tiles.screen_n),
+        mask, q if alpha is None else alpha, top, marked, stride_mask,
+        heads, heads // k.shape[1], seq_q, seq_k, n_tiles, n_blocks, scale,
+        IS_CAUSAL=is_causal, HAS_MASK=key_mask is not None, HALF=alpha is None, SKIP=skip,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=padded(dim_head),
         TILE_M=tiles.screen_m, TILE_N=tiles.screen_n, INTERPRETED=triton_status().interpreting,
         num_warps=tiles.screen_warps, num_stages=tiles.screen_stages,
@@ -393,6 +423,7 @@ def solve(
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
+    alpha: torch.Tensor | None,
     top: torch.Tensor,
     listed: torch.Tensor,
     count: torch.Tensor,
@@ -410,10 +441,11 @@ def solve(
     mask, stride_mask = mask_bytes(key_mask, q)
     _solve_kernel[(n_tiles * batch * heads,)](
         describe(q, tiles.block_m), describe(k, tiles.block_n), describe(v, tiles.block_n),
-        mask, top, listed, count, output, tau, active, stride_mask,
-        heads, heads // k.shape[1], seq_q, seq_k, n_tiles, n_blocks, dim_value, scale / 2,
+        mask, q if alpha is None else alpha, top, listed, count, output, tau, active, stride_mask,
+        heads, heads // k.shape[1], seq_q, seq_k, n_tiles, n_blocks, dim_value, scale,
         _TOLERANCE[q.dtype], _MAX_PASSES, _GUESSES,
-        IS_CAUSAL=is_causal, HAS_MASK=key_mask is not None, HELD=tiles.held,
+        IS_CAUSAL=is_causal, HAS_MASK=key_mask is not None, HALF=alpha is None,
+        HELD=tiles.held if alpha is None else min(tiles.held, 2),  # powers need registers, too
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
         BLOCK_D=padded(dim_head), BLOCK_DV=padded(dim_value),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,

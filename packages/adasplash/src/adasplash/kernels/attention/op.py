@@ -46,8 +46,9 @@ def adasplash(
     dropout. A row without a visible key gives zeros and zero gradients; a NaN stays in the rows
     that see it. Under autocast q, k and v are cast to its dtype, as in torch's own attention.
 
-    The kernels compute `alpha` 1.5 with `is_causal`, `scale`, `key_padding_mask` and `cu_seqlens`;
-    `alpha` 1 alone is torch's softmax attention. Every other option runs on the reference.
+    The kernels compute every `alpha` above 1, with `is_causal`, `scale`, `key_padding_mask` and
+    `cu_seqlens`, and are fastest at 1.5; `alpha` 1 alone is torch's softmax attention. Every other
+    option runs on the reference.
 
     Args:
         q: Queries, float16, bfloat16, float32 or (reference only) float64. Any strides. With
@@ -97,8 +98,7 @@ def adasplash(
         factor, is_causal, key_padding_mask, window, softcap, alibi_slopes, attn_bias, dropout_p
     )
     softmax = isinstance(alpha, float | int) and alpha == 1
-    covered = options.plain and isinstance(alpha, float | int) and alpha == 1.5
-    chosen = _choose(backend, q, covered)
+    chosen = _choose(backend, q, options.plain and not softmax)
     if q.numel() == 0:
         # No rows: an empty output that still belongs to the graph.
         return q.new_zeros(*q.shape[:-1], v.shape[-1]) + 0 * (q.sum() + k.sum() + v.sum())
@@ -113,7 +113,12 @@ def adasplash(
     if factor < 0.0:  # the kernels take the maximum before they scale
         q, factor = -q, -factor
     mask = None if key_padding_mask is None else key_padding_mask.contiguous()
-    output: Tensor = _forward(q, k, v, mask, factor, is_causal)[0]
+    alphas: Tensor | None
+    if isinstance(alpha, Tensor):
+        alphas = alpha.to(q.device, torch.float32).expand(q.shape[:2]).contiguous()
+    else:
+        alphas = None if alpha == 1.5 else torch.full(q.shape[:2], alpha, device=q.device)
+    output: Tensor = _forward(q, k, v, mask, alphas, factor, is_causal)[0]
     return output
 
 
@@ -268,7 +273,7 @@ def _choose(backend: str, q: Tensor, covered: bool) -> str:
     elif q.dtype not in _KERNEL_DTYPES:
         problem = f"the kernels do not compute {q.dtype}"
     elif not covered:
-        problem = "the kernels compute alpha 1.5 without window, ALiBi, bias, softcap or dropout"
+        problem = "the kernels compute no softmax, window, ALiBi, bias, softcap or dropout"
     if not problem:
         return "triton"
     if backend == "triton":
@@ -279,16 +284,28 @@ def _choose(backend: str, q: Tensor, covered: bool) -> str:
 
 @torch.library.custom_op("adasplash::attention_forward", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, is_causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    alpha: Tensor | None,
+    scale: float,
+    is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .forward import launch_forward
 
-    return launch_forward(q, k, v, key_mask, scale, is_causal)
+    return launch_forward(q, k, v, key_mask, alpha, scale, is_causal)
 
 
 @_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, is_causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    alpha: Tensor | None,
+    scale: float,
+    is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .tiles import tiles_for
 
@@ -308,14 +325,15 @@ def _backward(
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
+    alpha: Tensor | None,
     tau: Tensor,
     active: Tensor,
     scale: float,
     is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .backward import launch_backward
 
-    return launch_backward(grad, q, k, v, key_mask, tau, active, scale, is_causal)
+    return launch_backward(grad, q, k, v, key_mask, alpha, tau, active, scale, is_causal)
 
 
 @_backward.register_fake
@@ -325,25 +343,29 @@ def _(
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
+    alpha: Tensor | None,
     tau: Tensor,
     active: Tensor,
     scale: float,
     is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dalpha = torch.empty(0 if alpha is None else alpha.shape, dtype=tau.dtype, device=q.device)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dalpha
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, key_mask, ctx.scale, ctx.is_causal = inputs
+    q, k, v, key_mask, alpha, ctx.scale, ctx.is_causal = inputs
     _, tau, active = output
     ctx.mark_non_differentiable(tau, active)
-    ctx.save_for_backward(q, k, v, key_mask, tau, active)
+    ctx.save_for_backward(q, k, v, key_mask, alpha, tau, active)
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, key_mask, tau, active = ctx.saved_tensors
-    gradients = _backward(grad, q, k, v, key_mask, tau, active, ctx.scale, ctx.is_causal)
-    return *gradients, None, None, None
+    q, k, v, key_mask, alpha, tau, active = ctx.saved_tensors
+    dq, dk, dv, dalpha = _backward(
+        grad, q, k, v, key_mask, alpha, tau, active, ctx.scale, ctx.is_causal
+    )
+    return dq, dk, dv, None, None if alpha is None else dalpha, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,8 +1,8 @@
 """Tile sizes, and the host and device code that forward and backward share.
 
-Half scores are `z = (alpha - 1) s = scale / 2 * q k^T`, scaled in float32 after the product;
-hidden keys are `-inf`. Forward and backward compute them by the same product, so they see the same
-numbers.
+Scores are multiplied by alpha - 1 throughout: `z = (alpha - 1) scale * q k^T`, in float32 after the
+product; half the scores for alpha 1.5. Hidden keys are `-inf`. Forward and backward compute them by
+the same product, so they see the same numbers.
 
 Tensors are read through tensor descriptors: the hardware computes addresses and fills what lies
 outside with zeros, so any length and head size is a runtime value and costs no test per element.
@@ -100,6 +100,21 @@ def store_rows(x_ptr, x, rows, n_rows, n_dim, BLOCK_D: tl.constexpr):
 def relu(x):
     """Return the positive part; NaN stays NaN."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+@no_type_check
+def roots(z, t, power, HALF: tl.constexpr):
+    """Return x = relu(z - t) and u = x ** (power - 1), 0 where x is; the weights are x u.
+
+    `power` is 1 / (alpha - 1), and u the weights to the power of 2 - alpha. HALF: alpha is 1.5.
+    """
+    x = relu(z - t)
+    if HALF:
+        return x, x
+    else:
+        u = tl.exp2((power - 1.0) * tl.log2(tl.where(x == 0.0, 1.0, x)))
+        return x, tl.where(x == 0.0, 0.0, u)
 
 
 @triton.jit
