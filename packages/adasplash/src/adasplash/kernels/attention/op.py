@@ -234,8 +234,9 @@ def _check_options(
             raise ValueError(
                 f"`alpha` must have shape (), {heads[1:]} or {heads}; got {tuple(alpha.shape)}."
             )
-        # Values on a GPU are not looked at: that would wait for the device.
-        if alpha.device.type == "cpu" and not bool(((alpha > 1) & (alpha <= 2)).all()):
+        # Values on a GPU are not looked at: that would wait for the device. No trace can either.
+        visible = alpha.device.type == "cpu" and not torch.compiler.is_compiling()
+        if visible and not bool(((alpha > 1) & (alpha <= 2)).all()):
             raise ValueError(f"`alpha` must be above 1 and at most 2; got {alpha.tolist()}.")
     elif not 1 <= alpha <= 2:
         raise ValueError(f"`alpha` must be between 1 and 2; got {alpha}.")
@@ -264,11 +265,12 @@ def _choose(backend: str, q: Tensor, covered: bool) -> str:
         raise ValueError(f"`backend` must be 'auto', 'triton' or 'reference'; got {backend!r}.")
     if backend == "reference" or (backend == "auto" and not q.is_cuda):
         return "reference"
-    status = triton_status()
+    compiling = torch.compiler.is_compiling()  # it comes with Triton, and traces no imports
+    status = None if compiling else triton_status()
     problem = ""
-    if not status.importable:
+    if status is not None and not status.importable:
         problem = f"Triton cannot be imported ({status.reason})"
-    elif not q.is_cuda and not status.interpreting:
+    elif status is not None and not q.is_cuda and not status.interpreting:
         problem = f"Triton needs CUDA tensors, or TRITON_INTERPRET=1; `q` is on {q.device}"
     elif q.dtype not in _KERNEL_DTYPES:
         problem = f"the kernels do not compute {q.dtype}"
@@ -278,7 +280,8 @@ def _choose(backend: str, q: Tensor, covered: bool) -> str:
         return "triton"
     if backend == "triton":
         raise ValueError(f"`backend` 'triton' cannot run here: {problem}; use 'reference'.")
-    _logger.debug("using the reference: %s", problem)
+    if not compiling:
+        _logger.debug("using the reference: %s", problem)
     return "reference"
 
 
