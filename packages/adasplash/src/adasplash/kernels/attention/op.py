@@ -118,6 +118,13 @@ def adasplash(
         alphas = alpha.to(q.device, torch.float32).expand(q.shape[:2]).contiguous()
     else:
         alphas = None if alpha == 1.5 else torch.full(q.shape[:2], alpha, device=q.device)
+    group = q.shape[1] // k.shape[1]
+    if q.shape[2] == 1 and group > 1 and not isinstance(alpha, Tensor):
+        # One query sees all keys: the heads that share them become the rows of one tile.
+        rows = q.reshape(q.shape[0], k.shape[1], group, q.shape[3])
+        alphas = None if alphas is None else alphas[:, ::group].contiguous()
+        folded: Tensor = _forward(rows, k, v, mask, alphas, factor, False)[0]
+        return folded.reshape(*q.shape[:3], v.shape[3])
     output: Tensor = _forward(q, k, v, mask, alphas, factor, is_causal)[0]
     return output
 
