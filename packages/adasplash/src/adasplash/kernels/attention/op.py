@@ -304,7 +304,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .forward import launch_forward
 
-    return launch_forward(q, k, v, key_mask, alpha, scale, is_causal)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return launch_forward(q, k, v, key_mask, alpha, scale, is_causal)
 
 
 @_forward.register_fake
@@ -343,7 +344,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .backward import launch_backward
 
-    return launch_backward(grad, q, k, v, key_mask, alpha, tau, active, scale, is_causal)
+    with torch.cuda.device_of(q):
+        return launch_backward(grad, q, k, v, key_mask, alpha, tau, active, scale, is_causal)
 
 
 @_backward.register_fake
