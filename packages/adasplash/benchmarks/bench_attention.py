@@ -64,15 +64,15 @@ def softmax(backend: SDPBackend, causal: bool, q, k, v):
 def parts(q, k, v, causal: bool) -> tuple[dict[str, object], float, float]:
     """Return the stages of the forward as calls, and the shares of listed and active blocks."""
     tiles, scale = tiles_for(q, v), q.shape[-1] ** -0.5
-    top, marked = screen(q, k, None, None, scale, causal, tiles)
+    top, marked = screen(q, k, None, None, scale, causal, None, tiles)
     listed = list_blocks(marked)
-    active = solve(q, k, v, None, None, top, *listed, scale, causal, tiles)[2]
+    active = solve(q, k, v, None, None, top, *listed, scale, causal, None, tiles)[2]
     blocks = active.shape[-1]
     whole = active[..., 0].numel() * (blocks + 1) / 2 if causal else active.numel()
     stages = {
-        "screen": partial(screen, q, k, None, None, scale, causal, tiles),
+        "screen": partial(screen, q, k, None, None, scale, causal, None, tiles),
         "list": partial(list_blocks, marked),
-        "solve": partial(solve, q, k, v, None, None, top, *listed, scale, causal, tiles),
+        "solve": partial(solve, q, k, v, None, None, top, *listed, scale, causal, None, tiles),
     }
     return stages, marked.sum().item() / whole, active.sum().item() / whole
 

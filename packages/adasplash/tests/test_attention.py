@@ -111,8 +111,8 @@ def test_skipping_blocks_changes_no_bit(device):
     from adasplash.kernels.attention.forward import launch_forward
 
     q, k, v = random_inputs(1, 2, 2, 200, 200, 16, scale=20.0, device=device)
-    skipped = launch_forward(q, k, v, None, None, 0.25, True, skip=True)
-    visited = launch_forward(q, k, v, None, None, 0.25, True, skip=False)
+    skipped = launch_forward(q, k, v, None, None, 0.25, True, None, skip=True)
+    visited = launch_forward(q, k, v, None, None, 0.25, True, None, skip=False)
     for x, y in zip(skipped, visited, strict=True):
         assert torch.equal(x, y)
 
@@ -123,7 +123,7 @@ def test_blocks_without_weight_are_not_active(device):
 
     q, k, v = random_inputs(1, 1, 1, 200, 200, 16, scale=60.0, device=device)
     tiles = tiles_for(q, v)
-    active = launch_forward(q, k, v, None, None, 0.25, True)[2][0, 0].bool().cpu()
+    active = launch_forward(q, k, v, None, None, 0.25, True, None)[2][0, 0].bool().cpu()
     weights = oracle_weights(q, k, True)[0, 0].cpu()
     rows, keys = (-(-200 // size) * size - 200 for size in (tiles.block_m, tiles.block_n))
     blocks = torch.nn.functional.pad(weights, (0, keys, 0, rows))
@@ -200,7 +200,7 @@ def test_torch_knows_the_operators(device):
     q, k, v = random_inputs(1, 2, 1, 20, 20, 16, device=device)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(op._forward, (*leaves, None, None, 0.25, True), test_utils=checks)
+    torch.library.opcheck(op._forward, (*leaves, None, None, 0.25, True, -1, -1), test_utils=checks)
 
 
 def test_autocast_computes_in_its_dtype():

@@ -80,9 +80,9 @@ def test_the_kernels_do_not_compute_float64():
         adasplash(*(x.double() for x in _inputs()), backend="triton")
 
 
-@pytest.mark.parametrize("options", [{"alpha": 1.0}, {"window": (3, 0)}, {"dropout_p": 0.1}])
+@pytest.mark.parametrize("options", [{"alpha": 1.0}, {"softcap": 3.0}, {"dropout_p": 0.1}])
 def test_the_kernels_refuse_what_they_do_not_compute(options):
-    with pytest.raises(ValueError, match=r"the kernels compute no softmax, window, ALiBi"):
+    with pytest.raises(ValueError, match=r"the kernels compute no softmax, ALiBi"):
         adasplash(*_inputs(), backend="triton", **options)
 
 

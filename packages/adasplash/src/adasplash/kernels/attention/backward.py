@@ -47,8 +47,9 @@ _SIZES = [
 def _queries_kernel(
     q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, list_ptr, count_ptr,
     dq_ptr, delta_ptr, dalpha_ptr,
-    stride_mask, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head, scale,
-    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HALF: tl.constexpr, ALPHA_GRAD: tl.constexpr,
+    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head, scale,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HALF: tl.constexpr, ALPHA_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Write delta and dQ of one tile of queries."""
@@ -82,7 +83,19 @@ def _queries_kernel(
         k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
         v = load_tile(v_desc, batch, head_kv, start, BLOCK_N, BLOCK_DV)
         z = tl.dot(q, k.T, input_precision="ieee") * factor
-        z = hide(z, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
+        z = hide(
+            z,
+            rows[:, None],
+            keys[None, :],
+            seq_q,
+            seq_k,
+            mask_ptr,
+            left,
+            right,
+            IS_CAUSAL,
+            HAS_MASK,
+            HAS_WINDOW,
+        )
         x, u = roots(z, tau[:, None], power, HALF)
         dp = tl.dot(do, v.T, input_precision="ieee")
         weighted += tl.sum(u * dp, 1)
@@ -107,7 +120,19 @@ def _queries_kernel(
         k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
         v = load_tile(v_desc, batch, head_kv, start, BLOCK_N, BLOCK_DV)
         z = tl.dot(q, k.T, input_precision="ieee") * factor
-        z = hide(z, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
+        z = hide(
+            z,
+            rows[:, None],
+            keys[None, :],
+            seq_q,
+            seq_k,
+            mask_ptr,
+            left,
+            right,
+            IS_CAUSAL,
+            HAS_MASK,
+            HAS_WINDOW,
+        )
         x, u = roots(z, tau[:, None], power, HALF)
         ds = u * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -120,8 +145,10 @@ def _queries_kernel(
 def _keys_kernel(
     q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, delta_ptr, list_ptr, count_ptr,
     dk_ptr, dv_ptr,
-    stride_mask, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head, dim_value, scale,
-    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HALF: tl.constexpr,
+    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head, dim_value,
+    scale,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of one block of keys, summed over the query heads that share them.
@@ -155,7 +182,19 @@ def _keys_kernel(
             tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
             delta = tl.load(delta_ptr + row_base + rows, mask=rows < seq_q, other=0.0)
             z = tl.dot(k, q.T, input_precision="ieee") * factor  # [BLOCK_N, BLOCK_M]
-            z = hide(z, rows[None, :], keys[:, None], seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
+            z = hide(
+                z,
+                rows[None, :],
+                keys[:, None],
+                seq_q,
+                seq_k,
+                mask_ptr,
+                left,
+                right,
+                IS_CAUSAL,
+                HAS_MASK,
+                HAS_WINDOW,
+            )
             x, u = roots(z, tau[None, :], power, HALF)
             dv = tl.dot((x * u).to(do.dtype), do, dv, input_precision="ieee")
             ds = u * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
@@ -177,12 +216,13 @@ def launch_backward(
     active: torch.Tensor,
     scale: float,
     is_causal: bool,
+    window: tuple[int, int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of q, k, v and alpha (`[batch, heads]`, or empty if that is None).
 
     Args:
         grad: Gradient of the output, `[batch, heads, seq_q, dim_value]`, last stride 1.
-        q: As in the forward, as are `k`, `v`, `key_mask`, `alpha`, `scale` and `is_causal`.
+        q: As in the forward, as are the arguments below but `tau` and `active`.
         k: Keys.
         v: Values.
         key_mask: True for visible keys.
@@ -191,6 +231,7 @@ def launch_backward(
         active: From the forward.
         scale: Factor of the scores.
         is_causal: Row i sees keys up to `i + seq_k - seq_q`.
+        window: How far a row sees to the left and to the right; None for all.
     """
     grad, q, k, v = aligned(grad), aligned(q), aligned(k), aligned(v)
     batch, heads, seq_q, dim_head = q.shape
@@ -206,10 +247,21 @@ def launch_backward(
         describe(v, tiles.block_n), describe(grad, tiles.block_m),
         mask, q if alpha is None else alpha, tau,
     )  # fmt: skip
-    sizes = (stride_mask, heads, heads // heads_kv, seq_q, seq_k, n_tiles, n_blocks, dim_head)
+    sizes = (
+        stride_mask,
+        *(window or (0, 0)),
+        heads,
+        heads // heads_kv,
+        seq_q,
+        seq_k,
+        n_tiles,
+        n_blocks,
+        dim_head,
+    )
     common = {
         "IS_CAUSAL": is_causal,
         "HAS_MASK": key_mask is not None,
+        "HAS_WINDOW": window is not None,
         "HALF": alpha is None,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,

@@ -91,8 +91,9 @@ def _mark(
 @no_type_check
 def _screen_kernel(
     q_desc, k_desc, mask_ptr, alpha_ptr, top_ptr, marked_ptr, stride_mask,
-    heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
-    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HALF: tl.constexpr, SKIP: tl.constexpr,
+    left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HALF: tl.constexpr, SKIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -118,16 +119,33 @@ def _screen_kernel(
         shift = seq_k - seq_q
         limit = tl.maximum(tl.minimum(first + TILE_M, seq_q) + shift, 0)
         full = tl.minimum(full, tl.maximum(first + 1 + shift, 0) // TILE_N)
-    if HAS_MASK:
+    if HAS_MASK or HAS_WINDOW:
         full = 0
+    begin = 0
+    if HAS_WINDOW:
+        shift = seq_k - seq_q
+        limit = tl.minimum(limit, tl.maximum(first + TILE_M + shift + right, 0))
+        begin = tl.maximum(first + shift - left, 0) // TILE_N
     end = tl.cdiv(limit, TILE_N)
     top = tl.full([TILE_M], float("-inf"), tl.float32)
-    for step in range(0, end - full):
+    for step in range(0, end - tl.maximum(full, begin)):
         tile = end - 1 - step
         keys = tile * TILE_N + tl.arange(0, TILE_N)
         k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
         z = tl.dot(q, k.T, input_precision="ieee") * factor
-        z = hide(z, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
+        z = hide(
+            z,
+            rows[:, None],
+            keys[None, :],
+            seq_q,
+            seq_k,
+            mask_ptr,
+            left,
+            right,
+            IS_CAUSAL,
+            HAS_MASK,
+            HAS_WINDOW,
+        )
         peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED)
         top = _mark(peaks, top, lines, tile * PARTS, inside, n_blocks, SKIP, PARTS, INTERPRETED)
     for step in range(0, full):
@@ -227,14 +245,15 @@ def _improve(t, a0, a1, a2, power, lower, upper, tolerance, HALF: tl.constexpr):
 def _solve_kernel(
     q_desc, k_desc, v_desc, mask_ptr, alpha_ptr, top_ptr, list_ptr, count_ptr,
     out_ptr, tau_ptr, active_ptr,
-    stride_mask, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_value, scale,
+    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_value, scale,
     tolerance, max_passes, guesses,
-    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HALF: tl.constexpr, HELD: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HALF: tl.constexpr, HELD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Write tau and the output of one tile of queries, and mark the blocks that hold weight."""
     # Two blocks can cross the diagonal and one the end of the keys: the first of the list.
-    ALWAYS: tl.constexpr = HAS_MASK or (HELD < 2)
+    ALWAYS: tl.constexpr = HAS_MASK or HAS_WINDOW or (HELD < 2)
     place = tl.program_id(0)
     plane, tile = place // n_tiles, n_tiles - 1 - place % n_tiles
     line = (plane * n_tiles + tile).to(tl.int64)
@@ -264,7 +283,19 @@ def _solve_kernel(
             keys = start + tl.arange(0, BLOCK_N)
             k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
             z = tl.dot(q, k.T, input_precision="ieee") * factor
-            z = hide(z, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
+            z = hide(
+                z,
+                rows[:, None],
+                keys[None, :],
+                seq_q,
+                seq_k,
+                mask_ptr,
+                left,
+                right,
+                IS_CAUSAL,
+                HAS_MASK,
+                HAS_WINDOW,
+            )
         held = held + (z,)  # noqa: RUF005 -- Triton unpacks no tuples
 
     lower, upper = top - 1.0, top  # f(lower) >= 0 > f(upper)
@@ -298,7 +329,19 @@ def _solve_kernel(
             z = tl.dot(q, k.T, input_precision="ieee") * factor
             if ALWAYS:
                 keys = (start + tl.arange(0, BLOCK_N))[None, :]
-                z = hide(z, rows[:, None], keys, seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
+                z = hide(
+                    z,
+                    rows[:, None],
+                    keys,
+                    seq_q,
+                    seq_k,
+                    mask_ptr,
+                    left,
+                    right,
+                    IS_CAUSAL,
+                    HAS_MASK,
+                    HAS_WINDOW,
+                )
             b0, b1, b2 = _sums(z, t, power, HALF)
             a0, a1, a2 = a0 + b0, a1 + b1, a2 + b2
         t_next, lower, upper, done = _improve(t, a0, a1, a2, power, lower, upper, tolerance, HALF)
@@ -326,7 +369,19 @@ def _solve_kernel(
         z = tl.dot(q, k.T, input_precision="ieee") * factor
         if ALWAYS:
             keys = (block * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-            z = hide(z, rows[:, None], keys, seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
+            z = hide(
+                z,
+                rows[:, None],
+                keys,
+                seq_q,
+                seq_k,
+                mask_ptr,
+                left,
+                right,
+                IS_CAUSAL,
+                HAS_MASK,
+                HAS_WINDOW,
+            )
         x, u = roots(z, t[:, None], power, HALF)
         p = x * u
         output = tl.dot(p.to(v.dtype), v, output, input_precision="ieee")
@@ -345,6 +400,7 @@ def launch_forward(
     alpha: torch.Tensor | None,
     scale: float,
     is_causal: bool,
+    window: tuple[int, int] | None,
     *,
     skip: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -358,12 +414,15 @@ def launch_forward(
         alpha: Float32 `[batch, heads]`, contiguous; None means 1.5.
         scale: Factor of the scores, at least 0.
         is_causal: Row i sees keys up to `i + seq_k - seq_q`.
+        window: How far a row sees to the left and to the right; None for all.
         skip: False visits every block; in float32 the output is the same, bit for bit.
     """
     q, k, v = aligned(q), aligned(k), aligned(v)
     tiles = tiles_for(q, v)
-    top, marked = screen(q, k, key_mask, alpha, scale, is_causal, tiles, skip=skip)
-    return solve(q, k, v, key_mask, alpha, top, *list_blocks(marked), scale, is_causal, tiles)
+    top, marked = screen(q, k, key_mask, alpha, scale, is_causal, window, tiles, skip=skip)
+    return solve(
+        q, k, v, key_mask, alpha, top, *list_blocks(marked), scale, is_causal, window, tiles
+    )
 
 
 def screen(
@@ -373,6 +432,7 @@ def screen(
     alpha: torch.Tensor | None,
     scale: float,
     is_causal: bool,
+    window: tuple[int, int] | None,
     tiles: Tiles,
     *,
     skip: bool = True,
@@ -384,11 +444,13 @@ def screen(
     top = torch.empty((batch, heads, seq_q), dtype=torch.float32, device=q.device)
     marked = torch.zeros((batch, heads, n_tiles, n_blocks), dtype=torch.int8, device=q.device)
     mask, stride_mask = mask_bytes(key_mask, q)
+    bounds = window or (0, 0)
     _screen_kernel[(triton.cdiv(seq_q, tiles.screen_m) * batch * heads,)](
         describe(q, tiles.screen_m), describe(k, tiles.screen_n),
         mask, q if alpha is None else alpha, top, marked, stride_mask,
-        heads, heads // k.shape[1], seq_q, seq_k, n_tiles, n_blocks, scale,
-        IS_CAUSAL=is_causal, HAS_MASK=key_mask is not None, HALF=alpha is None, SKIP=skip,
+        *bounds, heads, heads // k.shape[1], seq_q, seq_k, n_tiles, n_blocks, scale,
+        IS_CAUSAL=is_causal, HAS_MASK=key_mask is not None, HAS_WINDOW=window is not None,
+        HALF=alpha is None, SKIP=skip,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=padded(dim_head),
         TILE_M=tiles.screen_m, TILE_N=tiles.screen_n, INTERPRETED=triton_status().interpreting,
         num_warps=tiles.screen_warps, num_stages=tiles.screen_stages,
@@ -429,6 +491,7 @@ def solve(
     count: torch.Tensor,
     scale: float,
     is_causal: bool,
+    window: tuple[int, int] | None,
     tiles: Tiles,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return output, tau and the blocks that hold weight (int8), given the blocks that may."""
@@ -439,12 +502,14 @@ def solve(
     tau = torch.empty_like(top)
     active = torch.zeros(listed.shape, dtype=torch.int8, device=q.device)
     mask, stride_mask = mask_bytes(key_mask, q)
+    bounds = window or (0, 0)
     _solve_kernel[(n_tiles * batch * heads,)](
         describe(q, tiles.block_m), describe(k, tiles.block_n), describe(v, tiles.block_n),
         mask, q if alpha is None else alpha, top, listed, count, output, tau, active, stride_mask,
-        heads, heads // k.shape[1], seq_q, seq_k, n_tiles, n_blocks, dim_value, scale,
+        *bounds, heads, heads // k.shape[1], seq_q, seq_k, n_tiles, n_blocks, dim_value, scale,
         _TOLERANCE[q.dtype], _MAX_PASSES, _GUESSES,
-        IS_CAUSAL=is_causal, HAS_MASK=key_mask is not None, HALF=alpha is None,
+        IS_CAUSAL=is_causal, HAS_MASK=key_mask is not None, HAS_WINDOW=window is not None,
+        HALF=alpha is None,
         HELD=tiles.held if alpha is None else min(tiles.held, 2),  # powers need registers, too
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
         BLOCK_D=padded(dim_head), BLOCK_DV=padded(dim_value),

@@ -46,9 +46,9 @@ def adasplash(
     dropout. A row without a visible key gives zeros and zero gradients; a NaN stays in the rows
     that see it. Under autocast q, k and v are cast to its dtype, as in torch's own attention.
 
-    The kernels compute every `alpha` above 1, with `is_causal`, `scale`, `key_padding_mask` and
-    `cu_seqlens`, and are fastest at 1.5; `alpha` 1 alone is torch's softmax attention. Every other
-    option runs on the reference.
+    The kernels compute every `alpha` above 1, with `is_causal`, `scale`, `window`,
+    `key_padding_mask` and `cu_seqlens`, and are fastest at 1.5; `alpha` 1 alone is torch's
+    softmax attention. Every other option runs on the reference.
 
     Args:
         q: Queries, float16, bfloat16, float32 or (reference only) float64. Any strides. With
@@ -102,8 +102,9 @@ def adasplash(
     if q.numel() == 0:
         # No rows: an empty output that still belongs to the graph.
         return q.new_zeros(*q.shape[:-1], v.shape[-1]) + 0 * (q.sum() + k.sum() + v.sum())
-    aligned = not is_causal or q.shape[2] == k.shape[2]  # torch aligns at the first
-    if softmax and options.plain and aligned and key_padding_mask is None and backend == "auto":
+    # torch aligns the causal mask at the first, and gives NaN for rows without a key.
+    simple = (not is_causal or q.shape[2] == k.shape[2]) and key_padding_mask is None
+    if softmax and options.plain and window is None and simple and backend == "auto":
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=is_causal, scale=factor, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -119,13 +120,16 @@ def adasplash(
     else:
         alphas = None if alpha == 1.5 else torch.full(q.shape[:2], alpha, device=q.device)
     group = q.shape[1] // k.shape[1]
-    if q.shape[2] == 1 and group > 1 and not isinstance(alpha, Tensor):
+    if q.shape[2] == 1 and group > 1 and window is None and not isinstance(alpha, Tensor):
         # One query sees all keys: the heads that share them become the rows of one tile.
         rows = q.reshape(q.shape[0], k.shape[1], group, q.shape[3])
         alphas = None if alphas is None else alphas[:, ::group].contiguous()
-        folded: Tensor = _forward(rows, k, v, mask, alphas, factor, False)[0]
+        folded: Tensor = _forward(rows, k, v, mask, alphas, factor, False, -1, -1)[0]
         return folded.reshape(*q.shape[:3], v.shape[3])
-    output: Tensor = _forward(q, k, v, mask, alphas, factor, is_causal)[0]
+    # -1 stands for no window in the operator; one open side sees as far as there are keys.
+    far = q.shape[2] + k.shape[2]
+    sides = (-1, -1) if window is None else [far if side < 0 else side for side in window]
+    output: Tensor = _forward(q, k, v, mask, alphas, factor, is_causal, *sides)[0]
     return output
 
 
@@ -282,7 +286,7 @@ def _choose(backend: str, q: Tensor, covered: bool) -> str:
     elif q.dtype not in _KERNEL_DTYPES:
         problem = f"the kernels do not compute {q.dtype}"
     elif not covered:
-        problem = "the kernels compute no softmax, window, ALiBi, bias, softcap or dropout"
+        problem = "the kernels compute no softmax, ALiBi, bias, softcap or dropout"
     if not problem:
         return "triton"
     if backend == "triton":
@@ -301,11 +305,15 @@ def _forward(
     alpha: Tensor | None,
     scale: float,
     is_causal: bool,
+    left: int,
+    right: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .forward import launch_forward
 
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        return launch_forward(q, k, v, key_mask, alpha, scale, is_causal)
+        return launch_forward(
+            q, k, v, key_mask, alpha, scale, is_causal, None if left < 0 else (left, right)
+        )
 
 
 @_forward.register_fake
@@ -317,6 +325,8 @@ def _(
     alpha: Tensor | None,
     scale: float,
     is_causal: bool,
+    left: int,
+    right: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .tiles import tiles_for
 
@@ -341,11 +351,16 @@ def _backward(
     active: Tensor,
     scale: float,
     is_causal: bool,
+    left: int,
+    right: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .backward import launch_backward
 
     with torch.cuda.device_of(q):
-        return launch_backward(grad, q, k, v, key_mask, alpha, tau, active, scale, is_causal)
+        return launch_backward(
+            grad, q, k, v, key_mask, alpha, tau, active, scale, is_causal,
+            None if left < 0 else (left, right),
+        )  # fmt: skip
 
 
 @_backward.register_fake
@@ -360,13 +375,15 @@ def _(
     active: Tensor,
     scale: float,
     is_causal: bool,
+    left: int,
+    right: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dalpha = torch.empty(0 if alpha is None else alpha.shape, dtype=tau.dtype, device=q.device)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dalpha
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, key_mask, alpha, ctx.scale, ctx.is_causal = inputs
+    q, k, v, key_mask, alpha, *ctx.settings = inputs
     _, tau, active = output
     ctx.mark_non_differentiable(tau, active)
     ctx.save_for_backward(q, k, v, key_mask, alpha, tau, active)
@@ -374,10 +391,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     q, k, v, key_mask, alpha, tau, active = ctx.saved_tensors
-    dq, dk, dv, dalpha = _backward(
-        grad, q, k, v, key_mask, alpha, tau, active, ctx.scale, ctx.is_causal
-    )
-    return dq, dk, dv, None, None if alpha is None else dalpha, None, None
+    dq, dk, dv, dalpha = _backward(grad, q, k, v, key_mask, alpha, tau, active, *ctx.settings)
+    return dq, dk, dv, None, None if alpha is None else dalpha, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -33,8 +33,8 @@ class Options:
 
     @property
     def plain(self) -> bool:
-        """Whether the kernels cover it: scale, causal mask and key mask alone."""
-        others = (self.window, self.softcap, self.slopes, self.bias)
+        """Whether the kernels cover it: scale, causal mask, window and key mask alone."""
+        others = (self.softcap, self.slopes, self.bias)
         return self.dropout == 0.0 and all(option is None for option in others)
 
 

@@ -119,7 +119,10 @@ def roots(z, t, power, HALF: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def hide(z, rows, keys, seq_q, seq_k, mask_ptr, IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr):
+def hide(
+    z, rows, keys, seq_q, seq_k, mask_ptr, left, right,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
     """Return `z` with -inf where row or key lies outside, or the row may not see the key.
 
     `rows` and `keys` are index tensors that broadcast to the shape of `z`.
@@ -127,6 +130,9 @@ def hide(z, rows, keys, seq_q, seq_k, mask_ptr, IS_CAUSAL: tl.constexpr, HAS_MAS
     visible = (keys < seq_k) & (rows < seq_q)
     if IS_CAUSAL:
         visible = visible & (keys <= rows + (seq_k - seq_q))
+    if HAS_WINDOW:
+        distance = keys - rows - (seq_k - seq_q)
+        visible = visible & (distance >= -left) & (distance <= right)
     if HAS_MASK:
         visible = visible & (tl.load(mask_ptr + keys, mask=keys < seq_k, other=0) != 0)
     return tl.where(visible, z, float("-inf"))
