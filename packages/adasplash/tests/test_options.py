@@ -71,7 +71,7 @@ def test_alpha_per_head_equals_the_heads_one_by_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("alpha", [1.01, 1.2, 1.5, 1.8, 2.0])
+@pytest.mark.parametrize("alpha", [1.01, 1.2, 2.0])
 def test_kernels_equal_the_reference_for_any_alpha(alpha, dtype, device):
     """Float16 holds blocks in registers; half of the lists are longer than those."""
     length = 150 if dtype is torch.float32 else 400
@@ -144,8 +144,8 @@ def test_a_window_hides_what_is_far(window):
     assert relative_error(adasplash(q, k, v, is_causal=False, window=window), want) < 1e-5
 
 
-@pytest.mark.parametrize("window", [(40, 0), (3, 70), (-1, 5), (90, -1)])
-@pytest.mark.parametrize("shape", [(150, 150), (70, 150), (150, 70)])
+@pytest.mark.parametrize("window", [(40, 0), (3, 70), (-1, 5), (60, -1)])
+@pytest.mark.parametrize("shape", [(70, 130), (130, 70)])
 def test_windows_in_the_kernels_equal_the_reference(window, shape, device):
     q, k, v = random_inputs(1, 2, 1, *shape, 16, device=device)
     grad = torch.randn_like(q)
