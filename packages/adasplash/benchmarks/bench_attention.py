@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from adasplash import adasplash
-from adasplash.kernels.attention.forward import launch_forward
+from adasplash.kernels.attention.forward import list_blocks, screen, solve
+from adasplash.kernels.attention.tiles import tiles_for
 from adasplash.testing import (
     clustered_inputs,
     oracle_attention,
@@ -54,46 +56,64 @@ def check(results: Results) -> bool:
     return good
 
 
-def softmax(backend: SDPBackend, q, k, v):
+def softmax(backend: SDPBackend, causal: bool, q, k, v):
     with sdpa_kernel(backend):
-        return scaled_dot_product_attention(q, k, v, is_causal=True)
+        return scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def parts(q, k, v, causal: bool) -> tuple[dict[str, object], float, float]:
+    """Return the stages of the forward as calls, and the shares of listed and active blocks."""
+    tiles, scale = tiles_for(q, v), q.shape[-1] ** -0.5
+    top, marked = screen(q, k, None, None, scale, causal, None, tiles)
+    listed = list_blocks(marked)
+    active = solve(q, k, v, None, None, top, *listed, scale, causal, None, tiles)[2]
+    blocks = active.shape[-1]
+    whole = active[..., 0].numel() * (blocks + 1) / 2 if causal else active.numel()
+    stages = {
+        "screen": partial(screen, q, k, None, None, scale, causal, None, tiles),
+        "list": partial(list_blocks, marked),
+        "solve": partial(solve, q, k, v, None, None, top, *listed, scale, causal, None, tiles),
+    }
+    return stages, marked.sum().item() / whole, active.sum().item() / whole
 
 
 def measure(results: Results, lengths: list[int]) -> None:
-    """Time forward and forward with backward at several block densities, causal, bf16."""
-    contenders = {
-        "adasplash": partial(adasplash, is_causal=True),
-        "SDPA flash": partial(softmax, SDPBackend.FLASH_ATTENTION),
-        "SDPA cuDNN": partial(softmax, SDPBackend.CUDNN_ATTENTION),
-    }
-    for dim in (64, 128):
-        for length in lengths:
-            heads = max(1, 2 * 16 * 8192 // length // 2)
-            for gain in (0.0, 1.0, 2.0, 4.0):
-                q, k, v = clustered_inputs(
-                    2, heads, length, dim, gain, dtype=torch.bfloat16, device="cuda"
-                )
-                active = launch_forward(q, k, v, None, dim**-0.5, True)[2]
-                blocks = active.shape[-1]
-                density = active.sum().item() / (2 * heads * blocks * (blocks + 1) / 2)
+    """Time forward and forward with backward at several block densities, bf16."""
+    for dim, length, causal in product((64, 128), lengths, (True, False)):
+        heads = max(1, 2 * 16 * 8192 // length // 2)
+        for gain in (4.0, 2.0, 1.0, 0.0):
+            contenders = {"adasplash": partial(adasplash, is_causal=causal)}
+            if gain == 0.0:  # softmax does not depend on the data
+                for name, backend in (
+                    ("SDPA flash", SDPBackend.FLASH_ATTENTION),
+                    ("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION),
+                ):
+                    contenders[name] = partial(softmax, backend, causal)
+            q, k, v = clustered_inputs(
+                2, heads, length, dim, gain, dtype=torch.bfloat16, device="cuda"
+            )
+            stages, listed, density = parts(q, k, v, causal)
+            case = {"length": length, "dim_head": dim, "heads": 2 * heads, "causal": causal,
+                    "density": round(density, 3), "listed": round(listed, 3)}  # fmt: skip
+
+            def add(name, metric, call, case=case):
+                timing = time_call(call, "cuda")
+                results.add(name, metric, timing.median_ms, "ms", p20=timing.p20_ms,
+                            p80=timing.p80_ms, n=timing.n, **case)  # fmt: skip
+
+            with torch.no_grad():
                 for name, attend in contenders.items():
-                    if name != "adasplash" and gain > 0:
-                        continue  # softmax does not depend on the data
-                    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-                    grad = torch.randn_like(v)
+                    add(name, "forward", partial(attend, q, k, v))
+                for stage, call in stages.items():
+                    add("adasplash", stage, call)
+            for name, attend in contenders.items():
+                leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+                grad = torch.randn_like(v)
 
-                    def both(attend=attend, leaves=leaves, grad=grad):
-                        attend(*leaves).backward(grad)
+                def both(attend=attend, leaves=leaves, grad=grad):
+                    attend(*leaves).backward(grad)
 
-                    with torch.no_grad():
-                        forward = time_call(partial(attend, q, k, v), "cuda")
-                    for metric, timing in (
-                        ("forward", forward),
-                        ("forward + backward", time_call(both, "cuda")),
-                    ):
-                        results.add(name, metric, timing.median_ms, "ms", p20=timing.p20_ms,
-                                    p80=timing.p80_ms, n=timing.n, length=length, dim_head=dim,
-                                    density=round(density, 3))  # fmt: skip
+                add(name, "forward + backward", both)
 
 
 def main() -> None:

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from adasplash import adasplash
-from adasplash.testing import oracle_attention, oracle_weights, random_inputs, relative_error
+from adasplash.testing import (
+    clustered_inputs,
+    oracle_attention,
+    oracle_weights,
+    random_inputs,
+    relative_error,
+)
 
 BACKENDS = ["reference", "triton"]
 # batch, heads, heads_kv, seq_q, seq_k, dim_head, dim_value
@@ -105,8 +111,8 @@ def test_skipping_blocks_changes_no_bit(device):
     from adasplash.kernels.attention.forward import launch_forward
 
     q, k, v = random_inputs(1, 2, 2, 200, 200, 16, scale=20.0, device=device)
-    skipped = launch_forward(q, k, v, None, 0.25, True, skip=True)
-    visited = launch_forward(q, k, v, None, 0.25, True, skip=False)
+    skipped = launch_forward(q, k, v, None, None, 0.25, True, None, skip=True)
+    visited = launch_forward(q, k, v, None, None, 0.25, True, None, skip=False)
     for x, y in zip(skipped, visited, strict=True):
         assert torch.equal(x, y)
 
@@ -117,7 +123,7 @@ def test_blocks_without_weight_are_not_active(device):
 
     q, k, v = random_inputs(1, 1, 1, 200, 200, 16, scale=60.0, device=device)
     tiles = tiles_for(q, v)
-    active = launch_forward(q, k, v, None, 0.25, True)[2][0, 0].bool().cpu()
+    active = launch_forward(q, k, v, None, None, 0.25, True, None)[2][0, 0].bool().cpu()
     weights = oracle_weights(q, k, True)[0, 0].cpu()
     rows, keys = (-(-200 // size) * size - 200 for size in (tiles.block_m, tiles.block_n))
     blocks = torch.nn.functional.pad(weights, (0, keys, 0, rows))
@@ -163,6 +169,26 @@ def test_half_precision_is_as_good_as_a_dense_half_precision_computation(device)
         assert relative_error(output, want) < 2e-3
 
 
+@pytest.mark.parametrize("gain", [0.0, 1.0, 6.0])
+def test_blocks_in_registers_and_blocks_in_memory_agree_with_the_oracle(gain, device):
+    """Half precision holds some blocks in registers: lists shorter and longer than those."""
+    q, k, v = clustered_inputs(1, 1, 512, 16, gain, dtype=torch.float16, device=device)
+    grad = torch.randn_like(v)
+    found = _run(q, k, v, "triton", grad)
+    for x, y in zip(found, oracle_attention(q, k, v, True, grad=grad), strict=True):
+        assert relative_error(x, y) < 4e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_scale_may_be_zero_or_negative(backend, device):
+    q, k, v = random_inputs(1, 2, 1, 40, 40, 16, device=device)
+    grad = torch.randn_like(q)
+    for scale in (0.0, -0.3):
+        found = _run(q, k, v, backend, grad, scale=scale)
+        for x, y in zip(found, oracle_attention(q, k, v, True, None, scale, grad), strict=True):
+            assert relative_error(x, y) < 1e-5 or y.abs().max() < 1e-12
+
+
 def test_an_empty_batch_gives_an_empty_output():
     q, k, v = (x[:0] for x in random_inputs(1, 1, 1, 4, 4, 8, 6))
     assert adasplash(q, k, v).shape == (0, 1, 4, 6)
@@ -174,7 +200,7 @@ def test_torch_knows_the_operators(device):
     q, k, v = random_inputs(1, 2, 1, 20, 20, 16, device=device)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(op._forward, (*leaves, None, 0.25, True), test_utils=checks)
+    torch.library.opcheck(op._forward, (*leaves, None, None, 0.25, True, -1, -1), test_utils=checks)
 
 
 def test_autocast_computes_in_its_dtype():

@@ -45,7 +45,17 @@ def test_there_must_be_a_key():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"alpha": 2.0}, ValueError, r"`alpha` must be 1.5 in this version; got 2.0"),
+        ({"alpha": 2.5}, ValueError, r"`alpha` must be between 1 and 2; got 2.5"),
+        ({"alpha": torch.ones(4)}, ValueError, r"`alpha` must be above 1 and at most 2; got \[1"),
+        ({"alpha": torch.full((3,), 1.5)}, ValueError, r"`alpha` must have shape \(\), \(4,\) or"),
+        ({"window": (-2, 0)}, ValueError, r"`window` must be two lengths.*got \(-2, 0\)"),
+        ({"alibi_slopes": torch.ones(3)}, ValueError, r"`alibi_slopes` must have shape \(4,\) or"),
+        ({"attn_bias": torch.ones(5, 6)}, ValueError, r"`attn_bias` must broadcast to \(2, 4, 6"),
+        ({"attn_bias": torch.ones(6).bool()}, TypeError, r"`attn_bias` must be floating point"),
+        ({"softcap": 0.0}, ValueError, r"`softcap` must be positive and finite; got 0.0"),
+        ({"dropout_p": 1.0}, ValueError, r"`dropout_p` must be at least 0 and below 1; got 1.0"),
+        ({"cu_seqlens_k": torch.tensor([0, 6])}, ValueError, r"needs `cu_seqlens_q`; got None"),
+        ({"cu_seqlens_q": torch.tensor([0, 6])}, ValueError, r"`q` must have 3 dimensions with"),
         ({"scale": float("nan")}, ValueError, r"`scale` must be finite; got nan"),
         (
             {"key_padding_mask": torch.ones(2, 5, dtype=torch.bool)},
@@ -68,6 +78,21 @@ def test_the_kernels_need_a_gpu_or_the_interpreter(monkeypatch):
 def test_the_kernels_do_not_compute_float64():
     with pytest.raises(ValueError, match=r"the kernels do not compute torch.float64"):
         adasplash(*(x.double() for x in _inputs()), backend="triton")
+
+
+@pytest.mark.parametrize("options", [{"alpha": 1.0}, {"softcap": 3.0}, {"dropout_p": 0.1}])
+def test_the_kernels_refuse_what_they_do_not_compute(options):
+    with pytest.raises(ValueError, match=r"the kernels compute no softmax, ALiBi"):
+        adasplash(*_inputs(), backend="triton", **options)
+
+
+def test_packed_bounds_must_fit():
+    x = torch.randn(6, 2, 8)
+    with pytest.raises(ValueError, match=r"`cu_seqlens_q` must rise from 0 to 6.*got \[0, 5\]"):
+        adasplash(x, x, x, cu_seqlens_q=torch.tensor([0, 5]))
+    bounds = torch.tensor([0, 2, 6])
+    with pytest.raises(ValueError, match=r"`cu_seqlens_k` must hold 2 sequences .* got 1"):
+        adasplash(x, x, x, cu_seqlens_q=bounds, cu_seqlens_k=torch.tensor([0, 6]))
 
 
 def test_entmax_names_what_is_wrong():

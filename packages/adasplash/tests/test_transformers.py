@@ -97,16 +97,25 @@ def test_what_is_not_computed_is_refused():
     from adasplash.integration import attention_forward, padding_mask
 
     x = torch.randn(1, 1, 4, 8)
-    for option in ({"dropout": 0.1}, {"sliding_window": 3}, {"softcap": 30.0}):
-        name = next(iter(option))
-        with pytest.raises(
-            ValueError, match=rf"`{name}` must be .* attn_implementation='adasplash'"
-        ):
-            attention_forward(torch.nn.Identity(), x, x, x, None, **option)
+    with pytest.raises(ValueError, match=r"`sliding_window` must be None with attn_impl.*got 3"):
+        attention_forward(torch.nn.Identity(), x, x, x, None, sliding_window=3)
     with pytest.raises(ValueError, match="another mask"):
         padding_mask(1, 4, 4, mask_function=sliding_window_causal_mask_function(2))
     with pytest.raises(ValueError, match="unused places"):
         padding_mask(1, 4, 9, mask_function=causal_mask_function)
+
+
+def test_dropout_and_softcap_reach_the_attention():
+    from adasplash.integration import attention_forward
+
+    x = torch.randn(1, 2, 6, 8)
+    layer = torch.nn.Identity()
+    capped = attention_forward(layer, x, x, x, None, softcap=0.5)[0]
+    assert torch.equal(capped, adasplash(x, x, x, softcap=0.5).transpose(1, 2))
+    torch.manual_seed(0)
+    dropped = attention_forward(layer, x, x, x, None, dropout=0.5)[0]
+    torch.manual_seed(0)
+    assert torch.equal(dropped, adasplash(x, x, x, dropout_p=0.5).transpose(1, 2))
 
 
 def test_the_layer_decides_whether_it_is_causal():

@@ -16,7 +16,8 @@ def register_with_transformers() -> None:
 
     Any model on transformers' attention interface with plain causal or bidirectional attention can
     then be loaded with it. Padding on either side, training and `generate` with a growing cache
-    work; attention dropout, sliding windows, packed sequences and static caches are refused.
+    work, and so do attention dropout and softcap, though not in the kernels: they run in plain
+    PyTorch, more slowly. Sliding windows, packed sequences and static caches are refused.
 
     Raises:
         ImportError: transformers is not installed.
@@ -51,28 +52,31 @@ def attention_forward(
         key: `[batch, heads_kv, seq_k, dim]`, not expanded.
         value: As `key`.
         attention_mask: What `padding_mask` returned.
-        dropout: Must be 0.
+        dropout: Probability of dropping a weight.
         scaling: Factor of the scores.
         is_causal: Whether a row sees only the keys up to its own position.
         sliding_window: Must be None.
-        softcap: Must be None.
+        softcap: Bound of the scores.
         **kwargs: What other implementations want; ignored.
 
     Raises:
-        ValueError: An option is set that the kernels do not compute.
+        ValueError: A sliding window is asked for.
     """
-    for name, value_given, allowed in (
-        ("dropout", dropout, 0.0),
-        ("sliding_window", sliding_window, None),
-        ("softcap", softcap, None),
-    ):
-        if value_given != allowed:
-            raise ValueError(
-                f"`{name}` must be {allowed} with attn_implementation={NAME!r}; got {value_given}."
-            )
+    if sliding_window is not None:
+        raise ValueError(
+            f"`sliding_window` must be None with attn_implementation={NAME!r}; got "
+            f"{sliding_window}."
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     output = adasplash(
-        query, key, value, is_causal=causal, scale=scaling, key_padding_mask=attention_mask
+        query,
+        key,
+        value,
+        is_causal=causal,
+        scale=scaling,
+        softcap=softcap,
+        dropout_p=dropout,
+        key_padding_mask=attention_mask,
     )
     return output.transpose(1, 2).contiguous(), None
 

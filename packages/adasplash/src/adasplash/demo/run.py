@@ -19,7 +19,6 @@ from fourfold_common import Results, seed_everything
 
 from ..entmax import entmax15
 from ..integration import register_with_transformers
-from ..kernels.attention.reference import half_scores
 from .train import ATTENTION, CONTEXT, encode, validation_loss
 
 PROMPT = "It was a dark and stormy evening, and the old man"
@@ -109,8 +108,9 @@ def _recorded(model: Any, weigh: Callable[[Tensor], Tensor]) -> Iterator[dict[in
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float, **__: Any
     ) -> tuple[Tensor, None]:
-        half = half_scores(query, key, None, scaling, True, 0, query.shape[2])
-        weights = weigh(2 * half)
+        scores = query @ key.mT * scaling
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
+        weights = weigh(scores.masked_fill(future, -torch.inf))
         maps[module.layer_idx] = weights[0]
         return (weights @ value).transpose(1, 2).contiguous(), None
 

@@ -1,7 +1,7 @@
-"""Backward of 1.5-entmax attention in two kernels.
+"""Backward of alpha-entmax attention in two kernels.
 
-With `u = relu(z - tau)`, so `p = u ** 2`, the Jacobian of the weights with respect to the scores is
-`diag(u) - u u^T / sum(u)`. Hence
+With `u = p ** (2 - alpha)`, which is `relu(z - tau)` for alpha 1.5, the Jacobian of the weights
+with respect to the scores is `diag(u) - u u^T / sum(u)`. Hence
 
     dP = dO V^T        delta_i = sum_j u_ij dP_ij / sum_j u_ij        dS = u (dP - delta)
     dQ = scale dS K    dK = scale dS^T Q    dV = p^T dO
@@ -10,6 +10,11 @@ With `u = relu(z - tau)`, so `p = u ** 2`, the Jacobian of the weights with resp
    the second dQ.
 2. *Keys*: one program per tile of keys; for every query head of its group it visits the tiles of
    queries that give these keys weight, and adds up dK and dV.
+
+The gradient of alpha needs three more sums of every row, which the first sweep adds up:
+
+    dalpha = (sum p dP - delta) / (alpha - 1)^2
+             - (sum p ln p dP - delta sum p ln p) / (alpha - 1)
 
 Only blocks that the forward marked as active are visited. There are no atomics: the result is the
 same in every run. Rows with `tau = +inf` have u = 0 and get zero gradients. Layout as in
@@ -24,120 +29,180 @@ import torch
 import triton
 import triton.language as tl
 
-from .forward import list_blocks
-from .tiles import half_scores, load_rows, padded, store_rows, tiles_for
+from .forward import list_blocks, mask_bytes
+from .tiles import aligned, describe, hide, load_tile, padded, roots, store_rows, tiles_for
+
+_SIZES = [
+    "heads",
+    "group",
+    "seq_q",
+    "seq_k",
+    "n_tiles",
+    "n_blocks",
+]  # a new length compiles nothing
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def _queries_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, tau_ptr, list_ptr, count_ptr, dq_ptr, delta_ptr,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    stride_db, stride_dh, stride_dm, stride_mask,
-    heads, group, seq_q, seq_k, dim_head, dim_value, scale, n_tiles, n_blocks,
-    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, list_ptr, count_ptr,
+    dq_ptr, delta_ptr, dalpha_ptr,
+    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head, scale,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HALF: tl.constexpr, ALPHA_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Write delta and dQ of one tile of queries."""
-    place = tl.program_id(0).to(tl.int64)
-    tile, plane = place % n_tiles, place // n_tiles
+    place = tl.program_id(0)
+    plane, tile = place // n_tiles, n_tiles - 1 - place % n_tiles
+    line = (plane * n_tiles + tile).to(tl.int64)
     batch, head = plane // heads, plane % heads
-    q_ptr += batch * stride_qb + head * stride_qh
-    k_ptr += batch * stride_kb + head // group * stride_kh
-    v_ptr += batch * stride_vb + head // group * stride_vh
-    do_ptr += batch * stride_ob + head * stride_oh
-    dq_ptr += batch * stride_db + head * stride_dh
-    mask_ptr += batch * stride_mask
-    list_ptr += place * n_blocks
-    count = tl.load(count_ptr + place)
+    head_kv = head // group
+    mask_ptr += batch.to(tl.int64) * stride_mask
+    list_ptr += line * n_blocks
+    count = tl.load(count_ptr + line)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr, stride_qm, rows, seq_q, dim_head, BLOCK_D)
-    do = load_rows(do_ptr, stride_om, rows, seq_q, dim_value, BLOCK_DV)
-    tau = tl.load(tau_ptr + plane * seq_q + rows, mask=rows < seq_q, other=float("inf"))
+    row_base = plane.to(tl.int64) * seq_q
+    q = load_tile(q_desc, batch, head, tile * BLOCK_M, BLOCK_M, BLOCK_D)
+    do = load_tile(do_desc, batch, head, tile * BLOCK_M, BLOCK_M, BLOCK_DV)
+    tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
+
+    alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
+    power = 1.0 / (alpha - 1.0)
+    factor = scale * (alpha - 1.0)
 
     weighted = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    p_sum = tl.zeros([BLOCK_M], tl.float32)
+    p_dp = tl.zeros([BLOCK_M], tl.float32)
+    log_dp = tl.zeros([BLOCK_M], tl.float32)
+    entropy = tl.zeros([BLOCK_M], tl.float32)
     for index in range(0, count):
-        keys = tl.load(list_ptr + index) * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, stride_kn, keys, seq_k, dim_head, BLOCK_D)
-        v = load_rows(v_ptr, stride_vn, keys, seq_k, dim_value, BLOCK_DV)
-        z = half_scores(q, k, scale * 0.5, rows, keys, seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
-        u = z - tau[:, None]
-        u = tl.where(u < 0.0, 0.0, u)  # keeps NaN
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        start = tl.load(list_ptr + index) * BLOCK_N
+        keys = start + tl.arange(0, BLOCK_N)
+        k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
+        v = load_tile(v_desc, batch, head_kv, start, BLOCK_N, BLOCK_DV)
+        z = tl.dot(q, k.T, input_precision="ieee") * factor
+        z = hide(
+            z,
+            rows[:, None],
+            keys[None, :],
+            seq_q,
+            seq_k,
+            mask_ptr,
+            left,
+            right,
+            IS_CAUSAL,
+            HAS_MASK,
+            HAS_WINDOW,
+        )
+        x, u = roots(z, tau[:, None], power, HALF)
+        dp = tl.dot(do, v.T, input_precision="ieee")
         weighted += tl.sum(u * dp, 1)
         total += tl.sum(u, 1)
+        if ALPHA_GRAD:
+            p = x * u
+            log_p = p * power * tl.log(tl.where(x == 0.0, 1.0, x))  # p ln p
+            p_sum += tl.sum(p, 1)
+            p_dp += tl.sum(p * dp, 1)
+            log_dp += tl.sum(log_p * dp, 1)
+            entropy += tl.sum(log_p, 1)
     delta = weighted / tl.where(total == 0.0, 1.0, total)
-    tl.store(delta_ptr + plane * seq_q + rows, delta, mask=rows < seq_q)
+    tl.store(delta_ptr + row_base + rows, delta, mask=rows < seq_q)
+    if ALPHA_GRAD:  # with the sum of p itself: what it lacks to 1 would be blown up near alpha 1
+        dalpha = (p_dp - delta * p_sum) * power - (log_dp - delta * entropy)
+        tl.store(dalpha_ptr + row_base + rows, dalpha * power, mask=rows < seq_q)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for index in range(0, count):
-        keys = tl.load(list_ptr + index) * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, stride_kn, keys, seq_k, dim_head, BLOCK_D)
-        v = load_rows(v_ptr, stride_vn, keys, seq_k, dim_value, BLOCK_DV)
-        z = half_scores(q, k, scale * 0.5, rows, keys, seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK)
-        u = z - tau[:, None]
-        u = tl.where(u < 0.0, 0.0, u)
-        ds = u * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+        start = tl.load(list_ptr + index) * BLOCK_N
+        keys = start + tl.arange(0, BLOCK_N)
+        k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
+        v = load_tile(v_desc, batch, head_kv, start, BLOCK_N, BLOCK_DV)
+        z = tl.dot(q, k.T, input_precision="ieee") * factor
+        z = hide(
+            z,
+            rows[:, None],
+            keys[None, :],
+            seq_q,
+            seq_k,
+            mask_ptr,
+            left,
+            right,
+            IS_CAUSAL,
+            HAS_MASK,
+            HAS_WINDOW,
+        )
+        x, u = roots(z, tau[:, None], power, HALF)
+        ds = u * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    store_rows(dq_ptr, dq * scale, stride_dm, rows, seq_q, dim_head, BLOCK_D)
+    dq = dq * scale
+    store_rows(dq_ptr + row_base * dim_head, dq, rows, seq_q, dim_head, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def _keys_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, tau_ptr, delta_ptr, list_ptr, count_ptr, dk_ptr, dv_ptr,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn, stride_mask,
-    heads, group, seq_q, seq_k, dim_head, dim_value, scale, n_tiles, n_blocks,
-    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, delta_ptr, list_ptr, count_ptr,
+    dk_ptr, dv_ptr,
+    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head, dim_value,
+    scale,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Write dK and dV of one tile of keys, summed over the query heads that share them."""
-    place = tl.program_id(0).to(tl.int64)
+    """Write dK and dV of one block of keys, summed over the query heads that share them.
+
+    Tiles are computed transposed, keys by queries, so that no product needs a transposed operand
+    that is not in memory.
+    """
+    place = tl.program_id(0)
     block, plane = place % n_blocks, place // n_blocks
     heads_kv = heads // group
     batch, head_kv = plane // heads_kv, plane % heads_kv
-    k_ptr += batch * stride_kb + head_kv * stride_kh
-    v_ptr += batch * stride_vb + head_kv * stride_vh
-    mask_ptr += batch * stride_mask
+    mask_ptr += batch.to(tl.int64) * stride_mask
     keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, stride_kn, keys, seq_k, dim_head, BLOCK_D)
-    v = load_rows(v_ptr, stride_vn, keys, seq_k, dim_value, BLOCK_DV)
+    k = load_tile(k_desc, batch, head_kv, block * BLOCK_N, BLOCK_N, BLOCK_D)
+    v = load_tile(v_desc, batch, head_kv, block * BLOCK_N, BLOCK_N, BLOCK_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, group):
         head = head_kv * group + member
-        line = (batch * heads + head) * n_blocks + block
-        row_base = (batch * heads + head) * seq_q
+        line = ((batch * heads + head) * n_blocks + block).to(tl.int64)
+        row_base = (batch * heads + head).to(tl.int64) * seq_q
         count = tl.load(count_ptr + line)
+        alpha = 1.5 if HALF else tl.load(alpha_ptr + batch * heads + head)
+        power = 1.0 / (alpha - 1.0)
+        factor = scale * (alpha - 1.0)
         for index in range(0, count):
-            tile = tl.load(list_ptr + line * n_tiles + index)
-            rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            q = load_rows(
-                q_ptr + batch * stride_qb + head * stride_qh,
-                stride_qm, rows, seq_q, dim_head, BLOCK_D,
-            )  # fmt: skip
-            do = load_rows(
-                do_ptr + batch * stride_ob + head * stride_oh,
-                stride_om, rows, seq_q, dim_value, BLOCK_DV,
-            )  # fmt: skip
+            start = tl.load(list_ptr + line * n_tiles + index) * BLOCK_M
+            rows = start + tl.arange(0, BLOCK_M)
+            q = load_tile(q_desc, batch, head, start, BLOCK_M, BLOCK_D)
+            do = load_tile(do_desc, batch, head, start, BLOCK_M, BLOCK_DV)
             tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
             delta = tl.load(delta_ptr + row_base + rows, mask=rows < seq_q, other=0.0)
-            z = half_scores(
-                q, k, scale * 0.5, rows, keys, seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK
+            z = tl.dot(k, q.T, input_precision="ieee") * factor  # [BLOCK_N, BLOCK_M]
+            z = hide(
+                z,
+                rows[None, :],
+                keys[:, None],
+                seq_q,
+                seq_k,
+                mask_ptr,
+                left,
+                right,
+                IS_CAUSAL,
+                HAS_MASK,
+                HAS_WINDOW,
             )
-            u = z - tau[:, None]
-            u = tl.where(u < 0.0, 0.0, u)
-            dv = tl.dot(tl.trans((u * u).to(do.dtype)), do, dv, input_precision="ieee")
-            ds = u * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
-            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision="ieee")
-    dk_ptr += batch * stride_dkb + head_kv * stride_dkh
-    dv_ptr += batch * stride_dvb + head_kv * stride_dvh
-    store_rows(dk_ptr, dk * scale, stride_dkn, keys, seq_k, dim_head, BLOCK_D)
-    store_rows(dv_ptr, dv, stride_dvn, keys, seq_k, dim_value, BLOCK_DV)
+            x, u = roots(z, tau[None, :], power, HALF)
+            dv = tl.dot((x * u).to(do.dtype), do, dv, input_precision="ieee")
+            ds = u * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    row_base = plane.to(tl.int64) * seq_k
+    dk = dk * scale
+    store_rows(dk_ptr + row_base * dim_head, dk, keys, seq_k, dim_head, BLOCK_D)
+    store_rows(dv_ptr + row_base * dim_value, dv, keys, seq_k, dim_value, BLOCK_DV)
 
 
 def launch_backward(
@@ -146,39 +211,58 @@ def launch_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
+    alpha: torch.Tensor | None,
     tau: torch.Tensor,
     active: torch.Tensor,
     scale: float,
     is_causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of q, k and v.
+    window: tuple[int, int] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of q, k, v and alpha (`[batch, heads]`, or empty if that is None).
 
     Args:
         grad: Gradient of the output, `[batch, heads, seq_q, dim_value]`, last stride 1.
-        q: As in the forward, as are `k`, `v`, `key_mask`, `scale` and `is_causal`.
+        q: As in the forward, as are the arguments below but `tau` and `active`.
         k: Keys.
         v: Values.
         key_mask: True for visible keys.
+        alpha: Float32, or None for 1.5.
         tau: From the forward.
         active: From the forward.
         scale: Factor of the scores.
         is_causal: Row i sees keys up to `i + seq_k - seq_q`.
+        window: How far a row sees to the left and to the right; None for all.
     """
+    grad, q, k, v = aligned(grad), aligned(q), aligned(k), aligned(v)
     batch, heads, seq_q, dim_head = q.shape
     heads_kv, seq_k, dim_value = v.shape[1:]
     tiles = tiles_for(q, v)
     n_tiles, n_blocks = active.shape[-2:]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(tau)
-    mask = q if key_mask is None else key_mask.view(torch.uint8)
-    stride_mask = 0 if key_mask is None else mask.stride(0)
-    inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
-    sizes = (
-        heads, heads // heads_kv, seq_q, seq_k, dim_head, dim_value, scale, n_tiles, n_blocks,
+    dalpha = delta if alpha is None else torch.empty_like(tau)
+    mask, stride_mask = mask_bytes(key_mask, q)
+    sources = (
+        describe(q, tiles.block_m), describe(k, tiles.block_n),
+        describe(v, tiles.block_n), describe(grad, tiles.block_m),
+        mask, q if alpha is None else alpha, tau,
     )  # fmt: skip
+    sizes = (
+        stride_mask,
+        *(window or (0, 0)),
+        heads,
+        heads // heads_kv,
+        seq_q,
+        seq_k,
+        n_tiles,
+        n_blocks,
+        dim_head,
+    )
     common = {
         "IS_CAUSAL": is_causal,
         "HAS_MASK": key_mask is not None,
+        "HAS_WINDOW": window is not None,
+        "HALF": alpha is None,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_D": padded(dim_head),
@@ -187,11 +271,11 @@ def launch_backward(
         "num_stages": tiles.num_stages,
     }
     _queries_kernel[(n_tiles * batch * heads,)](
-        q, k, v, grad, mask, tau, *list_blocks(active), dq, delta,
-        *inputs, *dq.stride()[:3], stride_mask, *sizes, **common,
+        *sources, *list_blocks(active), dq, delta, dalpha, *sizes, scale,
+        ALPHA_GRAD=alpha is not None, **common,
     )  # fmt: skip
     _keys_kernel[(n_blocks * batch * heads_kv,)](
-        q, k, v, grad, mask, tau, delta, *list_blocks(active.mT.contiguous()), dk, dv,
-        *inputs, *dk.stride()[:3], *dv.stride()[:3], stride_mask, *sizes, **common,
+        *sources, delta, *list_blocks(active, columns=True), dk, dv,
+        *sizes, dim_value, scale, **common,
     )  # fmt: skip
-    return dq, dk, dv
+    return dq, dk, dv, tau.new_empty(0) if alpha is None else dalpha.sum(-1)

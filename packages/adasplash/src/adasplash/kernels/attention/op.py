@@ -2,10 +2,11 @@
 
 import logging
 import math
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fourfold_common import triton_status
@@ -19,34 +20,57 @@ _DTYPES = (*_KERNEL_DTYPES, torch.float64)
 
 
 def adasplash(
-    q: Float[Tensor, "batch heads seq_q dim_head"],
-    k: Float[Tensor, "batch heads_kv seq_k dim_head"],
-    v: Float[Tensor, "batch heads_kv seq_k dim_value"],
-    alpha: float = 1.5,
+    q: Float[Tensor, "batch heads seq_q dim_head"] | Float[Tensor, "tokens_q heads dim_head"],
+    k: Float[Tensor, "batch heads_kv seq_k dim_head"] | Float[Tensor, "tokens_k heads_kv dim_head"],
+    v: Float[Tensor, "batch heads_kv seq_k dim_value"]
+    | Float[Tensor, "tokens_k heads_kv dim_value"],
+    alpha: float | Tensor = 1.5,
     is_causal: bool = True,
     *,
     scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Float[Tensor, "... heads"] | None = None,
+    attn_bias: Float[Tensor, "..."] | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
     key_padding_mask: Bool[Tensor, "batch seq_k"] | None = None,
+    cu_seqlens_q: Int[Tensor, " bounds"] | None = None,
+    cu_seqlens_k: Int[Tensor, " bounds"] | None = None,
     backend: Literal["auto", "triton", "reference"] = "auto",
-) -> Float[Tensor, "batch heads seq_q dim_value"]:
+) -> Float[Tensor, "batch heads seq_q dim_value"] | Float[Tensor, "tokens_q heads dim_value"]:
     """Return attention whose weights are the alpha-entmax of the scores, most of them exactly zero.
 
-    The weights of row i are `p = relu(z - tau_i) ** 2` with `z = scale / 2 * q_i k^T` and `tau_i`
-    such that they sum to 1. Differentiable in q, k and v; deterministic. A row without a visible
-    key gives zeros and zero gradients; a NaN stays in the rows that see it. Under autocast q, k and
-    v are cast to its dtype, as in torch's own attention.
+    The weights of row i are `p = relu((alpha - 1) s - tau_i) ** (1 / (alpha - 1))`, where `s` are
+    the scores, `scale * q_i k^T` with what the options add, and `tau_i` makes them sum to 1.
+    Differentiable in q, k, v, `alpha`, `alibi_slopes` and `attn_bias`; deterministic but for
+    dropout. A row without a visible key gives zeros and zero gradients; a NaN stays in the rows
+    that see it. Under autocast q, k and v are cast to its dtype, as in torch's own attention.
+
+    The kernels compute every `alpha` above 1, with `is_causal`, `scale`, `window`,
+    `key_padding_mask` and `cu_seqlens`, and are fastest at 1.5; `alpha` 1 alone is torch's
+    softmax attention. Every other option runs on the reference.
 
     Args:
-        q: Queries, float16, bfloat16, float32 or (reference only) float64. Any strides.
+        q: Queries, float16, bfloat16, float32 or (reference only) float64. Any strides. With
+            `cu_seqlens` the sequences stand one after another, `[tokens_q, heads, dim_head]`.
         k: Keys, dtype and device of `q`; `heads` is a multiple of `heads_kv`.
         v: Values, dtype and device of `q`; `dim_value` may differ from `dim_head`.
-        alpha: 1.5 in this version.
+        alpha: 1 (softmax) to 2 (sparsemax); or a tensor of shape `[]`, `[heads]` or
+            `[batch, heads]` with values above 1, up to 2.
         is_causal: Row i sees keys up to `i + seq_k - seq_q` (aligned at the last).
         scale: Factor of the scores; `dim_head ** -0.5` if None.
+        window: How many keys to the left and right of its own position a row sees; -1 for all.
+        alibi_slopes: The distance to a key times the slope of the head is taken off the score;
+            `[heads]` or `[batch, heads]`.
+        attn_bias: Added to the scores; broadcasts to `[batch, heads, seq_q, seq_k]`.
+        softcap: Products become `softcap * tanh(s / softcap)` before anything is added.
+        dropout_p: Probability with which a weight is dropped and the others are scaled up.
         key_padding_mask: True for keys to attend to; holes are allowed.
+        cu_seqlens_q: Where the packed sequences begin, and where the last one ends.
+        cu_seqlens_k: The same for keys; that of the queries if None.
         backend: `"triton"` runs the kernels, `"reference"` plain PyTorch; `"auto"` the kernels for
-            CUDA tensors when Triton can be imported, else the reference. A backend that was asked
-            for is never replaced by the other.
+            CUDA tensors when Triton can be imported and the kernels cover the options, else the
+            reference. A backend that was asked for is never replaced by the other.
 
     Returns:
         The output, in the dtype of `q`.
@@ -57,26 +81,106 @@ def adasplash(
 
     Source: AdaSplash (arXiv 2502.12082), equations 5 to 9.
     """
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        shared: dict[str, Any] = {
+            "alpha": alpha, "is_causal": is_causal, "scale": scale, "window": window,
+            "alibi_slopes": alibi_slopes, "attn_bias": attn_bias, "softcap": softcap,
+            "dropout_p": dropout_p, "key_padding_mask": key_padding_mask, "backend": backend,
+        }  # fmt: skip
+        return _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, shared)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    _check(q, k, v, alpha, scale, key_padding_mask)
-    chosen = _choose(backend, q)
+    _check(q, k, v, scale, key_padding_mask)
+    _check_options(q, k, alpha, window, alibi_slopes, attn_bias, softcap, dropout_p)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    options = reference.Options(
+        factor, is_causal, key_padding_mask, window, softcap, alibi_slopes, attn_bias, dropout_p
+    )
+    softmax = isinstance(alpha, float | int) and alpha == 1
+    chosen = _choose(backend, q, options.plain and not softmax)
     if q.numel() == 0:
         # No rows: an empty output that still belongs to the graph.
         return q.new_zeros(*q.shape[:-1], v.shape[-1]) + 0 * (q.sum() + k.sum() + v.sum())
+    # torch aligns the causal mask at the first, and gives NaN for rows without a key.
+    simple = (not is_causal or q.shape[2] == k.shape[2]) and key_padding_mask is None
+    if softmax and options.plain and window is None and simple and backend == "auto":
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=is_causal, scale=factor, enable_gqa=q.shape[1] != k.shape[1]
+        )
     if chosen == "reference":
-        return reference.attention(q, k, v, key_padding_mask, factor, is_causal)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        alpha = alpha if isinstance(alpha, Tensor) else float(alpha)
+        return reference.attention(q, k, v, alpha, options)
+    if factor < 0.0:  # the kernels take the maximum before they scale
+        q, factor = -q, -factor
     mask = None if key_padding_mask is None else key_padding_mask.contiguous()
-    output: Tensor = _forward(q, k, v, mask, factor, is_causal)[0]
+    alphas: Tensor | None
+    if isinstance(alpha, Tensor):
+        alphas = alpha.to(q.device, torch.float32).expand(q.shape[:2]).contiguous()
+    else:
+        alphas = None if alpha == 1.5 else torch.full(q.shape[:2], alpha, device=q.device)
+    group = q.shape[1] // k.shape[1]
+    if q.shape[2] == 1 and group > 1 and window is None and not isinstance(alpha, Tensor):
+        # One query sees all keys: the heads that share them become the rows of one tile.
+        rows = q.reshape(q.shape[0], k.shape[1], group, q.shape[3])
+        alphas = None if alphas is None else alphas[:, ::group].contiguous()
+        folded: Tensor = _forward(rows, k, v, mask, alphas, factor, False, -1, -1)[0]
+        return folded.reshape(*q.shape[:3], v.shape[3])
+    # -1 stands for no window in the operator; one open side sees as far as there are keys.
+    far = q.shape[2] + k.shape[2]
+    sides = (-1, -1) if window is None else [far if side < 0 else side for side in window]
+    output: Tensor = _forward(q, k, v, mask, alphas, factor, is_causal, *sides)[0]
     return output
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, alpha: float, scale: float | None, mask: Tensor | None
-) -> None:
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds_q: Tensor | None,
+    bounds_k: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Return the attention of every sequence to itself, one sequence after another."""
+    if bounds_q is None:
+        raise ValueError("`cu_seqlens_k` needs `cu_seqlens_q`; got None.")
+    for name in ("key_padding_mask", "attn_bias"):
+        if options[name] is not None:
+            raise ValueError(f"`{name}` cannot go with `cu_seqlens_q`; leave one of them out.")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            raise ValueError(
+                f"`{name}` must have 3 dimensions with `cu_seqlens_q`; got shape {tuple(x.shape)}."
+            )
+    bounds_k = bounds_q if bounds_k is None else bounds_k
+    limits = []
+    for name, bounds, x in (("q", bounds_q, q), ("k", bounds_k, k)):
+        places = bounds.tolist()
+        if len(places) < 2 or places[0] != 0 or places[-1] != len(x) or places != sorted(places):
+            raise ValueError(
+                f"`cu_seqlens_{name}` must rise from 0 to {len(x)}, the tokens of `{name}`; "
+                f"got {places}."
+            )
+        limits.append([slice(*pair) for pair in pairwise(places)])
+    if len(limits[0]) != len(limits[1]):
+        raise ValueError(
+            f"`cu_seqlens_k` must hold {len(limits[0])} sequences as `cu_seqlens_q` does; "
+            f"got {len(limits[1])}."
+        )
+    outputs = []
+    for rows, keys in zip(*limits, strict=True):
+        if rows.start == rows.stop:
+            continue
+        if keys.start == keys.stop:  # no key to see
+            outputs.append(q.new_zeros(rows.stop - rows.start, q.shape[1], v.shape[-1]))
+            continue
+        pairs = ((q, rows), (k, keys), (v, keys))
+        one, its_keys, its_values = (x[None, part].transpose(1, 2) for x, part in pairs)
+        outputs.append(adasplash(one, its_keys, its_values, **options)[0].transpose(0, 1))
+    return torch.cat(outputs) if outputs else q.new_zeros(0, q.shape[1], v.shape[-1])
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> None:
     """Refuse what the backends cannot compute, naming the argument, its value and the remedy."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
@@ -110,8 +214,6 @@ def _check(
         )
     if k.shape[2] == 0:
         raise ValueError("`k` must hold at least one key; got `seq_k` 0.")
-    if alpha != 1.5:
-        raise ValueError(f"`alpha` must be 1.5 in this version; got {alpha}.")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"`scale` must be finite; got {scale}.")
     if mask is not None:
@@ -126,40 +228,105 @@ def _check(
             raise ValueError(f"`key_padding_mask` must be on {q.device}; got {mask.device}.")
 
 
-def _choose(backend: str, q: Tensor) -> str:
+def _check_options(
+    q: Tensor,
+    k: Tensor,
+    alpha: float | Tensor,
+    window: tuple[int, int] | None,
+    slopes: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    dropout: float,
+) -> None:
+    """Refuse options that do not fit q and k."""
+    heads = tuple(q.shape[:2])
+    if isinstance(alpha, Tensor):
+        if tuple(alpha.shape) not in ((), heads[1:], heads):
+            raise ValueError(
+                f"`alpha` must have shape (), {heads[1:]} or {heads}; got {tuple(alpha.shape)}."
+            )
+        # Values on a GPU are not looked at: that would wait for the device. No trace can either.
+        visible = alpha.device.type == "cpu" and not torch.compiler.is_compiling()
+        if visible and not bool(((alpha > 1) & (alpha <= 2)).all()):
+            raise ValueError(f"`alpha` must be above 1 and at most 2; got {alpha.tolist()}.")
+    elif not 1 <= alpha <= 2:
+        raise ValueError(f"`alpha` must be between 1 and 2; got {alpha}.")
+    if window is not None and (len(window) != 2 or min(window) < -1):
+        raise ValueError(f"`window` must be two lengths, at least 0, or -1 for all; got {window}.")
+    if slopes is not None and tuple(slopes.shape) not in (heads[1:], heads):
+        raise ValueError(
+            f"`alibi_slopes` must have shape {heads[1:]} or {heads}; got {tuple(slopes.shape)}."
+        )
+    if bias is not None:
+        if not bias.is_floating_point():
+            raise TypeError(f"`attn_bias` must be floating point; got {bias.dtype}.")
+        shape = (*heads, q.shape[2], k.shape[2])
+        sizes = zip(reversed(bias.shape), reversed(shape), strict=False)
+        if bias.ndim > 4 or any(size not in (1, full) for size, full in sizes):
+            raise ValueError(f"`attn_bias` must broadcast to {shape}; got {tuple(bias.shape)}.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"`softcap` must be positive and finite; got {softcap}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"`dropout_p` must be at least 0 and below 1; got {dropout}.")
+
+
+def _choose(backend: str, q: Tensor, covered: bool) -> str:
     """Return the backend to run; raise if the one asked for cannot."""
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f"`backend` must be 'auto', 'triton' or 'reference'; got {backend!r}.")
     if backend == "reference" or (backend == "auto" and not q.is_cuda):
         return "reference"
-    status = triton_status()
+    compiling = torch.compiler.is_compiling()  # it comes with Triton, and traces no imports
+    status = None if compiling else triton_status()
     problem = ""
-    if not status.importable:
+    if status is not None and not status.importable:
         problem = f"Triton cannot be imported ({status.reason})"
-    elif not q.is_cuda and not status.interpreting:
+    elif status is not None and not q.is_cuda and not status.interpreting:
         problem = f"Triton needs CUDA tensors, or TRITON_INTERPRET=1; `q` is on {q.device}"
     elif q.dtype not in _KERNEL_DTYPES:
         problem = f"the kernels do not compute {q.dtype}"
+    elif not covered:
+        problem = "the kernels compute no softmax, ALiBi, bias, softcap or dropout"
     if not problem:
         return "triton"
     if backend == "triton":
         raise ValueError(f"`backend` 'triton' cannot run here: {problem}; use 'reference'.")
-    _logger.debug("using the reference: %s", problem)
+    if not compiling:
+        _logger.debug("using the reference: %s", problem)
     return "reference"
 
 
 @torch.library.custom_op("adasplash::attention_forward", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, is_causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    alpha: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    left: int,
+    right: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .forward import launch_forward
 
-    return launch_forward(q, k, v, key_mask, scale, is_causal)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return launch_forward(
+            q, k, v, key_mask, alpha, scale, is_causal, None if left < 0 else (left, right)
+        )
 
 
 @_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, is_causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    alpha: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    left: int,
+    right: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .tiles import tiles_for
 
@@ -179,14 +346,21 @@ def _backward(
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
+    alpha: Tensor | None,
     tau: Tensor,
     active: Tensor,
     scale: float,
     is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    left: int,
+    right: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .backward import launch_backward
 
-    return launch_backward(grad, q, k, v, key_mask, tau, active, scale, is_causal)
+    with torch.cuda.device_of(q):
+        return launch_backward(
+            grad, q, k, v, key_mask, alpha, tau, active, scale, is_causal,
+            None if left < 0 else (left, right),
+        )  # fmt: skip
 
 
 @_backward.register_fake
@@ -196,26 +370,29 @@ def _(
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
+    alpha: Tensor | None,
     tau: Tensor,
     active: Tensor,
     scale: float,
     is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    left: int,
+    right: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dalpha = torch.empty(0 if alpha is None else alpha.shape, dtype=tau.dtype, device=q.device)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dalpha
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, key_mask, ctx.scale, ctx.is_causal = inputs
+    q, k, v, key_mask, alpha, *ctx.settings = inputs
     _, tau, active = output
     ctx.mark_non_differentiable(tau, active)
-    ctx.save_for_backward(q, k, v, key_mask, tau, active)
+    ctx.save_for_backward(q, k, v, key_mask, alpha, tau, active)
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, key_mask, tau, active = ctx.saved_tensors
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    gradients = _backward(grad, q, k, v, key_mask, tau, active, ctx.scale, ctx.is_causal)
-    return *gradients, None, None, None
+    q, k, v, key_mask, alpha, tau, active = ctx.saved_tensors
+    dq, dk, dv, dalpha = _backward(grad, q, k, v, key_mask, alpha, tau, active, *ctx.settings)
+    return dq, dk, dv, None, None if alpha is None else dalpha, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

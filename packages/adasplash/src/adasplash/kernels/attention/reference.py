@@ -1,125 +1,169 @@
-"""1.5-entmax attention in plain PyTorch: the oracle of the tests and the CPU path.
+"""Alpha-entmax attention in plain PyTorch: the oracle of the tests and the CPU path.
 
-Query rows are taken a tile at a time, so memory is O(seq_k * tile) beside inputs and outputs. Half
-precision is computed in float32, float64 in float64.
+Query rows are taken a tile at a time and recomputed in the backward, so memory is O(seq_k * tile)
+beside inputs and outputs. Half precision is computed in float32, float64 in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ...entmax import threshold15
 
 _TILE = 128  # query rows at a time
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, is_causal: bool
-) -> Tensor:
+@dataclass(frozen=True)
+class Options:
+    """What shapes the scores beside q and k; as documented in `op.adasplash`."""
+
+    scale: float
+    is_causal: bool = False
+    key_mask: Tensor | None = None
+    window: tuple[int, int] | None = None
+    softcap: float | None = None
+    slopes: Tensor | None = None  # [heads] or [batch, heads]
+    bias: Tensor | None = None  # broadcasts to [batch, heads, seq_q, seq_k]
+    dropout: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the kernels cover it: scale, causal mask, window and key mask alone."""
+        others = (self.softcap, self.slopes, self.bias)
+        return self.dropout == 0.0 and all(option is None for option in others)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, alpha: float | Tensor, options: Options) -> Tensor:
     """Return the output of the attention; arguments as checked by `op.adasplash`."""
-    output: Tensor = _Attention.apply(q, k, v, key_mask, scale, is_causal)
-    return output
+    wide = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    keys, values = (x.to(wide).repeat_interleave(group, 1) for x in (k, v))
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(wide).expand(q.shape[:2])[..., None, None]
+    bias = options.bias
+    if bias is not None:
+        bias = bias.to(wide).expand(*q.shape[:3], k.shape[2])
+    slopes = options.slopes
+    if slopes is not None:
+        slopes = slopes.to(wide).expand(q.shape[:2])[..., None, None]
+
+    def attend(
+        rows: Tensor, tile: Tensor, keys: Tensor, values: Tensor, alpha: Any, slopes: Any, bias: Any
+    ) -> Tensor:
+        scores = tile @ keys.mT * options.scale
+        if options.softcap is not None:
+            scores = options.softcap * torch.tanh(scores / options.softcap)
+        shift = keys.shape[2] - q.shape[2]  # row i stands at key i + shift
+        distance = torch.arange(keys.shape[2], device=q.device) - (rows[:, None] + shift)
+        if slopes is not None:
+            scores = scores - slopes * distance.abs()
+        if bias is not None:
+            scores = scores + bias
+        scores = scores.masked_fill(_hidden(distance, options), -torch.inf)
+        weights = entmax_weights(scores, alpha)
+        return torch.nn.functional.dropout(weights, options.dropout) @ values
+
+    outputs = []
+    for start in range(0, q.shape[2], _TILE):
+        rows = torch.arange(start, min(start + _TILE, q.shape[2]), device=q.device)
+        part = slice(start, start + len(rows))
+        output = checkpoint(
+            attend, rows, q[:, :, part].to(wide), keys, values, alpha, slopes,
+            None if bias is None else bias[:, :, part],
+            use_reentrant=False, preserve_rng_state=options.dropout > 0.0,
+        )  # fmt: skip
+        outputs.append(output.to(q.dtype))
+    return torch.cat(outputs, 2)
 
 
-def half_scores(
-    q: Tensor,
-    k: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    start: int,
-    seq_q: int,
-) -> Tensor:
-    """Return `scale / 2 * q k^T` with -inf where a key is hidden, for rows from `start` on.
+def _hidden(distance: Tensor, options: Options) -> Tensor:
+    """Return which keys a row must not see, given their distance to it, `[seq_q, seq_k]` or so."""
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if options.is_causal:
+        hidden = distance > 0
+    if options.window is not None:
+        left, right = options.window
+        if left >= 0:
+            hidden = hidden | (distance < -left)
+        if right >= 0:
+            hidden = hidden | (distance > right)
+    if options.key_mask is not None:
+        hidden = hidden | ~options.key_mask[:, None, None, :]
+    return hidden
+
+
+def entmax_weights(scores: Tensor, alpha: float | Tensor) -> Tensor:
+    """Return the alpha-entmax over the last axis, differentiable in scores and alpha.
+
+    Rows that are `-inf` throughout give zeros.
 
     Args:
-        q: Query rows `[batch, heads, tile, dim_head]`.
-        k: Keys, heads repeated as for `q`, `[batch, heads, seq_k, dim_head]`.
-        key_mask: True for keys to attend to, `[batch, seq_k]`.
-        scale: Factor of the scores.
-        is_causal: Row i sees keys up to `i + seq_k - seq_q`.
-        start: Index of the first row.
-        seq_q: Number of rows in all.
+        scores: Float32 or float64.
+        alpha: From 1 to 2, or a tensor above 1 that broadcasts to the scores.
     """
-    scores = q @ k.transpose(-1, -2) * (scale / 2)
-    if key_mask is not None:
-        scores = scores.masked_fill(~key_mask[:, None, None, :], -torch.inf)
-    if is_causal:
-        rows = torch.arange(start, start + q.shape[2], device=q.device)[:, None]
-        keys = torch.arange(k.shape[2], device=q.device)
-        scores = scores.masked_fill(keys > rows + (k.shape[2] - seq_q), -torch.inf)
-    return scores
+    if isinstance(alpha, float) and alpha == 1.0:
+        empty = scores.amax(-1, keepdim=True) == -torch.inf
+        # Zeros where there is nothing to weigh, before the softmax: no NaN in the gradient.
+        return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    weights: Tensor = _Weights.apply(scores, alpha)
+    return weights
 
 
-class _Attention(torch.autograd.Function):
-    """Tiled forward and backward; only tau is kept of the weights."""
+def threshold(z: Tensor, alpha: float | Tensor) -> Tensor:
+    """Return tau with `sum(relu(z - tau) ** (1 / (alpha - 1))) == 1`; `+inf` for empty rows.
+
+    Halving the bracket `[max - 1, max]` down to rounding, then Newton's steps from its left end,
+    which stay left of the root.
+    """
+    if isinstance(alpha, float) and alpha == 1.5:
+        return threshold15(z)
+    top = z.amax(-1, keepdim=True)
+    empty = top == -torch.inf
+    z = z - top.masked_fill(empty, 0.0)
+    power = 1.0 / (alpha - 1.0)
+    low, high = torch.full_like(top, -1.0), torch.zeros_like(top)
+    for _ in range(30 if z.dtype == torch.float32 else 60):
+        middle = (low + high) / 2
+        inside = (z - middle).clamp_min(0.0).pow(power).sum(-1, keepdim=True) >= 1.0
+        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+    x = (z - low).clamp_min(0.0)
+    slope = power * _power(x, power - 1.0).sum(-1, keepdim=True)
+    low = low + (x.pow(power).sum(-1, keepdim=True) - 1.0) / slope.masked_fill(slope == 0, 1.0)
+    return (low + top).masked_fill(empty, torch.inf).squeeze(-1)
+
+
+def _power(x: Tensor, power: float | Tensor) -> Tensor:
+    """Return `x ** power` where x is positive, and 0 elsewhere, also for a power of 0."""
+    return x.pow(power).masked_fill(x == 0.0, 0.0)
+
+
+class _Weights(torch.autograd.Function):
+    """The map with its Jacobian `diag(u) - u u^T / sum(u)`, where `u = p ** (2 - alpha)`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        scale: float,
-        causal: bool,
-    ) -> Tensor:
-        ctx.settings = (key_mask, scale, causal)
-        output = q.new_empty(*q.shape[:-1], v.shape[-1])
-        tau = torch.empty(q.shape[:-1], dtype=_wide(q.dtype), device=q.device)
-        values = _repeat(v, q)
-        for rows, half in _tiles(q, k, *ctx.settings):
-            tau[:, :, rows] = threshold15(half)
-            weights = (half - tau[:, :, rows, None]).clamp_min(0.0).square()
-            output[:, :, rows] = (weights @ values).to(q.dtype)
-        ctx.save_for_backward(q, k, v, tau)
-        return output
+    def forward(ctx: Any, scores: Tensor, alpha: float | Tensor) -> Tensor:
+        z = scores * (alpha - 1.0)
+        z = z.masked_fill(scores == -torch.inf, -torch.inf)
+        x = (z - threshold(z, alpha)[..., None]).clamp_min(0.0)
+        power = 1.0 / (alpha - 1.0)
+        p = x.pow(power)
+        is_tensor = isinstance(alpha, Tensor)
+        ctx.save_for_backward(p, _power(x, power - 1.0), alpha if is_tensor else None)
+        return p
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, tau = ctx.saved_tensors
-        _, scale, _ = ctx.settings
-        grad = grad.to(tau.dtype)
-        queries, keys, values = q.to(tau.dtype), _repeat(k, q), _repeat(v, q)
-        grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (queries, keys, values))
-        for rows, half in _tiles(q, k, *ctx.settings):
-            root = (half - tau[:, :, rows, None]).clamp_min(0.0)
-            grad_p = grad[:, :, rows] @ values.transpose(-1, -2)
-            total = root.sum(-1, keepdim=True)
-            delta = (root * grad_p).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
-            grad_s = root * (grad_p - delta) * scale
-            grad_q[:, :, rows] = grad_s @ keys
-            grad_k += grad_s.transpose(-1, -2) @ queries[:, :, rows]
-            grad_v += root.square().transpose(-1, -2) @ grad[:, :, rows]
-        folded = (_fold(x, k).to(k.dtype) for x in (grad_k, grad_v))
-        return grad_q.to(q.dtype), *folded, None, None, None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _repeat(x: Tensor, q: Tensor) -> Tensor:
-    """Return `x` in the precision of the sums, its heads repeated for the query heads."""
-    return x.to(_wide(x.dtype)).repeat_interleave(q.shape[1] // x.shape[1], dim=1)
-
-
-def _fold(x: Tensor, k: Tensor) -> Tensor:
-    """Return gradients per query head summed into those per key head."""
-    folded: Tensor = x.unflatten(1, (k.shape[1], -1)).sum(2)
-    return folded
-
-
-def _tiles(
-    q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, causal: bool
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the rows of every tile and their half scores."""
-    seq_q, keys = q.shape[2], _repeat(k, q)
-    for start in range(0, seq_q, _TILE):
-        rows = slice(start, min(start + _TILE, seq_q))
-        tile = q[:, :, rows].to(keys.dtype)
-        yield rows, half_scores(tile, keys, key_mask, scale, causal, start, seq_q)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        p, u, alpha = ctx.saved_tensors
+        total = u.sum(-1, keepdim=True)
+        delta = (u * grad).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
+        grad_scores = u * (grad - delta)
+        if alpha is None or not ctx.needs_input_grad[1]:
+            return grad_scores, None
+        entropy = torch.special.xlogy(p, p)  # p ln p
+        grad_alpha = p * (grad - delta) / (alpha - 1.0) - entropy * (grad - delta)
+        return grad_scores, (grad_alpha / (alpha - 1.0)).sum_to_size(alpha.shape)

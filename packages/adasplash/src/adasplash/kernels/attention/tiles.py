@@ -1,8 +1,11 @@
-"""Tile sizes, and the device code that forward and backward share: one tile of half scores.
+"""Tile sizes, and the host and device code that forward and backward share.
 
-Half scores are `z = (alpha - 1) s = scale / 2 * q k^T`, scaled in float32 after the product; hidden
-keys are `-inf`. Every kernel computes them by the same product over tiles of the same shape, so
-forward and backward see the same numbers.
+Scores are multiplied by alpha - 1 throughout: `z = (alpha - 1) scale * q k^T`, in float32 after the
+product; half the scores for alpha 1.5. Hidden keys are `-inf`. Forward and backward compute them by
+the same product, so they see the same numbers.
+
+Tensors are read through tensor descriptors: the hardware computes addresses and fills what lies
+outside with zeros, so any length and head size is a runtime value and costs no test per element.
 
 Device functions are marked `no_type_check`: the type checker of the test suite would wrap them, and
 the interpreter would no longer find the helpers that they call.
@@ -15,27 +18,33 @@ from typing import NamedTuple, no_type_check
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Tiles(NamedTuple):
     """Launch parameters of the attention kernels."""
 
-    block_m: int
+    block_m: int  # rows and keys of the blocks that are skipped or visited
     block_n: int
     num_warps: int
     num_stages: int
+    held: int  # blocks whose scores stay in registers while tau is solved for
+    screen_m: int  # a tile of the screening pass, multiples of the block
+    screen_n: int
+    screen_warps: int
+    screen_stages: int
 
 
 # By the padded head size; float32 products need twice the room.
 _HALF = {
-    64: Tiles(64, 64, 4, 3),
-    128: Tiles(64, 64, 4, 2),  # more stages spill
-    256: Tiles(64, 32, 8, 2),  # 64 keys do not fit shared memory in the backward
+    64: Tiles(64, 64, 4, 3, 4, 128, 128, 4, 3),
+    128: Tiles(64, 64, 4, 2, 4, 64, 128, 4, 3),
+    256: Tiles(64, 32, 8, 2, 0, 64, 64, 4, 2),
 }
 _FULL = {
-    64: Tiles(64, 32, 4, 2),
-    128: Tiles(32, 32, 4, 2),
-    256: Tiles(32, 16, 4, 1),
+    64: Tiles(64, 32, 8, 2, 0, 64, 32, 8, 2),  # 8 warps: with 4 more registers spill
+    128: Tiles(32, 32, 8, 2, 0, 32, 32, 8, 2),
+    256: Tiles(32, 16, 8, 1, 0, 32, 16, 8, 1),
 }
 
 
@@ -45,43 +54,85 @@ def padded(dim: int) -> int:
 
 
 def tiles_for(q: torch.Tensor, v: torch.Tensor) -> Tiles:
-    """Return the tile sizes for queries and values of these shapes and dtypes."""
+    """Return the launch parameters for the dtype of `q` and the larger head size of `q` and `v`."""
     size = max(64, padded(q.shape[-1]), padded(v.shape[-1]))
     return (_FULL if q.dtype == torch.float32 else _HALF)[size]
 
 
-@triton.jit
-@no_type_check
-def load_rows(x_ptr, stride_row, rows, n_rows, n_dim, BLOCK_D: tl.constexpr):
-    """Load rows of a matrix whose last stride is 1; what lies outside is 0."""
-    dims = tl.arange(0, BLOCK_D)
-    inside = (rows[:, None] < n_rows) & (dims[None, :] < n_dim)
-    offsets = rows[:, None].to(tl.int64) * stride_row + dims[None, :]
-    return tl.load(x_ptr + offsets, mask=inside, other=0.0)  # [BLOCK_ROWS, BLOCK_D]
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` itself if a descriptor can hold it, else a copy whose rows are 16-byte aligned."""
+    unit = 16 // x.element_size()
+    strides = zip(x.stride()[:-1], x.shape[:-1], strict=True)
+    steady = all(stride > 0 and stride % unit == 0 for stride, size in strides if size > 1)
+    if x.stride(-1) == 1 and steady and x.data_ptr() % 16 == 0:
+        return x
+    width = -(-x.shape[-1] // unit) * unit
+    copy = x.new_empty(*x.shape[:-1], width)[..., : x.shape[-1]]
+    return copy.copy_(x)
+
+
+def describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Return a descriptor of `rows` rows at a time of an aligned `[batch, heads, seq, dim]`."""
+    # The stride of an axis of size 1 is never used, but it must be a legal one.
+    strides = [s if n > 1 else 64 for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, padded(x.shape[-1])])
 
 
 @triton.jit
 @no_type_check
-def store_rows(x_ptr, x, stride_row, rows, n_rows, n_dim, BLOCK_D: tl.constexpr):
-    """Store rows of a matrix whose last stride is 1."""
+def load_tile(desc, batch, head, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load rows of one head; what lies outside is 0."""
+    return desc.load([batch, head, start, 0]).reshape([ROWS, BLOCK_D])
+
+
+@triton.jit
+@no_type_check
+def store_rows(x_ptr, x, rows, n_rows, n_dim, BLOCK_D: tl.constexpr):
+    """Store rows of a contiguous matrix."""
     dims = tl.arange(0, BLOCK_D)
     inside = (rows[:, None] < n_rows) & (dims[None, :] < n_dim)
-    offsets = rows[:, None].to(tl.int64) * stride_row + dims[None, :]
+    offsets = rows[:, None].to(tl.int64) * n_dim + dims[None, :]
     tl.store(x_ptr + offsets, x.to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 @no_type_check
-def half_scores(
-    q, k, half_scale, rows, keys, seq_q, seq_k, mask_ptr,
-    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
+def relu(x):
+    """Return the positive part; NaN stays NaN."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+@no_type_check
+def roots(z, t, power, HALF: tl.constexpr):
+    """Return x = relu(z - t) and u = x ** (power - 1), 0 where x is; the weights are x u.
+
+    `power` is 1 / (alpha - 1), and u the weights to the power of 2 - alpha. HALF: alpha is 1.5.
+    """
+    x = relu(z - t)
+    if HALF:
+        return x, x
+    else:
+        u = tl.exp2((power - 1.0) * tl.log2(tl.where(x == 0.0, 1.0, x)))
+        return x, tl.where(x == 0.0, 0.0, u)
+
+
+@triton.jit
+@no_type_check
+def hide(
+    z, rows, keys, seq_q, seq_k, mask_ptr, left, right,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Return `z` of one tile, -inf where the key is hidden, or row or key lies outside."""
-    z = tl.dot(q, tl.trans(k), input_precision="ieee") * half_scale  # [BLOCK_M, BLOCK_N]
-    visible = (keys < seq_k)[None, :] & (rows < seq_q)[:, None]
+    """Return `z` with -inf where row or key lies outside, or the row may not see the key.
+
+    `rows` and `keys` are index tensors that broadcast to the shape of `z`.
+    """
+    visible = (keys < seq_k) & (rows < seq_q)
     if IS_CAUSAL:
-        visible = visible & (keys[None, :] <= rows[:, None] + (seq_k - seq_q))
+        visible = visible & (keys <= rows + (seq_k - seq_q))
+    if HAS_WINDOW:
+        distance = keys - rows - (seq_k - seq_q)
+        visible = visible & (distance >= -left) & (distance <= right)
     if HAS_MASK:
-        kept = tl.load(mask_ptr + keys, mask=keys < seq_k, other=0)
-        visible = visible & (kept != 0)[None, :]
+        visible = visible & (tl.load(mask_ptr + keys, mask=keys < seq_k, other=0) != 0)
     return tl.where(visible, z, float("-inf"))

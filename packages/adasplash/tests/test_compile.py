@@ -1,0 +1,46 @@
+"""torch.compile traces attention to one graph; in a process without the type checker."""
+
+import subprocess
+import sys
+
+import torch
+
+_CODE = """
+import torch
+from adasplash import adasplash
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+graphs = []
+def keep(graph, inputs):
+    graphs.append(graph)
+    return graph
+
+for backend in ("triton", "reference"):
+    for alpha in (1.5, torch.tensor([1.3, 1.6], device=device)):
+        graphs.clear()
+        def attend(q, k, v):
+            return adasplash(q, k, v, alpha, backend=backend)
+        compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=keep)
+        for length in (20, 33):
+            q, k, v = torch.randn(3, 1, 2, length, 16, device=device).unbind(0)
+            assert torch.allclose(compiled(q, k, v), attend(q, k, v), atol=1e-6)
+        # The reference goes through its tiles in Python: one graph for each length.
+        assert len(graphs) == (1 if backend == "triton" else 2), len(graphs)
+
+def attend(q, k, v):
+    return adasplash(q, k, v, backend="triton")
+
+q, k, v = (torch.randn(1, 2, 20, 16, device=device).requires_grad_() for _ in range(3))
+compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+want = torch.autograd.grad(attend(q, k, v).square().sum(), (q, k, v))
+found = torch.autograd.grad(compiled(q, k, v).square().sum(), (q, k, v))
+assert all(torch.equal(x, y) for x, y in zip(want, found, strict=True))
+print("compiled")
+"""
+
+
+def test_one_graph_for_all_lengths_and_the_same_gradients(monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    done = subprocess.run([sys.executable, "-c", _CODE], capture_output=True, text=True)
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
