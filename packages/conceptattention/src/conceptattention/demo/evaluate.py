@@ -15,17 +15,19 @@ from ..evaluation import Confusion
 from ..maps import ConceptMaps
 from ..observer import Selection
 from ..segmentation import segment
-from .model import DemoPipeline, encode_tokens
+from .model import PIXELS, DemoPipeline, encode_tokens
 from .scenes import BACKGROUNDS, ITEMS, LABELS, VOCABULARY, Scenes, patchify, sample_scenes
 
 HELD_OUT_SEED = 2**40  # training draws seeds far below
 SPACES = ("output", "cross_attention")
 
 
-def held_out_scenes(count: int) -> Scenes:
+def held_out_scenes(count: int, size: int = PIXELS) -> Scenes:
     """Return scenes that no training run draws, with pairs that none shows, from the CPU."""
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-    return sample_scenes(count, generator, held_out_pairs=True, plain_captions=True)
+    return sample_scenes(
+        count, generator, size=size, held_out_pairs=True, plain_captions=True
+    )
 
 
 def segment_scenes(
