@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from adasplash import adasplash
-from adasplash.kernels.attention.forward import list_blocks, screen, solve
+from adasplash.kernels.attention.forward import screen, solve
 from adasplash.kernels.attention.tiles import tiles_for
 from adasplash.testing import (
     clustered_inputs,
@@ -65,14 +65,12 @@ def parts(q, k, v, causal: bool) -> tuple[dict[str, object], float, float]:
     """Return the stages of the forward as calls, and the shares of listed and active blocks."""
     tiles, scale = tiles_for(q, v), q.shape[-1] ** -0.5
     top, marked = screen(q, k, None, None, scale, causal, None, tiles)
-    listed = list_blocks(marked)
-    active = solve(q, k, v, None, None, top, *listed, scale, causal, None, tiles)[2]
+    active = solve(q, k, v, None, None, top, marked, scale, causal, None, tiles)[2]
     blocks = active.shape[-1]
     whole = active[..., 0].numel() * (blocks + 1) / 2 if causal else active.numel()
     stages = {
         "screen": partial(screen, q, k, None, None, scale, causal, None, tiles),
-        "list": partial(list_blocks, marked),
-        "solve": partial(solve, q, k, v, None, None, top, *listed, scale, causal, None, tiles),
+        "solve": partial(solve, q, k, v, None, None, top, marked, scale, causal, None, tiles),
     }
     return stages, marked.sum().item() / whole, active.sum().item() / whole
 

@@ -97,6 +97,27 @@ def store_rows(x_ptr, x, rows, n_rows, n_dim, BLOCK_D: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def list_marked(marked_ptr, stride, n_items, list_ptr, DESCENDING: tl.constexpr):
+    """Write the indices of the marked items of one line; return how many they are.
+
+    Every program lists the blocks that it visits by itself: nothing waits for the device or for
+    another launch.
+    """
+    CHUNK: tl.constexpr = 128
+    count = 0
+    for start in range(0, n_items, CHUNK):
+        order = start + tl.arange(0, CHUNK)
+        item = n_items - 1 - order if DESCENDING else order
+        marked = tl.load(marked_ptr + item.to(tl.int64) * stride, mask=order < n_items, other=0)
+        marked = marked.to(tl.int32)
+        tl.store(list_ptr + count + tl.cumsum(marked, 0) - marked, item, mask=marked != 0)
+        count += tl.sum(marked, 0)
+    tl.debug_barrier()  # other threads read the list
+    return count
+
+
+@triton.jit
+@no_type_check
 def relu(x):
     """Return the positive part; NaN stays NaN."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
