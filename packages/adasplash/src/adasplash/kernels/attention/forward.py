@@ -42,7 +42,6 @@ from .tiles import (
     describe,
     hide,
     list_marked,
-    load_rows,
     load_tile,
     padded,
     roots,
@@ -286,11 +285,10 @@ def _shorten(
 @triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def _solve_kernel(
-    q_ptr, k_ptr, v_ptr, k_desc, v_desc, mask_ptr, alpha_ptr, top_ptr, marked_ptr, list_ptr,
+    q_desc, k_desc, v_desc, mask_ptr, alpha_ptr, top_ptr, marked_ptr, list_ptr,
     out_ptr, tau_ptr, active_ptr,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
-    stride_vs, stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head,
-    dim_value, scale, tolerance, max_passes, guesses,
+    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_value, scale,
+    tolerance, max_passes, guesses,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HALF: tl.constexpr, HELD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -306,13 +304,10 @@ def _solve_kernel(
     mask_ptr += batch.to(tl.int64) * stride_mask
     list_ptr += line * n_blocks
     active_ptr += line * n_blocks
-    q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-    k_ptr += batch.to(tl.int64) * stride_kb + head_kv.to(tl.int64) * stride_kh
-    v_ptr += batch.to(tl.int64) * stride_vb + head_kv.to(tl.int64) * stride_vh
-    q = load_rows(q_ptr, stride_qs, tile * BLOCK_M, seq_q, dim_head, BLOCK_M, BLOCK_D)
+    count = list_marked(marked_ptr + line * n_blocks, 1, n_blocks, list_ptr, True)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_base = plane.to(tl.int64) * seq_q
-    count = list_marked(marked_ptr + line * n_blocks, 1, n_blocks, list_ptr, True)
+    q = load_tile(q_desc, batch, head, tile * BLOCK_M, BLOCK_M, BLOCK_D)
     top = tl.load(top_ptr + row_base + rows, mask=rows < seq_q, other=float("-inf"))
     alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
     power = 1.0 / (alpha - 1.0)
@@ -331,34 +326,28 @@ def _solve_kernel(
             seq_q, seq_k, left, right, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
-    # The first blocks: all keys are on their way before the first product, all values before the
-    # solver. A block that is not there lies behind the last key, and is hidden with it.
-    first, held, values = (), (), ()
+    held = ()
     for part in tl.static_range(HELD):
-        first = first + (tl.load(list_ptr + part, mask=part < count, other=n_blocks),)  # noqa: RUF005
-    for part in tl.static_range(HELD):
-        k = load_rows(k_ptr, stride_ks, first[part] * BLOCK_N, seq_k, dim_head, BLOCK_N, BLOCK_D)
-        held = held + (k,)  # noqa: RUF005 -- Triton unpacks no tuples
-    for part in tl.static_range(HELD):
-        v = load_rows(v_ptr, stride_vs, first[part] * BLOCK_N, seq_k, dim_value, BLOCK_N, BLOCK_DV)
-        values = values + (v,)  # noqa: RUF005
-    keys_of, held = held, ()
-    for part in tl.static_range(HELD):
-        z = tl.dot(q, keys_of[part].T, input_precision="ieee") * factor
-        z = hide(
-            z,
-            rows[:, None],
-            (first[part] * BLOCK_N + tl.arange(0, BLOCK_N))[None, :],
-            seq_q,
-            seq_k,
-            mask_ptr,
-            left,
-            right,
-            IS_CAUSAL,
-            HAS_MASK,
-            HAS_WINDOW,
-        )
-        held = held + (z,)  # noqa: RUF005
+        z = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+        if part < count:
+            start = tl.load(list_ptr + part) * BLOCK_N
+            keys = start + tl.arange(0, BLOCK_N)
+            k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
+            z = tl.dot(q, k.T, input_precision="ieee") * factor
+            z = hide(
+                z,
+                rows[:, None],
+                keys[None, :],
+                seq_q,
+                seq_k,
+                mask_ptr,
+                left,
+                right,
+                IS_CAUSAL,
+                HAS_MASK,
+                HAS_WINDOW,
+            )
+        held = held + (z,)  # noqa: RUF005 -- Triton unpacks no tuples
 
     lower, upper = top - 1.0, top  # f(lower) >= 0 > f(upper)
     t = lower
@@ -412,11 +401,14 @@ def _solve_kernel(
 
     output = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for part in tl.static_range(HELD):
-        x, u = roots(held[part], t[:, None], power, HALF)
-        p = x * u
-        output = tl.dot(p.to(values[part].dtype), values[part], output, input_precision="ieee")
-        weighted = (tl.sum(p, 1) != 0.0) & (first[part] < n_blocks)
-        tl.store(active_ptr + first[part] + rows * 0, 1, mask=weighted)
+        if part < count:
+            block = tl.load(list_ptr + part)
+            v = load_tile(v_desc, batch, head_kv, block * BLOCK_N, BLOCK_N, BLOCK_DV)
+            x, u = roots(held[part], t[:, None], power, HALF)
+            p = x * u
+            output = tl.dot(p.to(v.dtype), v, output, input_precision="ieee")
+            weighted = tl.sum(p, 1) != 0.0
+            tl.store(active_ptr + block + rows * 0, 1, mask=weighted)
     for index in range(HELD, count):
         block = tl.load(list_ptr + index)
         k = load_tile(k_desc, batch, head_kv, block * BLOCK_N, BLOCK_N, BLOCK_D)
@@ -535,10 +527,9 @@ def solve(
     mask, stride_mask = mask_bytes(key_mask, q)
     bounds = window or (0, 0)
     _solve_kernel[(n_tiles * batch * heads,)](
-        q, k, v, describe(k, tiles.block_n), describe(v, tiles.block_n),
-        mask, q if alpha is None else alpha, top, marked, listed, output, tau, active,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], stride_mask, *bounds,
-        heads, heads // k.shape[1], seq_q, seq_k, n_tiles, n_blocks, dim_head, dim_value, scale,
+        describe(q, tiles.block_m), describe(k, tiles.block_n), describe(v, tiles.block_n),
+        mask, q if alpha is None else alpha, top, marked, listed, output, tau, active, stride_mask,
+        *bounds, heads, heads // k.shape[1], seq_q, seq_k, n_tiles, n_blocks, dim_value, scale,
         _TOLERANCE[q.dtype], _MAX_PASSES, _GUESSES,
         IS_CAUSAL=is_causal, HAS_MASK=key_mask is not None, HAS_WINDOW=window is not None,
         HALF=alpha is None,

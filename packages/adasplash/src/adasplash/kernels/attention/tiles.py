@@ -87,19 +87,6 @@ def load_tile(desc, batch, head, start, ROWS: tl.constexpr, BLOCK_D: tl.constexp
 
 @triton.jit
 @no_type_check
-def load_rows(x_ptr, stride, start, n_rows, n_dim, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load rows of one head by address; what lies outside is 0.
-
-    Unlike `load_tile` it does not wait for the data: several tiles are on their way together.
-    """
-    stride = tl.multiple_of(stride, 16 // (x_ptr.dtype.element_ty.primitive_bitwidth // 8))
-    rows, dims = start + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    inside = (rows[:, None] < n_rows) & (dims[None, :] < n_dim)
-    return tl.load(x_ptr + rows[:, None].to(tl.int64) * stride + dims[None, :], inside, other=0.0)
-
-
-@triton.jit
-@no_type_check
 def store_rows(x_ptr, x, rows, n_rows, n_dim, BLOCK_D: tl.constexpr):
     """Store rows of a contiguous matrix."""
     dims = tl.arange(0, BLOCK_D)
