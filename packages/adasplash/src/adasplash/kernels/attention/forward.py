@@ -296,6 +296,7 @@ def _solve_kernel(
     """Write tau and the output of one tile of queries, and mark the blocks that hold weight."""
     # The first of the list can cross the diagonal, or the end of the keys.
     ALWAYS: tl.constexpr = HAS_MASK or HAS_WINDOW or (HELD < BLOCK_M // BLOCK_N + 1)
+    FEW: tl.constexpr = 6  # a list too short to be worth another look
     place = tl.program_id(0)
     plane, tile = place // n_tiles, n_tiles - 1 - place % n_tiles
     line = (plane * n_tiles + tile).to(tl.int64)
@@ -320,7 +321,7 @@ def _solve_kernel(
     visible = tl.cdiv(seq_k, BLOCK_N)
     if IS_CAUSAL:
         visible = tl.minimum(visible, tl.cdiv((tile + 1) * BLOCK_M + seq_k - seq_q, BLOCK_N))
-    if (count > HELD) & (2 * count <= visible):
+    if (count > FEW) & (2 * count <= visible):
         count = _shorten(
             list_ptr, count, q, k_desc, mask_ptr, batch, head_kv, rows, top - 1.0, factor,
             seq_q, seq_k, left, right, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N, BLOCK_D,
@@ -536,7 +537,7 @@ def solve(
         HELD=tiles.held if alpha is None else min(tiles.held, 2),  # powers need registers, too
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
         BLOCK_D=padded(dim_head), BLOCK_DV=padded(dim_value),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.solve_registers,
     )  # fmt: skip
     return output, tau, active
 

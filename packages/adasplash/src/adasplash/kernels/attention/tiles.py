@@ -29,6 +29,7 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     held: int  # blocks whose scores stay in registers while tau is solved for
+    solve_registers: int | None  # of a thread of the solver: fewer let more programs run at once
     screen_m: int  # a tile of the screening pass, multiples of the block
     screen_n: int
     screen_warps: int
@@ -37,14 +38,14 @@ class Tiles(NamedTuple):
 
 # By the padded head size; float32 products need twice the room.
 _HALF = {
-    64: Tiles(64, 64, 4, 3, 4, 128, 128, 4, 3),
-    128: Tiles(64, 64, 4, 2, 4, 64, 128, 4, 3),
-    256: Tiles(64, 32, 8, 2, 0, 64, 64, 4, 2),
+    64: Tiles(64, 64, 4, 3, 2, 168, 128, 128, 4, 3),
+    128: Tiles(64, 64, 4, 2, 4, None, 64, 128, 4, 3),
+    256: Tiles(64, 32, 8, 2, 0, None, 64, 64, 4, 2),
 }
 _FULL = {
-    64: Tiles(64, 32, 8, 2, 0, 64, 32, 8, 2),  # 8 warps: with 4 more registers spill
-    128: Tiles(32, 32, 8, 2, 0, 32, 32, 8, 2),
-    256: Tiles(32, 16, 8, 1, 0, 32, 16, 8, 1),
+    64: Tiles(64, 32, 8, 2, 0, None, 64, 32, 8, 2),  # 8 warps: with 4 more registers spill
+    128: Tiles(32, 32, 8, 2, 0, None, 32, 32, 8, 2),
+    256: Tiles(32, 16, 8, 1, 0, None, 32, 16, 8, 1),
 }
 
 
