@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from .chance import Chance
 
 
 def verify(
@@ -165,7 +167,8 @@ def verify_runs(
     vocabulary. Whether the chosen run ends where another goes on is revealed before the next coin.
 
     Args:
-        p: Law of the target at each token of the chosen runs and after the last.
+        p: Law of the target at each token of the chosen runs and after the last. With fewer rows,
+            only so many tokens are judged.
         steps: The draft, in order; the law of a step may depend on all steps before it.
         coins: Uniform on [0, 1), independent of the draft; one for each token.
 
@@ -174,11 +177,13 @@ def verify_runs(
     place = 0
     for step in steps:
         run = [int(t) for t in step.runs[step.chosen] if t >= 0]
-        alive = torch.ones_like(step.mass, dtype=torch.bool)
+        alive = torch.ones(len(step.mass), dtype=torch.bool, device=p.device)
         for depth, token in enumerate(run):
-            going = step.runs[:, depth]
+            if place == len(p) - 1:  # There is no room for what comes after.
+                return place, p[place]
+            going = step.runs[:, depth].to(p.device)
             alive &= going >= 0  # The latent: the chosen run does not end here.
-            mass = torch.where(alive, step.mass, 0).to(p.dtype)
+            mass = torch.where(alive, step.mass.to(p), 0)
             law = torch.zeros_like(p[0]).index_add_(0, going.clamp(min=0), mass)
             law /= law.sum()
             if float(coins[place]) * float(law[token]) >= float(p[place, token]):
@@ -187,3 +192,33 @@ def verify_runs(
             place += 1
             alive &= going == token
     return place, p[place]
+
+
+def accepts(coin: float, p: float, q: float) -> bool:
+    """Return whether a proposal of the law q is accepted where the target's law is p."""
+    return coin * q < p
+
+
+def residual(
+    p: Float[Tensor, " vocab"], weigh: Callable[[int], float], chance: Chance
+) -> Float[Tensor, " vocab"]:
+    """Return weights with one token drawn from max(p − ψ, 0), for a ψ known token by token.
+
+    Draws from p and keeps the draw with probability 1 − ψ/p, else draws again. On average that
+    takes as many draws as it takes proposals until one is rejected.
+
+    Args:
+        p: The target's law.
+        weigh: Returns ψ of a token.
+        chance: Source of the draws.
+
+    Source: own.
+    """
+    drawn = torch.zeros_like(p)
+    for _ in range(1000):  # Where p and ψ agree up to rounding, p itself is the right law.
+        (token,) = chance.draw(p[None])
+        share = float(p[token])
+        if float(chance.coins(1, p)) * share < share - weigh(token):
+            break
+    drawn[token] = 1.0
+    return drawn

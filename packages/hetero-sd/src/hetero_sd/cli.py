@@ -132,7 +132,7 @@ def _folder(name: str) -> Any:
 @_folder("target")
 @_folder("drafter")
 @click.option("--prompt", required=True, help="Text to continue.")
-@click.option("--method", type=click.Choice(["tli", "slem"]), default="tli", show_default=True)
+@click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True)
 @click.option("--lookahead", type=click.IntRange(min=0), default=4, show_default=True)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0 is greedy.")
