@@ -1,6 +1,7 @@
 """Batches, padding, stops, streams and chats through the decoder."""
 
 import io
+import logging
 
 import pytest
 import torch
@@ -36,9 +37,10 @@ def padded(tokenizer, side):
     return torch.tensor(ids), torch.tensor(mask)
 
 
-@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("backend", ["auto", "eager", "cudagraph"])
 @pytest.mark.parametrize("method", ["tli", "slem", "slrs", "auto"])
-def test_a_batch_is_what_generate_makes_of_it(pair, method, backend):
+def test_a_batch_is_what_generate_makes_of_it(pair, caplog, method, backend):
+    caplog.set_level(logging.DEBUG, logger="hetero_sd.rounds")
     ids, mask = padded(pair[2], "left")
     wanted = pair[0].generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
     dec = HeteroSpeculativeDecoder(*pair, method=method, lookahead=4, backend=backend)
@@ -48,6 +50,7 @@ def test_a_batch_is_what_generate_makes_of_it(pair, method, backend):
     ids, mask = padded(pair[2], "right")
     again = dec.generate(input_ids=ids, attention_mask=mask, max_new_tokens=20)
     assert again.sequences.tolist() == wanted.tolist()
+    assert "no CUDA graphs" not in caplog.text
 
 
 def test_rows_do_not_depend_on_their_neighbours(pair):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from hetero_sd.acceptance import Choice, residual, verify, verify_greedy
+from hetero_sd.acceptance import Choice, residual, settle, verify, verify_block, verify_greedy
 from hetero_sd.chance import Chance
 from hetero_sd.processors import Processors
 from hetero_sd.testing import (
@@ -236,3 +236,31 @@ def test_residual_of_equal_laws_ends():
     p = torch.tensor([0.25, 0.75])
     drawn = residual(p, lambda t: float(p[t]), Chance(torch.Generator().manual_seed(0)))
     assert float(drawn.sum()) == 1
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_settling_many_rows_is_the_same_rule(block):
+    """With like coins, as many are accepted as row by row, and the token has the same law."""
+    generator = torch.Generator().manual_seed(0)
+    rows, count, vocab = 40, 4, 6
+    kept = torch.tensor([4, 0, 3])
+    p = torch.randn(rows, count + 1, vocab, generator=generator, dtype=torch.float64).softmax(-1)
+    q = torch.randn(rows, count, 3, generator=generator, dtype=torch.float64).softmax(-1)
+    p[0, :, 1] = 0.0
+    p[1, :, kept] = q[1, 0]  # Where both laws agree.
+    columns = torch.randint(3, (rows, count), generator=generator)
+    proposed = kept[columns]
+    limits = torch.randint(count + 1, (rows,), generator=generator)
+    coins = torch.rand(rows, count, generator=generator, dtype=torch.float64)
+    noises = torch.empty(400, rows, vocab, dtype=torch.float64).exponential_(generator=generator)
+    followed = torch.zeros(rows, vocab)
+    for noise in noises:
+        accepted, following = settle(p, proposed, limits, coins, noise, q, columns, kept, block)
+        followed[torch.arange(rows), following] += 1 / len(noises)
+    rule = verify_block if block else verify
+    for row in range(rows):
+        n = int(limits[row])
+        taken, law = rule(p[row, : n + 1], proposed[row, :n], coins[row, :n], q[row, :n], kept)
+        assert int(accepted[row]) == taken
+        assert total_variation(followed[row], law / law.sum()) < 0.12
+        assert not bool(((followed[row] > 0) & (law <= 0)).any())

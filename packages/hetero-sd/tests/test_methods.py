@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import random
 
 import pytest
@@ -73,7 +74,11 @@ def make_decoder(pairs, method, lookahead=2):
     pair = pairs[{"slrs-plain": "letters", "standard": "same"}.get(method, "others")]
     verification = "token" if method == "tli by token" else "block"
     return HeteroSpeculativeDecoder(
-        *pair, method=method.split()[0], lookahead=lookahead, verification=verification
+        *pair,
+        method=method.split()[0],
+        lookahead=lookahead,
+        verification=verification,
+        backend="eager",
     )
 
 
@@ -188,6 +193,62 @@ def test_greedy_is_the_targets_own(pairs, method):
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False
             )
             assert dec.generate(prompt, max_new_tokens=20).sequences.tolist() == wanted.tolist()
+
+
+def _flat_laws(whole):
+    honest = whole._run_draft
+
+    def draft(width, lookahead):
+        honest(width, lookahead)
+        whole._laws.fill_(1 / whole._laws.shape[2])
+
+    whole._run_draft = draft
+
+
+@pytest.mark.parametrize(
+    ("method", "verification", "wrong"),
+    [
+        ("tli", "block", False),
+        ("standard", "token", False),
+        pytest.param("tli", "token", True, id="negative control"),
+    ],
+)
+def test_law_by_graphs(pairs, monkeypatch, caplog, method, verification, wrong):
+    caplog.set_level(logging.DEBUG, logger="hetero_sd")
+    from hetero_sd import graphs
+
+    if wrong:
+        make = graphs.GraphRound.__init__
+        monkeypatch.setattr(
+            graphs.GraphRound, "__init__", lambda self, *a: (make(self, *a), _flat_laws(self))[0]
+        )
+    dec = HeteroSpeculativeDecoder(
+        *pairs["same" if method == "standard" else "others"],
+        method=method,
+        lookahead=2,
+        verification=verification,
+        backend="cudagraph",
+    )
+    options = {"temperature": 0.8, "top_k": 3}
+    prompt = [dec.target_tokenizer.convert_tokens_to_ids("a")]
+    count = 1500
+    made = dec.generate(
+        input_ids=torch.tensor([prompt] * count),
+        do_sample=True,
+        max_new_tokens=4,
+        generator=torch.Generator().manual_seed(0),
+        **options,
+    )
+    assert "no CUDA graphs" not in caplog.text
+    assert 0.1 < made.stats.acceptance < 0.99
+    found = {}
+    for tokens in made.tokens:
+        key = tuple(tokens[:3])
+        found[key] = found.get(key, 0.0) + 1 / count
+    wanted = law_of_target(dec, prompt, options, length=3)
+    # The mean distance of so many draws from their own law, and half as much again.
+    limit = 1.5 * sum((w * (1 - w) / count) ** 0.5 for w in wanted.values()) * 0.4
+    assert (distance(found, wanted) > limit) == wrong
 
 
 def test_more_is_accepted_as_theory_says(pairs):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hetero_sd import linear, llama
+from hetero_sd.graphs import GraphRunner
 from hetero_sd.llama import LlamaRunner, why_not_llama
 from hetero_sd.runners import EagerRunner, OneByOneRunner, make_runner, why_not_one_cache
 from hetero_sd.testing import make_model
@@ -64,8 +65,12 @@ def wander(runner, model, rows, seed):
             held = [held[row] for row in rows]
 
 
+def graph_runner(model, rows):
+    return GraphRunner(model, rows, 128)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5])
-@pytest.mark.parametrize("kind", [EagerRunner, LlamaRunner, OneByOneRunner])
+@pytest.mark.parametrize("kind", [EagerRunner, LlamaRunner, OneByOneRunner, graph_runner])
 @torch.no_grad()
 def test_rows_are_independent(kind, rows):
     model = random_model()

@@ -222,3 +222,64 @@ def residual(
             break
     drawn[token] = 1.0
     return drawn
+
+
+def settle(
+    p: Float[Tensor, "rows positions vocab"],
+    proposed: Int[Tensor, "rows proposals"],
+    limits: Int[Tensor, " rows"],
+    coins: Float[Tensor, "rows proposals"],
+    noise: Float[Tensor, "rows vocab"],
+    q: Float[Tensor, "rows proposals kept"],
+    columns: Int[Tensor, "rows proposals"],
+    kept: Int[Tensor, " kept"],
+    block: bool,
+) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """Return for each row how many proposals are accepted, and the token after them.
+
+    The same rules as `verify` and `verify_block`, for many rows and with nothing to wait for: no
+    shape and no branch depends on a value.
+
+    Args:
+        p: As for `verify`, for each row.
+        proposed: Target ids.
+        limits: How many of a row's proposals count, 0 to their number.
+        coins: Uniform on [0, 1).
+        noise: Exponentially distributed; it draws the token.
+        q: The law of each proposal over `kept`.
+        columns: The column of each proposal in `q`.
+        kept: Distinct target ids of the columns.
+        block: Whether drafts are judged as blocks.
+    """
+    rows, count = proposed.shape
+    row = torch.arange(rows, device=p.device)
+    place = torch.arange(count, device=p.device)
+    if count:
+        ours = p[:, :count].gather(2, proposed[:, :, None])[:, :, 0]
+        theirs = q.gather(2, columns[:, :, None])[:, :, 0]
+        share = torch.ones(rows, count + 1, dtype=p.dtype, device=p.device)
+        if block:
+            for i in range(count):
+                share[:, i + 1] = (share[:, i] * ours[:, i] / theirs[:, i]).clamp(max=1.0)
+            known = p[:, :count, kept]
+            rest = (share[:, :count, None] * known - q).clamp(min=0.0).sum(dim=2)
+            rest = rest + share[:, :count] * (1 - known.sum(dim=2)).clamp(min=0.0)
+            whole = (share[:, :count] >= 1).to(p.dtype)
+            keep = torch.where(rest > 0, rest / (rest + 1 - share[:, :count]), whole)
+            keep = torch.cat([keep[:, 1:], share[:, count:]], dim=1)  # Of prefixes 1 to n.
+            last = place + 1 == limits[:, None]
+            bound = torch.where(last, share[:, 1:], keep)
+            length = torch.where((coins < bound) & (place < limits[:, None]), place + 1, 0)
+            accepted = length.amax(dim=1)
+        else:
+            fits = (coins * theirs < ours) & (place < limits[:, None])
+            accepted = fits.long().cumprod(dim=1).sum(dim=1)
+        law = p[row, accepted]
+        less = q[row, accepted.clamp(max=count - 1)]
+        left = (share[row, accepted, None] * law).index_add(1, kept, -less).clamp(min=0.0)
+        rejected = (accepted < limits) & (left.sum(dim=1) > 0)
+        law = torch.where(rejected[:, None], left, law)
+    else:
+        accepted = torch.zeros(rows, dtype=torch.long, device=p.device)
+        law = p[:, 0]
+    return accepted, (law / noise).argmax(dim=1)

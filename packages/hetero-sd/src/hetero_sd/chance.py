@@ -28,3 +28,19 @@ class Chance:
         where = self._generator.device if self._generator is not None else like.device
         coins = torch.rand(count, generator=self._generator, device=where, dtype=like.dtype)
         return coins.to(like.device)
+
+    def fill(self, noise: Tensor, kind: str) -> None:
+        """Fill a tensor with noise, in place and without waiting for its device.
+
+        Args:
+            noise: Where to put it.
+            kind: `"uniform"` on [0, 1), or `"exponential"` with mean 1.
+        """
+        if kind == "uniform":
+            noise.uniform_(generator=self._generator)
+        else:
+            noise.exponential_(generator=self._generator)
+
+    def serves(self, device: torch.device) -> bool:
+        """Return whether noise can be made on a device."""
+        return self._generator is None or self._generator.device.type == device.type

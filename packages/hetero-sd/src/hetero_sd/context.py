@@ -181,6 +181,11 @@ class DrafterMemory:
             keep = [int(bool(feed)) for feed in feeds]
         return self._runner.extend(feeds, keep, head)
 
+    def note(self, feeds: Sequence[Sequence[int]]) -> None:
+        """Take note of ids that were fed to the drafter without this object."""
+        for held, feed in zip(self._held, feeds, strict=True):
+            held += feed
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows only."""
         self._runner.select(rows)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+METHODS = ("auto", "tli", "slem", "slrs", "c-slrs", "slrs-plain", "standard")
 LADDER = (1, 2, 3, 4, 6, 8, 12)
 _DISCOUNT = 0.99  # Weight of a round at the next one: a memory of some 100 rounds.
 _WIDTH = 0.12  # Breadth of the confidence bound, in rates of the best arm.

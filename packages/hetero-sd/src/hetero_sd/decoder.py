@@ -15,18 +15,19 @@ from torch import Tensor
 from ._bytes import ByteEncoder, unfinished_tail
 from .chance import Chance
 from .context import Context, DrafterContext, DrafterMemory, SameContext
-from .control import LADDER, Arm, Bandit, Fixed
+from .control import LADDER, METHODS, Arm, Bandit, Fixed
 from .drafting import ExactText, LastTokenRuns, Method, SharedTokens, Text, TokenRuns, find_head
+from .graphs import MARGIN, GraphRunner, Runners
+from .llama import why_not_llama
 from .processors import Processors
 from .rounds import Request, Rounds, Row, Stats, stop_by
-from .runners import make_runner
+from .runners import Runner, make_runner
 from .vocab import map_vocabularies, same_vocabularies
 
 _logger = logging.getLogger(__name__)
 _logger.addHandler(logging.NullHandler())
 
-METHODS = ("auto", "tli", "slem", "slrs", "c-slrs", "slrs-plain", "standard")
-_BACKENDS = ("auto", "eager")
+_BACKENDS = ("auto", "eager", "cudagraph")
 _OWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 _UNUSED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
@@ -98,8 +99,9 @@ class HeteroSpeculativeDecoder:
         lookahead: Tokens drafted a round; 0 decodes without the drafter; `"auto"` measures.
         verification: `"block"` judges TLI's drafts as a whole and accepts more; `"token"` one by
             one.
-        backend: `"auto"` runs Llama-shaped models in a forward pass of our own; `"eager"` runs
-            every model's own.
+        backend: `"auto"` runs Llama-shaped models in a forward pass of our own, on a CUDA device by
+            graphs; `"eager"` runs every model's own; `"cudagraph"` insists on graphs, and on other
+            devices takes the same steps without them.
 
     Raises:
         TypeError: A tokenizer is not a fast one.
@@ -179,9 +181,32 @@ class HeteroSpeculativeDecoder:
             self._drafter_eos,
         )
         self._limit = getattr(drafter.config, "max_position_embeddings", None) or 1 << 30
+        self._kept = Runners()
+        self._graphs = self._use_graphs()
         self._policies: dict[bool, Fixed | Bandit] = {}
         if method == "slrs-plain":
             _ = self._spelled
+
+    def _use_graphs(self) -> bool:
+        """Return whether both models run by CUDA graphs; the reason why not is logged."""
+        if self.backend == "eager":
+            return False
+        reason = ""
+        for name, model in (("target", self.target), ("drafter", self.drafter)):
+            if not reason and (why := why_not_llama(model)):
+                reason = f"of the {name}, {why}"
+        devices = self.target.device, self.drafter.device
+        if not reason and self.backend != "cudagraph" and devices[0].type != "cuda":
+            reason = f"the target is on the device {devices[0]}"
+        if not reason and devices[0] != devices[1]:
+            reason = f"the models are on {devices[0]} and {devices[1]}"
+        if not reason and len(self.mapping.keep) == 0:
+            reason = "the vocabularies share nothing"
+        if reason and self.backend == "cudagraph":
+            raise ValueError(f"`backend='cudagraph'` cannot run: {reason}.")
+        if reason:
+            _logger.debug("no CUDA graphs: %s", reason)
+        return not reason
 
     # --------------------------------------------------------------------------- methods
     @cached_property
@@ -522,13 +547,30 @@ class HeteroSpeculativeDecoder:
             max(length, 1),
             Chance(generator),
         )
-        memory = DrafterMemory(
-            make_runner(self.drafter, len(rows), self.backend), contexts, self._limit
-        )
         policy = self._policy(greedy)
         methods = {name: self._method(name) for name in self._methods_to_try(greedy)}
-        target = make_runner(self.target, len(rows), self.backend)
-        return Rounds(rows, target, memory, methods, policy, request)
+        longest = max(len(row.ids) for row in rows) + request.max_new_tokens
+        target = self._runner(self.target, len(rows), longest)
+        # The same text may be longer in the drafter's tokens, but for its own limit.
+        drafter = self._runner(self.drafter, len(rows), min(4 * longest, self._limit))
+        memory = DrafterMemory(drafter, contexts, self._limit)
+        whole, at_end = None, None
+        if isinstance(target, GraphRunner) and isinstance(drafter, GraphRunner):
+            if request.processors.by_score and request.chance.serves(target.device):
+                whole = self._kept.round(
+                    target, drafter, self._shared, request.processors, self._block
+                )
+
+            def at_end() -> None:
+                self._kept.give_back(self.target, target)
+                self._kept.give_back(self.drafter, drafter)
+
+        return Rounds(rows, target, memory, methods, policy, request, whole, at_end)
+
+    def _runner(self, model: Any, rows: int, length: int) -> Runner:
+        if self._graphs:
+            return self._kept.take(model, rows, length + MARGIN)
+        return make_runner(model, rows, self.backend)
 
     def _context(self, chat: list[int]) -> Context:
         if self._same:

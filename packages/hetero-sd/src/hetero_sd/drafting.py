@@ -163,13 +163,21 @@ class SharedTokens:
         self.keep = self.keep.to(device)
         self.kept_target = distinct.to(device)
         pairs = zip(mapping.to_target.tolist(), mapping.keep.tolist(), strict=True)
-        self._forth = dict(reversed(list(pairs)))
+        self._forth: dict[int, int] = dict(reversed(list(pairs)))
         self.head: Tensor | None = None  # Set by `use_head`, else the whole head is computed.
 
     def use_head(self, weight: Tensor) -> None:
         """Compute these rows of the drafter's head alone, shape `(vocab, hidden)`."""
         whole = torch.arange(len(weight), device=weight.device)
         self.head = weight if torch.equal(self.keep, whole) else weight[self.keep]
+
+    def forth(self, token: int) -> int:
+        """Return the drafter id to go on with after a target token that was drafted."""
+        return self._forth[token]
+
+    def forth_of_columns(self) -> Tensor:
+        """Return the same for each column of the law, shape `(kept,)`."""
+        return torch.tensor([self._forth[token] for token in self.kept_target.tolist()])
 
     def shared_logits(self, logits: Tensor) -> Tensor:
         """Return logits over `kept_target` out of what the drafter gave, shape `(rows, kept)`."""

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .linear import few_rows_linear
+from .kernels.decode import pick_steps
 
 _SHAPED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _reasons: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
@@ -63,7 +63,8 @@ def _value_mismatch(model: Any) -> str:
         found = runner.extend([ids[:5]], [5]) + runner.extend([ids[5:]], [3])
     wanted = wanted.logits[0].float()
     error = float((torch.cat(found) - wanted).abs().max())
-    unit = {torch.float64: 1e-9, torch.float32: 1e-4}.get(next(model.parameters()).dtype, 5e-2)
+    half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
+    unit = 5e-2 if half else 1e-4  # The library's norms are in float32 in any case.
     limit = unit * (1 + float(wanted.abs().max()))
     return "" if error <= limit else f"its logits differ by {error:.2g}, more than {limit:.2g}"
 
@@ -86,24 +87,18 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _linear(x: Tensor, module: nn.Linear) -> Tensor:
-    y = few_rows_linear(x, module.weight)
-    return y if module.bias is None else y + module.bias
-
-
-def _norm(x: Tensor, module: Any) -> Tensor:
-    return functional.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
-
-
 class LlamaBody:
     """The layers of a Llama-shaped model as a function of ids, positions and a cache.
 
     Args:
         model: Such a model of `transformers`.
+        backend: As for `kernels.decode.pick_steps`.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, backend: str = "auto") -> None:
         config, inner = model.config, model.model
+        weight = inner.embed_tokens.weight
+        self.steps = pick_steps(weight.device, weight.dtype, backend)
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.dim_head = getattr(config, "head_dim", None) or config.hidden_size // self.heads
@@ -149,41 +144,51 @@ class LlamaBody:
             table: A `rotary_table` that reaches all positions.
         """
         rows, width = ids.shape
-        groups = self.heads // self.kv_heads
-        cos, sin = table[0][places][:, :, None], table[1][places][:, :, None]
-        line = torch.arange(rows, device=ids.device)[:, None]
-        seen = torch.arange(extent, device=ids.device) <= places[:, :, None]
-        mask = torch.zeros(seen.shape, dtype=self.weight.dtype, device=ids.device)
-        mask = mask.masked_fill_(~seen, float("-inf"))[:, None, None]
-        scale = self.dim_head**-0.5
+        steps = self.steps
+        cos, sin = table
         x = functional.embedding(ids, self.weight).view(rows * width, -1)
+        x, h = steps.add_rms_norm(x, None, *_norm(self.layers[0].before))
         for index, layer in enumerate(self.layers):
-            h = _norm(x, layer.before)
-            q = _linear(h, layer.q).view(rows, width, self.heads, self.dim_head)
-            k = _linear(h, layer.k).view(rows, width, self.kv_heads, self.dim_head)
-            v = _linear(h, layer.v).view(rows, width, self.kv_heads, self.dim_head)
-            if layer.q_norm is not None:
-                q, k = _norm(q, layer.q_norm), _norm(k, layer.k_norm)
-            both = torch.cat([q, k], dim=2)
-            both = both * cos + both.roll(self.dim_head // 2, dims=-1) * sin
-            q, k = both[:, :, : self.heads], both[:, :, self.heads :]
-            keys[index, line, :, places] = k
-            values[index, line, :, places] = v
-            old_k, old_v = keys[index, :, :, :extent], values[index, :, :, :extent]
-            # Heads that share keys are rows of one product.
-            q = q.view(rows, width, self.kv_heads, groups, self.dim_head).permute(0, 2, 3, 1, 4)
-            q = q.reshape(rows, self.kv_heads, groups * width, self.dim_head)
-            scores = (q @ old_k.transpose(-1, -2)) * scale
-            scores = scores.view(rows, self.kv_heads, groups, width, extent) + mask
-            weights = scores.softmax(dim=-1, dtype=_at_least_float32(x.dtype)).to(x.dtype)
-            mixed = weights.view(rows, self.kv_heads, groups * width, extent) @ old_v
-            mixed = mixed.view(rows, self.kv_heads, groups, width, self.dim_head)
-            mixed = mixed.permute(0, 3, 1, 2, 4).reshape(rows * width, -1)
-            x = x + _linear(mixed, layer.out)
-            h = _norm(x, layer.between)
-            h = functional.silu(_linear(h, layer.gate)) * _linear(h, layer.up)
-            x = x + _linear(h, layer.down)
-        return _norm(x, self.norm).view(rows, width, -1)
+            q = self._linear(h, layer.q).view(rows, width, self.heads, self.dim_head)
+            k = self._linear(h, layer.k).view(rows, width, self.kv_heads, self.dim_head)
+            v = self._linear(h, layer.v).view(rows, width, self.kv_heads, self.dim_head)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q = functional.rms_norm(q, (self.dim_head,), *_norm(layer.q_norm))
+                k = functional.rms_norm(k, (self.dim_head,), *_norm(layer.k_norm))
+            q = steps.rope_store(q, k, v, cos, sin, places, keys[index], values[index])
+            mixed = steps.attend(q, keys[index], values[index], places, extent)
+            o = self._linear(mixed.reshape(rows * width, -1), layer.out)
+            x, h = steps.add_rms_norm(x, o, *_norm(layer.between))
+            h = steps.swiglu(self._linear(h, layer.gate), self._linear(h, layer.up))
+            after = self.layers[index + 1].before if index + 1 < len(self.layers) else self.norm
+            x, h = steps.add_rms_norm(x, self._linear(h, layer.down), *_norm(after))
+        return h.view(rows, width, -1)
+
+    def _linear(self, x: Tensor, module: nn.Linear) -> Tensor:
+        y = self.steps.linear(x, module.weight)
+        return y if module.bias is None else y + module.bias
+
+    def logits(
+        self, states: Float[Tensor, "tokens hidden"], head: Tensor | None = None
+    ) -> Float[Tensor, "tokens kept"]:
+        """Return logits in float32 or wider.
+
+        Args:
+            states: Hidden states, as `__call__` returns them.
+            head: Rows of the head to compute; all if missing.
+        """
+        if head is None:
+            head, bias = self.head.weight, self.head.bias
+        else:
+            bias = None
+        out = self.steps.linear(states, head)
+        if bias is not None:
+            out = out + bias
+        return out.to(_at_least_float32(out.dtype))
+
+
+def _norm(module: Any) -> tuple[Tensor, float]:
+    return module.weight, module.variance_epsilon
 
 
 class LlamaRunner:
@@ -192,11 +197,12 @@ class LlamaRunner:
     Args:
         model: A model that `why_not_llama` has nothing against.
         rows: Number of rows, 1 or more.
+        backend: As for `kernels.decode.pick_steps`.
     """
 
-    def __init__(self, model: Any, rows: int = 1) -> None:
+    def __init__(self, model: Any, rows: int = 1, backend: str = "auto") -> None:
         self.lengths = [0] * rows
-        self._body = LlamaBody(model)
+        self._body = LlamaBody(model, backend)
         self._keys = self._values = self._room(rows, 0)
 
     def _room(self, rows: int, capacity: int) -> Tensor:
@@ -240,11 +246,7 @@ class LlamaRunner:
         ]
         if not most:
             return wanted
-        weight = body.head.weight if head is None else head
-        logits = few_rows_linear(torch.cat(wanted), weight)
-        if head is None and body.head.bias is not None:
-            logits = logits + body.head.bias
-        return list(logits.to(_at_least_float32(logits.dtype)).split(list(keep)))
+        return list(body.logits(torch.cat(wanted), head).split(list(keep)))
 
     def crop(self, lengths: Sequence[int]) -> None:
         """See `Runner`."""

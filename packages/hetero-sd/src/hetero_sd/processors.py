@@ -65,6 +65,11 @@ class Processors:
         """Whether nothing is done."""
         return not self._chain
 
+    @property
+    def key(self) -> str:
+        """What tells these processors from others that do something else."""
+        return repr((self.greedy, [(type(p).__name__, vars(p)) for p, _ in self._chain]))
+
     def scores_only(self, logits: Tensor) -> Tensor:
         """Return logits over any set of tokens, after those that act on scores alone."""
         for processor, kind in self._chain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,12 @@ from .chance import Chance
 from .context import DrafterMemory
 from .control import PLAIN, Arm, Bandit, Fixed
 from .drafting import Certain, Draft, Method, Situation
+from .graphs import WIDTHS, GraphRound
 from .processors import Processors
 from .runners import Runner
+
+_logger = logging.getLogger(__name__)
+WIDEST = WIDTHS[-1]  # Tokens of a row that a graph takes.
 
 
 @dataclass
@@ -139,6 +144,8 @@ class Rounds:
         methods: Drafting methods by name.
         policy: Chooses method and lookahead of each round.
         request: What is to be done.
+        whole: Does rounds of TLI and of plain decoding as a whole; nothing does if missing.
+        at_end: Called when no more rounds will come.
     """
 
     def __init__(
@@ -149,6 +156,8 @@ class Rounds:
         methods: dict[str, Method],
         policy: Fixed | Bandit,
         request: Request,
+        whole: GraphRound | None = None,
+        at_end: Callable[[], None] | None = None,
     ) -> None:
         self.rows = rows
         self.stats = Stats()
@@ -157,6 +166,8 @@ class Rounds:
         self._methods = methods
         self._policy = policy
         self._request = request
+        self._whole = whole
+        self._at_end = at_end
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -168,10 +179,18 @@ class Rounds:
 
     def run(self) -> Iterator[list[tuple[Row, list[int]]]]:
         """Yield the new tokens of each row after each round, until all rows have ended."""
+        try:
+            with torch.no_grad():
+                yield from self._run()
+        finally:
+            if self._at_end is not None:
+                self._at_end()
+
+    def _run(self) -> Iterator[list[tuple[Row, list[int]]]]:
         clock = self._request.clock
         first = True
         while self.rows:
-            begun = clock()
+            begun, setup = clock(), self._setup_seconds()
             if first:
                 # The prompt goes through the target alone: it says nothing about any arm.
                 arm = PLAIN if isinstance(self._policy, Bandit) else self._policy.choose()
@@ -179,6 +198,8 @@ class Rounds:
                 arm = self._policy.choose()
             new = self._round(arm)
             seconds = clock() - begun
+            # What is done once says nothing about an arm.
+            seconds -= self._setup_seconds() - setup
             self.stats.seconds["total"] += seconds
             if not first:
                 self._policy.learn(arm, sum(len(tokens) for _, tokens in new), seconds)
@@ -188,10 +209,13 @@ class Rounds:
     def _round(self, arm: Arm) -> list[tuple[Row, list[int]]]:
         name = f"{arm.method} {arm.lookahead}"
         self.stats.arms[name] = self.stats.arms.get(name, 0) + 1
-        drafts: list[Draft] = [Certain() for _ in self.rows]
-        if arm.lookahead:
-            drafts = self._draft(arm)
-        new = self._verify(drafts)
+        if self._whole is not None and self._fits(arm):
+            new = self._play(arm)
+        else:
+            drafts: list[Draft] = [Certain() for _ in self.rows]
+            if arm.lookahead:
+                drafts = self._draft(arm)
+            new = self._verify(drafts)
         self.stats.rounds += 1
         self.stats.generated += sum(map(len, new))
         result = list(zip(self.rows, new, strict=True))
@@ -203,12 +227,57 @@ class Rounds:
                 self._memory.select(alive)
         return result
 
-    def _draft(self, arm: Arm) -> list[Draft]:
-        request = self._request
+    def _setup_seconds(self) -> float:
+        return 0.0 if self._whole is None else self._whole.setup_seconds
+
+    def _fits(self, arm: Arm) -> bool:
+        if arm.method not in ("plain", "tli", "standard") or arm.lookahead >= WIDEST:
+            return False
+        pairs = zip(self.rows, self._target.lengths, strict=True)
+        return all(len(row.ids) == length + 1 for row, length in pairs)
+
+    def _play(self, arm: Arm) -> list[list[int]]:
+        """Do a round as a whole."""
+        request, memory = self._request, self._memory
+        assert self._whole is not None
+        rooms = [0 for _ in self.rows]
+        feeds: list[list[int]] = [[] for _ in self.rows]
+        if arm.lookahead:
+            self._tell()
+            left = [request.max_new_tokens - len(row.ids) + row.prompt - 1 for row in self.rows]
+            rooms = [min(room, arm.lookahead) for room in left]
+            with self._timed("text"):
+                feeds = memory.missing([arm.lookahead if room else 0 for room in rooms])
+            rooms = [room if feed else 0 for room, feed in zip(rooms, feeds, strict=True)]
+        with self._timed("verify"):
+            pending = [row.ids[-1] for row in self.rows]
+            lookahead = arm.lookahead if any(feeds) else 0
+            try:
+                done = self._whole.play(pending, feeds, rooms, lookahead, request.chance)
+            except RuntimeError as error:
+                _logger.debug("no CUDA graphs: %s", error)
+                self._whole = None
+                memory.crop(memory.lengths)
+                return self._verify([Certain() for _ in self.rows])
+        memory.note(done.fed)
+        new: list[list[int]] = []
+        everything = zip(self.rows, done.proposed, done.accepted, done.following, strict=True)
+        for row, proposed, accepted, following in everything:
+            self.stats.drafted += arm.lookahead if proposed else 0
+            self.stats.count(len(proposed), accepted)
+            new.append(self._append(row, [*proposed[:accepted], following]))
+        return new
+
+    def _tell(self) -> None:
+        """Let the drafter's contexts know what has been settled."""
         with self._timed("text"):
             for row, context in zip(self.rows, self._memory.contexts, strict=True):
                 context.extend(row.ids[row.told :])
                 row.told = len(row.ids)
+
+    def _draft(self, arm: Arm) -> list[Draft]:
+        request = self._request
+        self._tell()
         plain = request.processors.by_score
         now = Situation(
             memory=self._memory,
