@@ -48,7 +48,7 @@ def wander(runner, model, rows, seed):
         feeds = [[draw.randrange(SIZE) for _ in range(draw.randint(1, 6))] for _ in held]
         if step and len(held) > 1 and draw.random() < 0.5:
             feeds[draw.randrange(len(held))] = []
-        keep = [min(len(feed), draw.randint(1, 3)) for feed in feeds]
+        keep = [min(len(feed), draw.randint(0, 3)) for feed in feeds]
         found = runner.extend(feeds, keep)
         for row, (feed, k) in enumerate(zip(feeds, keep, strict=True)):
             held[row] += feed

@@ -11,8 +11,9 @@ METHODS = ("auto", "tli", "slem", "slrs", "c-slrs", "slrs-plain", "standard")
 LADDER = (1, 2, 3, 4, 6, 8, 12)
 _DISCOUNT = 0.99  # Weight of a round at the next one: a memory of some 100 rounds.
 _WIDTH = 0.12  # Breadth of the confidence bound, in rates of the best arm.
-_ALLOWANCE = 3.0  # Tokens' worth of plain decoding that trials may cost at first,
-_SHARE = 0.01  # and share of all time after that.
+_ALLOWANCE = 5.0  # Tokens' worth of plain decoding that trials may cost at first,
+_SHARE = 0.015  # and share of all time after that.
+_HOPE = 1.1  # What an arm that was never tried is hoped to bring, in rates of the best arm.
 _FRESH = 0.2  # Weight below which what is known of plain decoding is measured anew.
 
 
@@ -39,6 +40,8 @@ class _Record:
 
 class Fixed:
     """The one arm that the user asked for."""
+
+    hopeful = False  # The prompt's own round drafts, if any does.
 
     def __init__(self, arm: Arm) -> None:
         self._arm = arm
@@ -84,6 +87,13 @@ class Bandit:
         self.history.append(arm)
         return arm
 
+    @property
+    def hopeful(self) -> bool:
+        """Whether drafting is likely to be tried soon."""
+        rates = self.rates()
+        drafting = [rate for arm, rate in rates.items() if arm != PLAIN]
+        return not drafting or max(drafting) > rates.get(PLAIN, 0.0)
+
     def _choose(self) -> Arm:
         plain = self._records.get(PLAIN)
         if plain is None or plain.weight < _FRESH:
@@ -108,7 +118,7 @@ class Bandit:
         def bound(arm: Arm) -> float:
             record = self._records.get(arm)
             if record is None:
-                return math.inf
+                return _HOPE * top
             spread = math.sqrt(math.log(1 + total) / max(record.weight, 1e-3))
             return record.rate + _WIDTH * top * spread
 

@@ -105,6 +105,8 @@ class GraphRunner:
     ) -> list[Tensor]:
         """See `Runner`."""
         width, most = max(map(len, feeds)), max(keep)
+        if not width:
+            return [torch.empty(0) for _ in feeds]
         if width > _CHUNK + most:
             cut = [min(_CHUNK, max(len(feed) - most, 0)) for feed in feeds]
             self.extend([f[:c] for f, c in zip(feeds, cut, strict=True)], [0] * len(feeds))

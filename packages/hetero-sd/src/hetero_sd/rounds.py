@@ -196,6 +196,8 @@ class Rounds:
                 arm = PLAIN if isinstance(self._policy, Bandit) else self._policy.choose()
             else:
                 arm = self._policy.choose()
+            if first and self._policy.hopeful:
+                self._read_prompt()
             new = self._round(arm)
             seconds = clock() - begun
             # What is done once says nothing about an arm.
@@ -274,6 +276,14 @@ class Rounds:
             for row, context in zip(self.rows, self._memory.contexts, strict=True):
                 context.extend(row.ids[row.told :])
                 row.told = len(row.ids)
+
+    def _read_prompt(self) -> None:
+        """Let the drafter read the prompt, so that its first draft costs what every draft does."""
+        self._tell()
+        feeds = self._memory.missing([1 for _ in self.rows])
+        if any(feeds):
+            with self._timed("draft"):
+                self._memory.feed([feed[:-1] for feed in feeds], keep=[0 for _ in feeds])
 
     def _draft(self, arm: Arm) -> list[Draft]:
         request = self._request

@@ -72,6 +72,8 @@ class EagerRunner:
     ) -> list[Tensor]:
         """See `Runner`."""
         width = max(map(len, feeds))
+        if not width:
+            return [torch.empty(0) for _ in feeds]
         device = self._model.device
         ids = torch.tensor([[*feed, *[0] * (width - len(feed))] for feed in feeds], device=device)
         inputs: dict[str, Any] = {"input_ids": ids}
@@ -82,7 +84,7 @@ class EagerRunner:
             places = torch.tensor(self.lengths)[:, None] + torch.arange(width)
             inputs["attention_mask"] = self._valid.to(device).long()
             inputs["position_ids"] = places.to(device)
-        # The first position that any row needs.
+        # The first position that any row needs; one at least is computed.
         first = min((len(f) - k for f, k in zip(feeds, keep, strict=True) if k), default=width - 1)
         module = self._model
         if head is not None:
@@ -96,7 +98,9 @@ class EagerRunner:
         for row, feed in enumerate(feeds):
             self.lengths[row] += len(feed)
         return [
-            widen(states[row, len(feed) - k - first : len(feed) - first])
+            widen(states[row, max(len(feed) - k - first, 0) : max(len(feed) - first, 0)])
+            if k
+            else states[row, :0]
             for row, (feed, k) in enumerate(zip(feeds, keep, strict=True))
         ]
 
