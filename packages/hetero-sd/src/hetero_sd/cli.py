@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from .__about__ import __version__
+from .control import METHODS
 
 _logger = logging.getLogger(__name__)
 
@@ -119,6 +120,18 @@ def demo(output: Path, seed: int, tokens: int, small_target: bool, progress: boo
         raise click.ClickException("a greedy output differs from the target's own")
 
 
+class _Lookahead(click.ParamType):  # type: ignore[type-arg]
+    """A number of tokens, or `auto`."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
+        """Return the number, or `"auto"`."""
+        if value == "auto" or (str(value).isdigit()):
+            return "auto" if value == "auto" else int(value)
+        self.fail(f"{value!r} is neither 'auto' nor an integer of 0 or more.", param, ctx)
+
+
 def _folder(name: str) -> Any:
     return click.option(
         f"--{name}",
@@ -132,8 +145,8 @@ def _folder(name: str) -> Any:
 @_folder("target")
 @_folder("drafter")
 @click.option("--prompt", required=True, help="Text to continue.")
-@click.option("--method", type=click.Choice(["tli", "slem"]), default="tli", show_default=True)
-@click.option("--lookahead", type=click.IntRange(min=0), default=4, show_default=True)
+@click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True)
+@click.option("--lookahead", type=_Lookahead(), default="auto", show_default=True)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="0 is all.")
@@ -144,7 +157,7 @@ def generate(
     drafter: Path,
     prompt: str,
     method: Any,
-    lookahead: int,
+    lookahead: int | str,
     max_new_tokens: int,
     temperature: float,
     top_k: int,
