@@ -404,7 +404,10 @@ def upcycle(
 
 
 @main.command()
-@click.argument("topic", type=click.Choice(["hw", "decode", "convert", "train", "quant", "cache"]))
+@click.argument(
+    "topic",
+    type=click.Choice(["hw", "decode", "prefill", "convert", "train", "quant", "cache"]),
+)
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
@@ -417,14 +420,15 @@ def upcycle(
 def bench(topic: str, output: Path, shape: str, device: str) -> None:
     """Measure TOPIC, all contenders in one run, after checking results.
 
-    `decode`, `train` and `hw` take random weights of a shape; the others the shipped model.
+    `decode`, `prefill`, `train` and `hw` take random weights of a shape; the others the shipped
+    model.
     """
     _quiet()
     from fourfold_common import Results
 
     from .bench import run
 
-    options = {"shape": shape} if topic in ("hw", "decode", "train") else {}
+    options = {"shape": shape} if topic in ("hw", "decode", "prefill", "train") else {}
     path = run(topic, output, click.echo, device, **options)
     click.echo(Results.load(path).to_markdown())
     click.echo(f"Wrote {path}")
