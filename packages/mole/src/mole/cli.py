@@ -261,6 +261,7 @@ def generate(
 @click.option("--stop-after", type=int, help="Stop with a checkpoint after this step.")
 @click.option("--resume/--no-resume", default=True, help="Go on from OUTPUT's checkpoint.")
 @click.option("--compile/--no-compile", "compiled", default=False, help="Compile the layers.")
+@click.option("--shard", "sharded", is_flag=True, help="Split the weights over processes (FSDP2).")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 def train(
     data: tuple[Path, ...],
@@ -273,6 +274,7 @@ def train(
     stop_after: int | None,
     resume: bool,
     compiled: bool,
+    sharded: bool,
     progress: bool,
     **chosen: Any,
 ) -> None:
@@ -312,6 +314,7 @@ def train(
         save_every=save_every,
         stop_after=stop_after,
         compiled=compiled,
+        sharded=sharded,
         progress=progress,
     )
     click.echo(f"Wrote {output} ({len(tokens):,} tokens of text).")
