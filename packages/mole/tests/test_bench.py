@@ -13,16 +13,32 @@ def test_decode(tmp_path):
     lines = []
     path = run(
         "decode", tmp_path, lines.append, "cpu", shape="tiny", batches=(1, 2), length=48, steps=2,
+        cases=((4, "fp16", "pinned"), (2, "nf4", "pageable"), (2, "nf4", "mmap"),
+               (2, "nf4", "cached")),
+    )  # fmt: skip
+    cases = json.loads(path.read_text())["cases"]
+    ratios = {c["provider"]: c["parameters"] for c in cases if c["metric"] == "over dense"}
+    assert set(ratios) == {
+        "MoLE-4E fp16 pinned", "MoLE-2E nf4 pageable", "MoLE-2E nf4 mmap", "MoLE-2E nf4 cached",
+    }  # fmt: skip
+    assert ratios["MoLE-2E nf4 mmap"]["page_cache"] == "warm"
+    assert 0 < ratios["MoLE-2E nf4 cached"]["hit_rate"] <= 1
+    eager = [c["provider"] for c in cases if "eager" in c["provider"]]
+    assert {"MoLE-4E fp16 device, eager", "MoE-10E offloaded by accelerate, eager"} < set(eager)
+    assert all(c["error"] == 0 for c in cases if c["error"] is not None)
+
+
+def test_prefill(tmp_path):
+    path = run(
+        "prefill", tmp_path, lambda line: None, "cpu", shape="tiny", batches=(1, 2), length=40,
         cases=((4, "fp16", "pinned"), (2, "nf4", "pageable")),
     )  # fmt: skip
     cases = json.loads(path.read_text())["cases"]
-    assert {c["provider"] for c in cases if c["metric"] == "over dense"} == {
-        "MoLE-4E fp16 pinned",
-        "MoLE-2E nf4 pageable",
-    }
-    eager = [c["provider"] for c in cases if "eager" in c["provider"]]
-    assert "MoE-10E offloaded by accelerate, eager" in eager
-    assert all(c["error"] == 0 for c in cases if c["error"] is not None)
+    assert {(c["provider"], c["parameters"]["batch"]) for c in cases if c["unit"] == "x"} == {
+        (name, batch) for name in ("MoLE-4E fp16 pinned", "MoLE-2E nf4 pageable")
+        for batch in (1, 2)
+    }  # fmt: skip
+    assert all(c["error"] < 1e-5 for c in cases if c["error"] is not None)
 
 
 def test_train(tmp_path):
