@@ -246,3 +246,47 @@ def test_sequential_offload_gives_the_same_latents_and_maps():
         seen = family.run(pipe)
     assert torch.equal(plain, seen)
     assert torch.equal(observer.heatmaps().values, moved.heatmaps().values)
+
+
+@pytest.mark.parametrize(("name", "config"), VARIANTS, ids=IDS)
+def test_prompt_attention_is_what_the_model_computed(name, config, monkeypatch):
+    family = FAMILIES[name]
+    pipe = family.build(**config)
+    if name == "hunyuan-image":
+        with pytest.raises(ValueError, match="HunyuanImage has no 'prompt_attention' yet"):
+            ConceptAttention(pipe, WORDS, space="prompt_attention", prompt_tokens=[[0], [1], [2]])
+        return
+    arguments = first_call(family, pipe)
+    batch, text = arguments["encoder_hidden_states"].shape[:2]
+    seen = []
+    real = F.scaled_dot_product_attention
+
+    def record(query, key, value, attn_mask=None, **kwargs):
+        seen.append((query, key))
+        return real(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    spots = [[0], [1, 2], [4]]
+    pipe._guidance_scale = 1.0
+    with ConceptAttention(
+        pipe, WORDS, concept_embeds=EMBEDS, layers="all", store="layers",
+        space="prompt_attention", prompt_tokens=spots, kernels="torch",
+    ) as observer, torch.no_grad():  # fmt: skip
+        monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+        pipe.transformer(**arguments)
+    monkeypatch.undo()
+    maps = observer.heatmaps().with_reduce("raw")
+    patches = maps.values[0, 0].numel()
+    # The model's own joint attentions: all tokens at once, in the order of its layers.
+    joint = [pair for pair in seen if pair[0].shape[2] == text + patches]
+    image_first = name.startswith(("sd3", "hunyuan"))
+    for layer in range(3):
+        query, key = joint[layer]
+        words, places = (slice(patches, None), slice(0, patches))
+        if not image_first:
+            words, places = (slice(0, text), slice(text, None))
+        query, key = query[:, :, words], key[:, :, places]
+        logits = (query @ key.mT).mean(1) / query.shape[-1] ** 0.5
+        expected = torch.stack([logits[:, rows].mean(1) for rows in spots], 1)
+        ours = maps.select(layers=[layer]).values.flatten(2)
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+    assert batch == len(maps.values)

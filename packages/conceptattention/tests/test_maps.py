@@ -104,7 +104,10 @@ def test_errors():
     maps, picture = make(), Image.new("RGB", (2, 2))
     for call, message in (
         (lambda: maps.with_reduce("median"), "`reduce` must be 'softmax_mean'.*; got 'median'"),
-        (lambda: maps.with_reduce("raw", -1.0), "`temperature` must be above 0; got -1.0"),
+        (
+            lambda: maps.with_reduce("raw", -1.0),
+            "`temperature` must be above 0 or 'auto'; got -1.0",
+        ),
         (lambda: maps.select(steps=[0]), "`steps` were averaged while recording"),
         (lambda: maps.select(layers=[4]), r"`layers` must be among \[0, 1\]; got \[4\]"),
         (lambda: maps.select(layers=[]), "select nothing"),

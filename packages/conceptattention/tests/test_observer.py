@@ -3,7 +3,8 @@ import copy
 import pytest
 import torch
 
-from conceptattention import Adapter, ConceptAttention, register_adapter, segment
+from conceptattention import Adapter, ConceptAttention, preset, register_adapter, segment
+from conceptattention.observer import resolve_steps
 from conceptattention.testing import (
     ORACLE_ERROR,
     dense_concept_outputs,
@@ -14,11 +15,11 @@ from conceptattention.testing import (
 CONCEPTS = ["cat", "grass", "sky"]
 
 
-def generate(pipe, **kwargs):
+def generate(pipe, prompt=("a cat on grass", "a dog on snow"), **kwargs):
     kwargs = {"height": 16, "width": 32, "num_inference_steps": 3, **kwargs}
     generator = torch.Generator().manual_seed(0)
     return pipe(
-        ["a cat on grass", "a dog on snow"],
+        list(prompt),
         generator=generator, output_type="pt", max_sequence_length=16, **kwargs,
     ).images  # fmt: skip
 
@@ -231,7 +232,7 @@ def test_multi_token_words(flux, caplog):
         ({"token": "middle"}, ValueError, "`token` must be one of .*; got 'middle'"),
         ({"normalize": "l1"}, ValueError, "`normalize` must be one of .*; got 'l1'"),
         ({"vectors": ["q"]}, ValueError, "`vectors` must be one of .*; got 'q'"),
-        ({"temperature": 0.0}, ValueError, "`temperature` must be above 0; got 0.0"),
+        ({"temperature": 0.0}, ValueError, "`temperature` must be above 0 or 'auto'; got 0.0"),
         ({"concept_embeds": torch.zeros(2, 24)}, ValueError,
          r"3 concepts in one list; got \(2, 24\)"),
     ],
@@ -383,3 +384,95 @@ def test_bit_identity_on_gpu():
         seen = generate(pipe, **CFG)
     assert torch.equal(plain, seen)
     assert observer.heatmaps().values.shape == (2, 3, 4, 8)
+
+
+def test_prompt_words_are_found_in_the_prompt(flux):
+    settings = {"space": ["output", "prompt_attention"], "layers": "all"}
+    with ConceptAttention(flux, ["cat", "snow"], prompt="a cat on snow", **settings) as observer:
+        generate(flux, prompt=["a cat on snow", "a cat on snow"])
+    with ConceptAttention(flux, ["cat", "snow"], prompt_tokens=[[1], [3]], **settings) as by_number:
+        generate(flux, prompt=["a cat on snow", "a cat on snow"])
+    ours, expected = (o.heatmaps(space="prompt_attention") for o in (observer, by_number))
+    assert torch.equal(ours.raw, expected.raw)
+    assert not torch.equal(ours.raw, observer.heatmaps().raw)
+
+
+def test_prompts_of_a_batch_have_their_own_positions(flux):
+    prompts = ["a cat on snow", "snow on a cat"]
+    settings = {"space": "prompt_attention", "layers": "all"}
+    with ConceptAttention(flux, ["cat", "snow"], prompt=prompts, **settings) as both:
+        generate(flux, prompt=prompts)
+    with ConceptAttention(flux, ["cat", "snow"], prompt=prompts[1], **settings) as second:
+        generate(flux, prompt=prompts)
+    both, second = both.heatmaps().raw, second.heatmaps().raw
+    assert torch.equal(both[:, 1], second[:, 1])
+    assert not torch.equal(both[:, 0], second[:, 0])
+
+
+def test_segment_uses_its_caption_for_prompt_attention(flux):
+    picture = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    maps = segment(flux, picture, ["cat", "sky"], "a cat on sky", space="prompt_attention")
+    given = segment(
+        flux, picture, ["cat", "sky"], "a cat on sky",
+        space="prompt_attention", prompt_tokens=[[1], [3]],
+    )  # fmt: skip
+    assert torch.equal(maps.values, given.values)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "needs either `prompt` or `prompt_tokens`"),
+        ({"prompt": "a dog"}, "`prompt` must hold every concept; 'cat' is not in 'a dog'"),
+        ({"prompt": []}, "`prompt` must be one text or"),
+        ({"prompt_tokens": [[0]]}, "`prompt_tokens` must hold positions for each of 2 concepts"),
+        ({"prompt_tokens": [[0], []]}, "`prompt_tokens` must hold positions for each"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_errors_of_prompt_attention(flux, given, message):
+    with pytest.raises(ValueError, match=message):
+        ConceptAttention(flux, ["cat", "sky"], space="prompt_attention", **given)
+
+
+def test_prompt_tokens_out_of_range(flux):
+    with (
+        pytest.raises(ValueError, match="`prompt_tokens` must be below 16"),
+        ConceptAttention(flux, ["cat"], space="prompt_attention", prompt_tokens=[[16]]),
+    ):
+        generate(flux)
+
+
+def test_fractions_select_steps():
+    assert resolve_steps(slice(0.7, -1), 10) == {7, 8}
+    assert resolve_steps(slice(0.25, 0.5), 10) == {3, 4}
+    assert resolve_steps([0.0, 0.5, 1.0], 4) == {0, 2, 3}
+    with pytest.raises(ValueError, match="`steps` as shares must be between 0 and 1"):
+        resolve_steps(1.5, 10)
+
+
+def test_automatic_temperature_is_the_spread_of_the_scores(flux):
+    with ConceptAttention(flux, ["cat", "sky"], temperature="auto", store="all") as observer:
+        generate(flux)
+    maps = observer.heatmaps()
+    spread = maps.raw.std(dim=(2, 3, 4), keepdim=True, correction=0)
+    torch.testing.assert_close(maps.soft, (maps.raw / spread).softmax(2))
+    one = maps.select(steps=[0], layers=[observer.layers[0]]).with_reduce("mean_softmax")
+    torch.testing.assert_close(one.values, maps.soft[0])
+
+
+def test_preset_of_the_paper(flux):
+    settings = preset("paper", flux)
+    assert settings["token"] == "first"
+    with ConceptAttention(flux, ["cat", "sky"], **settings) as observer:
+        generate(flux)
+    assert observer.layers == (0, 1, 2)
+    with pytest.raises(ValueError, match="`name` must be one of"):
+        preset("best", flux)
+
+
+def test_reduce_is_the_order_of_the_maps(flux):
+    with ConceptAttention(flux, ["cat", "sky"], reduce="mean_softmax", temperature=5.0) as observer:
+        generate(flux)
+    maps = observer.heatmaps()
+    torch.testing.assert_close(maps.values, (maps.raw[0] / 5).softmax(1))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .adapters import Adapter, JointAdapter, register_adapter
     from .maps import ConceptMap, ConceptMaps
     from .observer import ConceptAttention
+    from .presets import preset
     from .segmentation import segment
 
 _HOME = {
@@ -23,6 +24,7 @@ _HOME = {
     "ConceptMap": "maps",
     "ConceptMaps": "maps",
     "JointAdapter": "adapters",
+    "preset": "presets",
     "register_adapter": "adapters",
     "segment": "segmentation",
 }
@@ -49,6 +51,7 @@ __all__ = [
     "ConceptMaps",
     "JointAdapter",
     "__version__",
+    "preset",
     "register_adapter",
     "segment",
 ]

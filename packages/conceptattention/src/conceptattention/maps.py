@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .scores import Temperature, check_temperature, spread
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -172,7 +174,7 @@ class ConceptMaps:
     counts: Sequence[int]
     coverage: Mapping[int, float]
     space: str = "output"
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     reduce: Reduce = "softmax_mean"
 
     @property
@@ -183,7 +185,9 @@ class ConceptMaps:
         if self.reduce == "softmax_mean":
             return (self.soft * weight).sum(0)
         mean = (self.raw * weight).sum(0)
-        return mean if self.reduce == "raw" else (mean / self.temperature).softmax(dim=1)
+        return (
+            mean if self.reduce == "raw" else (mean / spread(mean, self.temperature)).softmax(dim=1)
+        )
 
     def __len__(self) -> int:
         """Return the number of concepts."""
@@ -212,12 +216,13 @@ class ConceptMaps:
         limits = (float(values.min()), float(values.max()))
         return ConceptMap(name, values[:, self.names().index(name)], limits)
 
-    def with_reduce(self, reduce: Reduce, temperature: float | None = None) -> ConceptMaps:
+    def with_reduce(self, reduce: Reduce, temperature: Temperature | None = None) -> ConceptMaps:
         """Return the maps with another order of reduction.
 
         Args:
             reduce: "softmax_mean", "mean_softmax" or "raw".
-            temperature: Of "mean_softmax"; unchanged when None.
+            temperature: Of "mean_softmax"; unchanged when None, and "auto" for the standard
+                deviation of each image's scores.
 
         Raises:
             ValueError: An argument is out of range.
@@ -226,8 +231,8 @@ class ConceptMaps:
             raise ValueError(
                 f"`reduce` must be 'softmax_mean', 'mean_softmax' or 'raw'; got {reduce!r}."
             )
-        if temperature is not None and not temperature > 0:
-            raise ValueError(f"`temperature` must be above 0; got {temperature}.")
+        if temperature is not None:
+            check_temperature(temperature)
         return replace(self, reduce=reduce, temperature=temperature or self.temperature)
 
     def select(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -21,18 +22,18 @@ from torch import Tensor, nn
 
 from .adapters import Block, Call, ImageSide, adapter_for
 from .kernels.concept import concept_attention, reference, usable
-from .maps import ConceptMaps
-from .scores import Normalize, RunningMean
+from .maps import ConceptMaps, Reduce
+from .scores import Normalize, RunningMean, Temperature, check_temperature
 
 _logger = logging.getLogger(__name__)
 _logger.addHandler(logging.NullHandler())
 
-Space = Literal["output", "cross_attention", "value"]
+Space = Literal["output", "cross_attention", "prompt_attention", "value"]
 Store = Literal["mean", "layers", "steps", "all"]
 Token = Literal["auto", "first", "mean", "last"]
 Vector = Literal["concept_output", "image_output", "concept_query", "image_key", "concept_value"]
 Kernels = Literal["auto", "torch", "triton"]
-Selection = str | int | slice | Sequence[int]
+Selection = str | int | float | slice | Sequence[int | float]
 MAX_CONCEPTS = 512
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -69,16 +70,23 @@ class ConceptAttention:
         concepts: Words, in or outside the prompt; or one list of words per image of the batch, all
             of one length.
         layers: "default" (the family's choice), "all", "last:N", an index, a slice, or indices.
-        steps: "all", an index, a slice, or indices; negative ones count from the last step.
-        space: "output" (the paper's maps), "cross_attention", "value", or several of them.
+        steps: "all", an index, a slice, or indices; negative ones count from the last step, and
+            fractions are shares of the run: `slice(0.7, -1)`.
+        space: "output" (the paper's maps), "cross_attention", "prompt_attention" (queries of the
+            words inside the prompt), "value", or several of them.
         store: "mean" keeps one map; "layers", "steps" and "all" keep one per layer, per step, or
             both, for `ConceptMaps.select`.
         normalize: None for raw scores; "l2", "cosine" or "linear" as in `concept_scores`.
-        temperature: Divides scores before the softmax over concepts; above 0.
+        temperature: Divides scores before the softmax over concepts; above 0, or "auto" for the
+            standard deviation of each image's scores.
+        reduce: Order of reduction of the maps, as in `ConceptMaps.with_reduce`.
         self_attention: Let concepts attend to each other too, as the paper does.
         token: Which token of a word stands for it: "first" (the paper), "mean", "last", or "auto":
             "first" for words of one token, else "mean".
         vectors: Names of vectors to keep for `vectors`, on the model's device.
+        prompt: For "prompt_attention": the text, or one per image, that the pipeline is called
+            with; it must hold every concept.
+        prompt_tokens: Instead of `prompt`: each concept's positions among the text tokens.
         concept_embeds: Text vectors (concepts, dim_text) to use instead of encoding the words.
         kernels: What computes the side attention and its scores: "torch", "triton", or "auto":
             Triton on CUDA for at most 16 concepts and known head sizes, else torch.
@@ -100,10 +108,13 @@ class ConceptAttention:
         space: Space | Sequence[Space] = "output",
         store: Store = "mean",
         normalize: Normalize | None = None,
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
+        reduce: Reduce = "softmax_mean",
         self_attention: bool = True,
         token: Token = "auto",
         vectors: Sequence[Vector] = (),
+        prompt: str | Sequence[str] | None = None,
+        prompt_tokens: Sequence[Sequence[int]] | None = None,
         concept_embeds: Tensor | None = None,
         kernels: Kernels = "auto",
     ) -> None:
@@ -114,14 +125,14 @@ class ConceptAttention:
             ("store", (store,), get_args(Store)),
             ("token", (token,), get_args(Token)),
             ("normalize", (normalize,), (None, *get_args(Normalize))),
+            ("reduce", (reduce,), get_args(Reduce)),
             ("vectors", tuple(vectors), get_args(Vector)),
             ("kernels", (kernels,), get_args(Kernels)),
         ):
             for value in values:
                 if value not in known:
                     raise ValueError(f"`{name}` must be one of {known}; got {value!r}.")
-        if not temperature > 0:
-            raise ValueError(f"`temperature` must be above 0; got {temperature}.")
+        check_temperature(temperature)
         transformer: Any = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
         self.adapter = adapter_for(transformer)
         assert_ready(transformer)
@@ -131,10 +142,13 @@ class ConceptAttention:
         self.layers = self._select_layers(layers)
         self.steps = steps
         check_steps(steps)
-        self.store, self.normalize, self.temperature = store, normalize, float(temperature)
+        self.store, self.normalize, self.reduce = store, normalize, reduce
+        self.temperature: Temperature = temperature
         self.self_attention, self.token = self_attention, token
         self.kept, self.kernels = tuple(vectors), kernels
         self._embeds = self._check_embeds(concept_embeds)
+        self._spots = self._find_in_prompt(prompt, prompt_tokens)
+        self._shares: Tensor | None = None  # of the prompt's tokens in each concept's query
         self.runs: list[Run] = []
         self.stop_early = False
         self.direct = False  # the transformer is called by us, not by the pipeline
@@ -185,7 +199,7 @@ class ConceptAttention:
         ]
         self._tapped = [(seed,)]
         for block in self.blocks[: self.layers[-1] + 1]:
-            taps = self.adapter.taps(block)
+            taps = self._wanted(block)
             self._tapped.append(tuple(module for module, _ in taps.values()))
             for name, (module, side) in taps.items():
                 self._handles.append(self._tap(block.index, name, module, side))
@@ -204,7 +218,7 @@ class ConceptAttention:
         """Attach again if LoRA, fusing or a new text projection replaced a tapped module."""
         wanted: list[tuple[nn.Module, ...]] = [(self.adapter.seed(self.model),)]
         for block in self.blocks[: self.layers[-1] + 1]:
-            wanted.append(tuple(module for module, _ in self.adapter.taps(block).values()))
+            wanted.append(tuple(module for module, _ in self._wanted(block).values()))
         if wanted != self._tapped:
             _logger.debug("the model's projections changed; attaching again")
             # The hooks on the model itself are running now and stay.
@@ -215,6 +229,13 @@ class ConceptAttention:
             for handle in self._handles[:2]:
                 handle.remove()
             self._handles[:2] = keep
+
+    def _wanted(self, block: Block) -> dict[str, Any]:
+        """Return the taps of a layer."""
+        taps: dict[str, Any] = self.adapter.taps(block)
+        if "prompt_attention" in self.spaces and block.index in self.layers:
+            taps = taps | self.adapter.prompt_taps(block)
+        return taps
 
     def _tap(self, index: int, name: str, module: nn.Module, side: str) -> Any:
         def record_output(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -299,6 +320,27 @@ class ConceptAttention:
             call = self._conditional(run.call, len(output))
             self._stream = self.adapter.start(self.model, call, embeds)
             self._temb = self.adapter.temb(self.model, call)
+            self._share_tokens(output, batch)
+
+    def _share_tokens(self, output: Tensor, batch: int) -> None:
+        """Make the matrix (batch, concepts, tokens) that averages the queries of each word."""
+        if not self._spots:
+            return
+        shape = (batch, len(self._spots[0]), output.shape[1])
+        shares = self._shares
+        if shares is not None and shares.shape == shape and shares.device == output.device:
+            return
+        shares = torch.zeros(shape)
+        for row in range(batch):
+            spots = self._spots[row * len(self._spots) // batch]
+            for place, positions in enumerate(spots):
+                if max(positions) >= shape[2]:
+                    raise ValueError(
+                        f"`prompt_tokens` must be below {shape[2]}, the number of text tokens; "
+                        f"got {max(positions)}."
+                    )
+                shares[row, place, positions] = 1 / len(positions)
+        self._shares = shares.to(output.device)
 
     def _conditional(self, call: Call, batch: int) -> Call:
         """Return the call with the rows of its conditional half alone."""
@@ -315,7 +357,7 @@ class ConceptAttention:
             if not self._active or self._busy:
                 return
             taps = self._taps.pop(block.index, {})
-            if block.index != self._next or len(taps) < len(self.adapter.taps(block)):
+            if block.index != self._next or len(taps) < len(self._wanted(block)):
                 # A cache skipped a layer: the concept stream of this pass ends here.
                 self._stream = None
             stream, temb = self._stream, self._temb
@@ -323,7 +365,7 @@ class ConceptAttention:
                 with self._aside():
                     taps = {name: tap[self._rows] for name, tap in taps.items()}
                     image = self.adapter.image_side(block, taps, kwargs)
-                    self._observe(block, image, stream, temb, kwargs)
+                    self._observe(block, image, stream, temb, kwargs, taps.get("prompt"))
             self._next = block.index + 1
             if self.stop_early and block.index == self.layers[-1]:
                 raise StopForward
@@ -331,7 +373,13 @@ class ConceptAttention:
         return step
 
     def _observe(
-        self, block: Block, image: ImageSide, stream: Tensor, temb: Tensor, arguments: Any
+        self,
+        block: Block,
+        image: ImageSide,
+        stream: Tensor,
+        temb: Tensor,
+        arguments: Any,
+        prompt: Tensor | None,
     ) -> None:
         """Carry the concept stream through one layer and record its scores."""
         normed, state = self.adapter.pre(block, stream, temb)
@@ -348,8 +396,10 @@ class ConceptAttention:
                 scale, ours, theirs = 1.0, outputs, image.outputs
                 if space == "value":
                     ours, theirs = _flat(v), _flat(image.values)
-                elif space == "cross_attention":
+                elif space != "output":
                     ours, theirs = _flat(q), _flat(image.rotated)
+                    if space == "prompt_attention":
+                        ours = self._prompt_queries(block, prompt, arguments, theirs.shape[1])
                     scale = 1 / (q.shape[1] * q.shape[-1] ** 0.5)  # mean over heads
                 layer = block.index if self.store in ("layers", "all") else -1
                 step = run.step if self.store in ("steps", "all") else -1
@@ -367,6 +417,12 @@ class ConceptAttention:
                 run.vectors[name, block.index, run.step] = available[name].detach().clone()
         if block.index < self.layers[-1]:
             self._stream = self.adapter.post(block, stream, outputs, state)
+
+    def _prompt_queries(self, block: Block, tap: Any, arguments: Any, patches: int) -> Tensor:
+        """Return the mean query of each concept's tokens in the prompt."""
+        queries = _flat(self.adapter.prompt_queries(block, tap, arguments, patches))
+        shares: Any = self._shares
+        return shares.to(queries.dtype) @ queries  # type: ignore[no-any-return]
 
     def _use_triton(self, image: ImageSide, concepts: int) -> bool:
         """Return whether the kernels run; "auto" means on CUDA wherever they can.
@@ -435,6 +491,7 @@ class ConceptAttention:
             coverage={layer: len(chosen.seen[layer]) / len(chosen.steps) for layer in self.layers},
             space=name,
             temperature=self.temperature,
+            reduce=self.reduce,
         )
 
     def vectors(self, name: Vector, *, layer: int, step: int = 0, run: int = -1) -> Tensor:
@@ -471,6 +528,41 @@ class ConceptAttention:
             _logger.warning("%s: several tokens, their mean is used", ", ".join(several))
         place = {word: index for index, word in enumerate(words)}
         return torch.stack([encoded.embeds[[place[word] for word in row]] for row in lists])
+
+    def _find_in_prompt(
+        self,
+        prompt: str | Sequence[str] | None,
+        tokens: Sequence[Sequence[int]] | None,
+    ) -> list[list[list[int]]]:
+        """Return the positions of every concept's tokens, for each prompt."""
+        if "prompt_attention" not in self.spaces:
+            return []
+        if (prompt is None) == (tokens is None):
+            raise ValueError("`space='prompt_attention'` needs either `prompt` or `prompt_tokens`.")
+        self.adapter.prompt_taps(self.blocks[0])
+        several = isinstance(self.concepts[0], tuple)
+        if tokens is not None:
+            if several or len(tokens) != len(self.concepts) or not all(tokens):
+                raise ValueError(
+                    f"`prompt_tokens` must hold positions for each of {len(self.concepts)} "
+                    f"concepts in one list; got {tokens!r}."
+                )
+            return [[list(row) for row in tokens]]
+        texts: list[str] = [prompt] if isinstance(prompt, str) else list(prompt or ())
+        lists: Any = self.concepts if several else [self.concepts]
+        if several and len(texts) == 1:
+            texts = texts * len(lists)
+        if not several:
+            lists = lists * len(texts)
+        if not texts or len(texts) != len(lists):
+            raise ValueError(
+                f"`prompt` must be one text or {len(lists) or 'several'} of them; got {len(texts)}."
+            )
+        find = self.adapter.prompt_positions
+        return [
+            [find(self.pipe, text, word) for word in words]
+            for text, words in zip(texts, lists, strict=True)
+        ]
 
     def _check_embeds(self, embeds: Tensor | None) -> Tensor | None:
         if embeds is None:
@@ -563,7 +655,7 @@ def check_steps(steps: Selection) -> None:
     """Check a selection of steps as far as it can be checked before the run."""
     if isinstance(steps, str) and steps != "all":
         raise ValueError(f"`steps` must be 'all', an index, a slice or indices; got {steps!r}.")
-    if not isinstance(steps, (str, int, slice)) and not list(steps):
+    if not isinstance(steps, (str, int, float, slice)) and not list(steps):
         raise ValueError("`steps` must select at least one step; got none.")
 
 
@@ -583,9 +675,17 @@ def resolve(name: str, selection: Selection, total: int) -> set[int]:
             return set(range(total))
         raise ValueError(f"`{name}` must be 'all', indices or a slice; got {selection!r}.")
     if isinstance(selection, slice):
-        return set(range(total)[selection])
+        start, stop = (
+            math.ceil(bound * total) if isinstance(bound, float) else bound
+            for bound in (selection.start, selection.stop)
+        )
+        return set(range(total)[start : stop : selection.step])
     chosen = set()
-    for index in [selection] if isinstance(selection, int) else selection:
+    for index in [selection] if isinstance(selection, (int, float)) else selection:
+        if isinstance(index, float):
+            if not 0 <= index <= 1:
+                raise ValueError(f"`{name}` as shares must be between 0 and 1; got {index}.")
+            index = min(int(index * total), total - 1)
         if not -total <= index < total:
             raise ValueError(f"`{name}` must be between {-total} and {total - 1}; got {index}.")
         chosen.add(index % total)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Normalize = Literal["l2", "cosine", "linear"]
+Temperature = float | Literal["auto"]
 
 
 def concept_scores(
@@ -47,6 +48,26 @@ def normalized(
     return concepts
 
 
+def spread(scores: Float[Tensor, "*shape"], temperature: Temperature) -> Tensor | float:
+    """Return the divisor of scores before a softmax; "auto" is each image's standard deviation."""
+    if temperature != "auto":
+        return temperature
+    sizes = tuple(range(1, scores.ndim))
+    return scores.std(dim=sizes, keepdim=True, unbiased=False).clamp(min=1e-12)
+
+
+def check_temperature(temperature: Temperature) -> None:
+    """Check a temperature.
+
+    Raises:
+        ValueError: It is neither above 0 nor "auto".
+    """
+    if temperature == "auto":
+        return
+    if isinstance(temperature, str) or not temperature > 0:
+        raise ValueError(f"`temperature` must be above 0 or 'auto'; got {temperature!r}.")
+
+
 class RunningMean:
     """Float32 means of raw scores and of their softmax over concepts, without synchronising."""
 
@@ -55,9 +76,11 @@ class RunningMean:
         self.soft: Tensor | None = None
         self.count = 0
 
-    def add(self, scores: Float[Tensor, "batch concepts patches"], temperature: float) -> None:
+    def add(
+        self, scores: Float[Tensor, "batch concepts patches"], temperature: Temperature
+    ) -> None:
         """Count one layer at one step."""
-        soft = (scores / temperature).softmax(dim=1)
+        soft = (scores / spread(scores, temperature)).softmax(dim=1)
         self.count += 1
         if self.raw is None or self.soft is None:
             self.raw, self.soft = scores.clone(), soft
@@ -70,7 +93,7 @@ class RunningMean:
         concepts: Float[Tensor, "batch concepts dim"],
         patches: Float[Tensor, "batch patches dim"],
         normalize: Normalize | None,
-        temperature: float,
+        temperature: Temperature,
         scale: float = 1.0,
         *,
         triton: bool = False,
@@ -78,6 +101,9 @@ class RunningMean:
         """Count one layer at one step from its vectors; scores are `scale` times their product."""
         from .kernels.concept import add_scores, reference
 
+        if temperature == "auto":
+            self.add(scale * concept_scores(concepts, patches, normalize), temperature)
+            return
         if self.raw is None or self.soft is None:
             shape = (len(concepts), concepts.shape[1], patches.shape[1])
             self.raw, self.soft = (

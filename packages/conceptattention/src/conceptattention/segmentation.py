@@ -63,6 +63,9 @@ def segment(
             f"`prompt` must be one text or {len(pixels)} of them, one per picture; "
             f"got {len(prompts)}."
         )
+    space = settings.get("space", "output")
+    if "prompt_attention" in ((space,) if isinstance(space, str) else space):
+        settings.setdefault("prompt", None if "prompt_tokens" in settings else prompts)
     observer = ConceptAttention(pipe, concepts, **settings)
     observer.direct = True
     # An exception leaves offloading half done, so offloaded models run to their end.

@@ -138,6 +138,30 @@ class Adapter(ABC):
             arguments: Keyword arguments of the attention module's call.
         """
 
+    def prompt_taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
+        """Return the module whose output `prompt_queries` needs, under the name "prompt"."""
+        raise ValueError(f"`space`: {self.family} has no 'prompt_attention' yet.")
+
+    def prompt_queries(
+        self, block: Block, tap: Tensor, arguments: Mapping[str, Any], patches: int
+    ) -> Tensor:
+        """Return the prompt's queries as attention used them, (batch, heads, tokens, dim_head).
+
+        Args:
+            block: The layer.
+            tap: What the tap of `prompt_taps` saw.
+            arguments: Keyword arguments of the attention module's call.
+            patches: Number of image tokens.
+        """
+        raise ValueError(f"`space`: {self.family} has no 'prompt_attention' yet.")
+
+    def prompt_positions(self, pipe: Any, prompt: str, word: str) -> list[int]:
+        """Return where a word's tokens sit in the prompt, counted from the first text token."""
+        raise ValueError(
+            f"`prompt`: where {self.family} puts a prompt's tokens is not known; "
+            "pass `prompt_tokens`."
+        )
+
     @abstractmethod
     def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
         """Return the normalised, modulated concepts, and what `post` needs."""

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -60,6 +60,21 @@ class CogVideoXAdapter(JointAdapter):
 
     def rotate(self, keys: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, None]:
         return keys, None  # the attention rotates keys in place, after our tap saw them
+
+    def prompt_taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
+        attn: Any = block.attention
+        if attn.norm_q is not None:
+            return {"prompt": (attn.norm_q, "output")}
+        return {"prompt": (attn.to_qkv if attn.fused_projections else attn.to_q, "output")}
+
+    def prompt_queries(
+        self, block: Block, tap: Tensor, arguments: Mapping[str, Any], patches: int
+    ) -> Tensor:
+        heads = block.attention.heads
+        if tap.ndim == 3:
+            fused = block.attention.fused_projections and block.attention.norm_q is None
+            tap = (tap.chunk(3, -1)[0] if fused else tap).unflatten(-1, (heads, -1)).transpose(1, 2)
+        return tap[:, :, : tap.shape[2] - patches]  # text has no rotary position
 
     def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
         module: Any = block.module

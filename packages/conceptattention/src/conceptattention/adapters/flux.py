@@ -22,6 +22,7 @@ class FluxAdapter(JointAdapter):
 
     family = "Flux.1"
     model_class = "FluxTransformer2DModel"
+    prompt_tokenizer = "tokenizer_2"
 
     def default_layers(self, model: nn.Module) -> Sequence[int]:
         return range(15, 19) if len(self.blocks(model)) == 19 else super().default_layers(model)

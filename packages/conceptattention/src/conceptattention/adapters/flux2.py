@@ -18,6 +18,7 @@ class Flux2Adapter(JointAdapter):
 
     family = "Flux.2"
     model_class = "Flux2Transformer2DModel"
+    prompt_start = None  # padded on the left, so it depends on the prompt's length
 
     def default_layers(self, model: nn.Module) -> Sequence[int]:
         return range(5, 8) if len(self.blocks(model)) == 8 else super().default_layers(model)

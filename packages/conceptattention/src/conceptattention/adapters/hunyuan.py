@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .base import Call, Encoded, execution_device
+from .base import Adapter, Block, Call, Encoded, execution_device
 from .joint import JointAdapter, Token, positions_from_latents, word_vectors
 
 
@@ -47,6 +47,10 @@ class HunyuanImageAdapter(_HunyuanAdapter):
 
     family = "HunyuanImage"
     model_class = "HunyuanImageTransformer2DModel"
+
+    def prompt_taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
+        # Text and glyph tokens are sorted by their masks, so positions are not fixed.
+        return Adapter.prompt_taps(self, block)
 
     def temb(self, model: nn.Module, call: Call) -> Tensor:
         embed: Any = model.time_guidance_embed

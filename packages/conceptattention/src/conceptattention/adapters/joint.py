@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..kernels.concept import reference
 from .base import Adapter, Block, Call, Encoded, ImageSide
 
 Token = Literal["auto", "first", "mean", "last"]
@@ -21,6 +22,8 @@ class JointAdapter(Adapter):
 
     model_class: ClassVar[str]
     heads_first: ClassVar[bool] = False  # layout of the keys where `norm_k` sees them
+    prompt_tokenizer: ClassVar[str] = "tokenizer"
+    prompt_start: ClassVar[int | None] = 0  # place of the prompt's first token; None: not known
 
     def matches(self, model: nn.Module) -> bool:
         return type(model).__name__ == self.model_class
@@ -73,6 +76,40 @@ class JointAdapter(Adapter):
             return keys, None
         cos, sin = (part[-keys.shape[1] :] for part in rotary)  # text, if any, comes first
         return keys, (cos, sin)
+
+    def prompt_taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
+        attn: Any = block.attention
+        if attn.norm_added_q is not None:
+            return {"prompt": (attn.norm_added_q, "output")}
+        return {
+            "prompt": (attn.to_added_qkv if attn.fused_projections else attn.add_q_proj, "output")
+        }
+
+    def prompt_queries(
+        self, block: Block, tap: Tensor, arguments: Mapping[str, Any], patches: int
+    ) -> Tensor:
+        attn: Any = block.attention
+        if tap.ndim == 3:
+            fused = attn.fused_projections and attn.norm_added_q is None
+            tap = (tap.chunk(3, -1)[0] if fused else tap).unflatten(-1, (attn.heads, -1))
+        elif self.heads_first:
+            tap = tap.transpose(1, 2)
+        queries, rotary = tap.transpose(1, 2), arguments.get("image_rotary_emb")
+        if rotary is None or len(rotary[0]) == patches:
+            return queries
+        return reference.rotate(queries, *(part[: queries.shape[2]] for part in rotary))
+
+    def prompt_positions(self, pipe: Any, prompt: str, word: str) -> list[int]:
+        if self.prompt_start is None:
+            return super().prompt_positions(pipe, prompt, word)
+        tokenizer = getattr(pipe, self.prompt_tokenizer)
+        text = tokenizer(prompt, add_special_tokens=False).input_ids
+        for form in (word, f" {word}"):  # in the middle of a text some tokenizers keep the space
+            ids = tokenizer(form, add_special_tokens=False).input_ids
+            for place in range(len(text) - len(ids) + 1):
+                if ids and text[place : place + len(ids)] == ids:
+                    return [self.prompt_start + place + offset for offset in range(len(ids))]
+        raise ValueError(f"`prompt` must hold every concept; {word!r} is not in {prompt!r}.")
 
     def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
         norm: Any = block.module.norm1_context

@@ -44,6 +44,13 @@ class QwenImageAdapter(JointAdapter):
     def rotate(self, keys: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, None]:
         return _turn(keys, arguments["image_rotary_emb"][0]), None
 
+    def prompt_queries(
+        self, block: Block, tap: Tensor, arguments: Mapping[str, Any], patches: int
+    ) -> Tensor:
+        if tap.ndim == 3:
+            tap = super().prompt_queries(block, tap, {}, patches).transpose(1, 2)
+        return _turn(tap, arguments["image_rotary_emb"][1][: tap.shape[1]]).transpose(1, 2)
+
     def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
         module: Any = block.module
         shift, scale, *state = module.txt_mod(temb)[:, None].chunk(6, dim=-1)

@@ -20,6 +20,7 @@ class SD3Adapter(JointAdapter):
     family = "Stable Diffusion 3"
     model_class = "SD3Transformer2DModel"
     heads_first = True
+    prompt_start = 1  # CLIP's marker comes first
 
     def default_layers(self, model: nn.Module) -> Sequence[int]:
         # The last block has no text MLP, and poor maps.
