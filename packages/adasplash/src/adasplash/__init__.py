@@ -5,7 +5,7 @@ on the public package index.
 """
 
 from .__about__ import __version__
-from .integration import register_with_transformers
+from .integration import load_alpha, register_with_transformers, set_alpha
 from .kernels.attention import adasplash
 from .kernels.entmax import EntmaxAux, entmax, entmax15, sparsemax
 from .losses import Entmax15Loss, EntmaxLoss, SparsemaxLoss, entmax_loss
@@ -25,6 +25,8 @@ __all__ = [
     "entmax",
     "entmax15",
     "entmax_loss",
+    "load_alpha",
     "register_with_transformers",
+    "set_alpha",
     "sparsemax",
 ]
