@@ -171,10 +171,8 @@ def _fits(rows: Tensor, each: Tensor | None, alpha: float) -> bool:
     """Return whether the kernels compute this; for alpha above 2 bisection does, in float64."""
     from fourfold_common import triton_status
 
-    if rows.dtype not in _KERNEL_DTYPES or not len(rows) or (each is None and alpha > 2):
-        return False
-    status = triton_status()
-    return status.importable and (rows.is_cuda or status.interpreting)
+    known = rows.dtype in _KERNEL_DTYPES and len(rows) > 0 and (each is not None or alpha <= 2)
+    return rows.is_cuda and known and triton_status().importable
 
 
 @torch.library.custom_op("adasplash::entmax_forward", mutates_args=())
