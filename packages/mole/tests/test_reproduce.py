@@ -30,7 +30,8 @@ def trained(tmp_path_factory):
                 text = "\n\n".join(" ".join(chance.choices(WORDS, k=12)) for _ in range(120))
                 lines.write(json.dumps({"title": title, "text": text}) + "\n")
     arguments = ["--data", root, "--output", root / "out", "--corpus", "books_train.jsonl.gz",
-                 "--models", ",".join(NAMES), "--steps", 12, "--batch", 4, "--context", 32,
+                 "--models", ",".join(NAMES), "--formats", "fp32,fp16,nf3",
+                 "--steps", 12, "--batch", 4, "--context", 32,
                  "--dim", 32, "--layers", 2, "--vocab", 300, "--device", "cpu"]  # fmt: skip
     done = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output

@@ -416,7 +416,7 @@ def upcycle(
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("demo-output/mole-bench"),
     show_default=True,
-    help="Folder for TOPIC.json.",
+    help="Folder for TOPIC.json and TOPIC.png.",
 )
 @click.option("--shape", type=click.Choice(["tiny", "160m", "410m", "1b"]), default="410m")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
@@ -429,12 +429,14 @@ def bench(topic: str, output: Path, shape: str, device: str) -> None:
     _quiet()
     from fourfold_common import Results
 
-    from .bench import run
+    from .bench import draw, run
 
     options = {"shape": shape} if topic in ("hw", "decode", "prefill", "train") else {}
     path = run(topic, output, click.echo, device, **options)
     click.echo(Results.load(path).to_markdown())
     click.echo(f"Wrote {path}")
+    picture = draw(path)
+    click.echo("No plot: matplotlib is missing." if picture is None else f"Wrote {picture}")
 
 
 def _quiet() -> None:

@@ -65,14 +65,16 @@ def build(name: str, settings: Settings, vocab: int) -> Any:
     return model
 
 
-def table_losses(model: Any, text: Tensor, context: int, folder: Path) -> dict[str, Any]:
-    """Return loss and largest difference of a logit of the model's table, for every format."""
+def table_losses(
+    model: Any, text: Tensor, context: int, folder: Path, formats: Sequence[str] = tuple(FORMATS)
+) -> dict[str, Any]:
+    """Return loss and largest difference of a logit of the model's table, by format."""
     window = text[None, :context].long().to(model.device)
     with torch.no_grad():
         exact = model(window).logits
     base = window_losses(model, text, context)
     found: dict[str, Any] = {"experts": {"nats": base.double().mean().item()}}
-    for fmt in FORMATS:
+    for fmt in formats:
         target = convert(model, folder / fmt, fmt, progress=False)
         table: Any = MoleForCausalLM.from_pretrained(target).to(model.device).eval()
         table.open_lut(target / "lut", "device")
@@ -164,6 +166,7 @@ def _figures(losses: Tensor, text: Text, model: Any, seconds: float, tokens: int
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--corpus", default="books_large.jsonl.xz", help="Training file in DATA/text.")
 @click.option("--models", default=",".join(TWINS), help="Models to train, dense first.")
+@click.option("--formats", default=",".join(FORMATS), help="Formats of the tables.")
 @click.option("--minutes", type=float, help="Lower the steps so that all training fits in this.")
 @click.option("--steps", default=4000, help="Optimiser steps of every model.")
 @click.option("--batch", default=64, help="Sequences in a step.")
@@ -181,6 +184,7 @@ def main(
     output: Path,
     corpus: str,
     models: str,
+    formats: str,
     minutes: float | None,
     books: int | None,
     device: str,
@@ -245,7 +249,7 @@ def main(
         if isinstance(model, MoleForCausalLM) and not name.endswith("uniform"):
             sample = text.validation[: 128 * settings.context]
             report["tables"][name] = table_losses(
-                model, sample, settings.context, output / f"{name}-tables"
+                model, sample, settings.context, output / f"{name}-tables", formats.split(",")
             )
             for fmt, figures in report["tables"][name].items():
                 click.echo(f"  {fmt}: {figures['nats']:.4f} nats/token on 128 windows")

@@ -443,7 +443,7 @@ def fit_steps(settings: Settings, trainers_: dict[str, Trainer], minutes: float 
     total = 0.0
     for name, trainer in trainers_.items():
         clock = time.perf_counter()
-        seconds = trainer.seconds_per_step()
+        seconds = trainer.seconds_per_step(*(() if minutes else (1, 2)))
         total += seconds
         click.echo(
             f"{name}: {trainer.model.num_parameters():,} parameters, "

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -251,6 +252,8 @@ def _by_step(model: Any) -> bool:
 
 def _shard(model: Any) -> None:
     """Split every layer's parameters over the processes, and then the rest."""
+    # A layer's output is a view, which is right as long as nothing changes it in place.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
