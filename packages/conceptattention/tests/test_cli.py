@@ -58,3 +58,31 @@ def test_models_lists_every_family():
     assert result.exit_code == 0
     for name in ("Flux.1", "Flux.2", "Stable Diffusion 3", "CogVideoX", "Qwen-Image", "Chroma"):
         assert name in result.output
+
+
+def test_video_writes_every_frame(tmp_path):
+    given = (
+        "video", "--model", "tiny-video", "--prompt", "a cat on grass", "--concepts", "cat, grass",
+        "--steps", "1", "--frames", "9", "--width", "48", "--height", "32", "--device", "cpu",
+        "--output", str(tmp_path),
+    )  # fmt: skip
+    result = run(*given)
+    assert result.exit_code == 0, result.output
+    maps = ConceptMaps.load(tmp_path / "maps.npz")
+    assert maps.values.shape == (1, 2, 3, 2, 3)
+    for name in ("video", "maps", "cat", "grass"):
+        with Image.open(tmp_path / f"{name}.gif") as film:
+            assert film.n_frames == 9
+    assert len(list((tmp_path / "cat").glob("*.png"))) == 9
+    assert Image.open(tmp_path / "grass" / "0008.png").size == (48, 32)
+    frame = np.asarray(Image.open(tmp_path / "cat" / "0008.png"))
+    assert (frame != np.asarray(Image.open(tmp_path / "grass" / "0008.png"))).any()
+
+
+def test_video_refuses_picture_models(small, tmp_path):
+    result = run(
+        "video", "--model", "demo", "--prompt", "a fish", "--concepts", "fish", "--steps", "1",
+        "--output", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert "makes pictures, not videos" in result.output

@@ -1,3 +1,5 @@
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -171,6 +173,14 @@ def test_video_maps(tmp_path):
     with Image.open(maps["cat"].to_video(tmp_path / "cat.gif", frames)) as written:
         assert written.n_frames == 9
         assert written.size == (12, 8)
+    drawn = maps["cat"].frames(frames)
+    # Frames of one latent frame share the map; pictures differ by their red channel alone.
+    assert [picture.getpixel((3, 3))[1] for picture in drawn][5:] == [
+        drawn[5].getpixel((3, 3))[1]
+    ] * 4
+    with Image.open(maps.to_video(tmp_path / "all.gif", frames, size=24)) as written:
+        assert written.n_frames == 9
+        assert written.size == (4 * 24, 16 + 16)
     loaded = ConceptMaps.load(maps.save(tmp_path / "maps.npz"))
     assert torch.equal(loaded.values, maps.values)
     first, last = (maps["cat"].to_image(frame=f) for f in (0, 2))
@@ -186,6 +196,29 @@ def test_video_errors(tmp_path):
     maps = ConceptMaps(raw, raw, NAMES, [(-1, -1)], [1], {0: 1.0})
     with pytest.raises(ValueError, match="at least 2 pictures; got 1"):
         maps["cat"].to_video(tmp_path / "a.gif", frames)
+    with pytest.raises(ValueError, match=r"must end with \.gif or \.mp4; got 'a\.avi'"):
+        maps["cat"].to_video(tmp_path / "a.avi", frames * 2)
+    with pytest.raises(ValueError, match="`fps` must be above 0"):
+        maps.to_video(tmp_path / "a.gif", frames * 2, fps=0)
+
+
+def test_mp4(tmp_path):
+    imageio = pytest.importorskip("imageio.v3")
+    pytest.importorskip("imageio_ffmpeg")
+    raw = torch.randn(1, 1, 3, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    maps = ConceptMaps(raw, raw.softmax(2), NAMES, [(-1, -1)], [1], {0: 1.0})
+    frames = [Image.new("RGB", (49, 33), (40 * i, 0, 0)) for i in range(5)]
+    path = maps["cat"].to_video(tmp_path / "cat.mp4", frames)
+    assert imageio.imread(path).shape == (5, 32, 48, 3)
+
+
+def test_mp4_without_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    raw = torch.zeros(1, 1, 3, 1, 4, 6)
+    maps = ConceptMaps(raw, raw, NAMES, [(-1, -1)], [1], {0: 1.0})
+    with pytest.raises(ValueError, match=r"needs imageio and imageio-ffmpeg, the extra"):
+        maps["cat"].to_video(tmp_path / "cat.mp4", [Image.new("RGB", (6, 4))])
+    assert not (tmp_path / "cat.mp4").exists()
 
 
 def test_plot_names_every_concept():

@@ -181,6 +181,10 @@ def _load(model: str, device: str) -> Any:
         from .demo.model import load_pipeline
 
         return load_pipeline().to(place)
+    if model == "tiny-video":
+        from .testing import tiny_cogvideox
+
+        return tiny_cogvideox().to(place)
     from diffusers import DiffusionPipeline
 
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
@@ -268,6 +272,72 @@ def segment(
     for name, part in share.items():
         click.echo(f"{name}: strongest in {part:.0%} of the picture")
     click.echo(output / "maps.png")
+    click.echo(maps.save(output / "maps.npz"))
+
+
+@main.command()
+@click.option(
+    "--model",
+    required=True,
+    help="Folder or hub name of a video pipeline; `tiny-video` has random weights.",
+)
+@click.option("--prompt", required=True, help="What to generate.")
+@_CONCEPTS
+@_OUTPUT
+@click.option("--steps", default=50, show_default=True, type=click.IntRange(1), help="Steps.")
+@click.option("--frames", type=click.IntRange(1), help="Pixel frames; the model's own by default.")
+@click.option("--width", type=click.IntRange(8), help="The model's own by default.")
+@click.option("--height", type=click.IntRange(8), help="The model's own by default.")
+@click.option("--fps", default=8.0, show_default=True, help="Frames per second.")
+@click.option(
+    "--format",
+    "ending",
+    type=click.Choice(["gif", "mp4"]),
+    default="gif",
+    show_default=True,
+    help="mp4 needs the extra `video`.",
+)
+@click.option("--pictures/--no-pictures", default=True, help="Write every frame as PNG too.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the noise, drawn on the CPU.")
+@click.option("--layers", default="default", show_default=True, help="default, all or last:N.")
+@_DEVICE
+def video(
+    model: str, prompt: str, concepts: str, output: Path, steps: int, frames: int | None,
+    width: int | None, height: int | None, fps: float, ending: str, pictures: bool, seed: int,
+    layers: str, device: str,
+) -> None:  # fmt: skip
+    """Generate a video and write the maps of its concepts over its frames."""
+    import torch
+
+    from .maps import check_video_format, write_video
+    from .observer import ConceptAttention
+
+    check_video_format(f"video.{ending}", fps)
+    pipe = _load(model, device)
+    sizes = {"num_frames": frames, "width": width, "height": height}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    with ConceptAttention(pipe, _words(concepts), layers=layers) as observer:
+        result = pipe(
+            prompt,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="pil",
+            **given,
+        )
+    if not hasattr(result, "frames"):
+        raise ValueError(f"`--model` makes pictures, not videos ({type(pipe).__name__}).")
+    made, maps = result.frames[0], observer.heatmaps()
+    click.echo(write_video(output / f"video.{ending}", made, fps))
+    click.echo(maps.to_video(output / f"maps.{ending}", made, fps=fps))
+    for name in maps.names():
+        drawn = maps[name].frames(made)
+        place = output / "".join(c if c.isalnum() else "-" for c in name)
+        click.echo(write_video(place.with_suffix(f".{ending}"), drawn, fps))
+        if pictures:
+            place.mkdir(parents=True, exist_ok=True)
+            for number, picture in enumerate(drawn):
+                picture.save(place / f"{number:04}.png")
+            click.echo(place)
     click.echo(maps.save(output / "maps.npz"))
 
 

@@ -8,6 +8,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -106,6 +107,26 @@ class ConceptMap:
         heat = self.to_image(image.size, index=index, frame=frame, scale=scale)
         return Pictures.blend(image.convert("RGB"), heat, alpha)
 
+    def frames(
+        self, pictures: Sequence[Image], *, index: int = 0, alpha: float = 0.6
+    ) -> list[Image]:
+        """Return a video's pictures with the map laid over each.
+
+        Args:
+            pictures: The video's pictures. Latent frame 0 covers the first; the others share the
+                rest evenly, as causal video autoencoders do.
+            index: Which video of the batch.
+            alpha: As in `overlay`.
+
+        Raises:
+            ValueError: The maps are no video's, or there are too few pictures.
+        """
+        places = latent_frames(self.values.shape[1:-2], len(pictures))
+        return [
+            self.overlay(picture, alpha=alpha, index=index, frame=place)
+            for picture, place in zip(pictures, places, strict=True)
+        ]
+
     def to_video(
         self,
         path: str | os.PathLike[str],
@@ -115,35 +136,77 @@ class ConceptMap:
         fps: float = 8.0,
         alpha: float = 0.6,
     ) -> Path:
-        """Write an animated GIF of the map over a video's frames, and return its path.
+        """Write the map over a video's frames as .gif or .mp4, and return its path.
 
         Args:
-            path: File to write.
-            frames: The video's pictures. Latent frame 0 covers the first; the others share the
-                rest evenly, as causal video autoencoders do.
+            path: File to write; .mp4 needs the extra `video`.
+            frames: The video's pictures, as in `frames`.
             index: Which video of the batch.
             fps: Frames per second.
             alpha: As in `overlay`.
 
         Raises:
-            ValueError: The maps are no video's, or there are too few frames.
+            ValueError: The maps are no video's, there are too few frames, or the file's ending is
+                neither .gif nor .mp4.
         """
-        if self.values.ndim != 4:
-            raise ValueError("`to_video` needs maps of a video; these are maps of a picture.")
-        count, latent = len(frames), self.values.shape[1]
-        if count < latent:
-            raise ValueError(f"`frames` must hold at least {latent} pictures; got {count}.")
-        step = (count - 1) / max(latent - 1, 1)
-        drawn = [
-            self.overlay(picture, alpha=alpha, index=index, frame=latent_frame(place, step, latent))
-            for place, picture in enumerate(frames)
-        ]
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        drawn[0].save(
-            path, format="GIF", save_all=True, append_images=drawn[1:], duration=1000 / fps, loop=0
+        return write_video(path, self.frames(frames, index=index, alpha=alpha), fps)
+
+
+def latent_frames(sizes: Sequence[int], count: int) -> list[int]:
+    """Return the latent frame of each of `count` pixel frames.
+
+    Args:
+        sizes: Number of latent frames, as the only entry; empty for maps of pictures.
+        count: Number of pixel frames.
+    """
+    if not sizes:
+        raise ValueError("`frames` needs maps of a video; these are maps of a picture.")
+    (latent,) = sizes
+    if count < latent:
+        raise ValueError(f"`frames` must hold at least {latent} pictures; got {count}.")
+    step = (count - 1) / max(latent - 1, 1)
+    return [latent_frame(place, step, latent) for place in range(count)]
+
+
+def check_video_format(path: str | os.PathLike[str], fps: float) -> None:
+    """Check that a video can be written.
+
+    Raises:
+        ValueError: The file's ending or the rate is out of range, or a package is missing.
+    """
+    from importlib.util import find_spec
+
+    path = Path(path)
+    if not fps > 0:
+        raise ValueError(f"`fps` must be above 0; got {fps}.")
+    if path.suffix.lower() not in (".gif", ".mp4"):
+        raise ValueError(f"`path` must end with .gif or .mp4; got {path.name!r}.")
+    missing = [name for name in ("imageio", "imageio_ffmpeg") if find_spec(name) is None]
+    if path.suffix.lower() == ".mp4" and missing:
+        raise ValueError(
+            "`path`: writing .mp4 needs imageio and imageio-ffmpeg, the extra "
+            "`conceptattention[video]`; .gif needs nothing."
         )
+
+
+def write_video(path: str | os.PathLike[str], pictures: Sequence[Image], fps: float) -> Path:
+    """Write pictures as an animated .gif, or as .mp4 where imageio and ffmpeg are installed."""
+    path = Path(path)
+    check_video_format(path, fps)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() == ".gif":
+        pictures[0].save(
+            path, format="GIF", save_all=True, append_images=list(pictures[1:]),
+            duration=1000 / fps, loop=0,
+        )  # fmt: skip
         return path
+    imageio: Any = import_module("imageio.v3")
+    import numpy as np
+
+    # The common player format wants even sizes.
+    even = [np.asarray(p.convert("RGB"))[: p.height // 2 * 2, : p.width // 2 * 2] for p in pictures]
+    imageio.imwrite(path, np.stack(even), fps=fps, macro_block_size=1)
+    return path
 
 
 def latent_frame(place: int, step: float, count: int) -> int:
@@ -327,13 +390,36 @@ class ConceptMaps:
         )
         return replace(self, raw=raw, soft=soft)
 
-    def plot(self, image: Image | None = None, *, index: int = 0, size: int = 192) -> Image:
+    def to_video(
+        self,
+        path: str | os.PathLike[str],
+        frames: Sequence[Image],
+        *,
+        index: int = 0,
+        fps: float = 8.0,
+        size: int = 192,
+    ) -> Path:
+        """Write the video beside the maps of all its concepts, as .gif or .mp4.
+
+        Arguments and errors are those of `ConceptMap.to_video`; `size` is one picture's width.
+        """
+        places = latent_frames(self.raw.shape[3:-2], len(frames))
+        sheets = [
+            self.plot(picture, index=index, size=size, frame=place)
+            for picture, place in zip(frames, places, strict=True)
+        ]
+        return write_video(path, sheets, fps)
+
+    def plot(
+        self, image: Image | None = None, *, index: int = 0, size: int = 192, frame: int = 0
+    ) -> Image:
         """Return one row of named pictures: the image, if given, then every concept's map.
 
         Args:
             image: The picture under the maps.
             index: Which image of the batch.
             size: Width of one picture in pixels.
+            frame: Which latent frame of a video.
         """
         from PIL import Image as Pictures
         from PIL import ImageDraw
@@ -347,9 +433,9 @@ class ConceptMaps:
         for place, name in enumerate(names):
             one = ConceptMap(name, values[:, place], limits)
             if image is None:
-                drawn = one.to_image(tile, index=index)
+                drawn = one.to_image(tile, index=index, frame=frame)
             else:
-                drawn = one.overlay(image.resize(tile), index=index)
+                drawn = one.overlay(image.resize(tile), index=index, frame=frame)
             pictures.append((name, drawn))
         sheet = Pictures.new("RGB", (size * len(pictures), tile[1] + 16), "white")
         pen = ImageDraw.Draw(sheet)

@@ -75,6 +75,50 @@ def tiny_flux(
     return pipe
 
 
+def tiny_cogvideox(seed: int = 0) -> Any:
+    """Return a stock `CogVideoXPipeline` with tiny random T5, autoencoder and transformer.
+
+    Args:
+        seed: Seed of the weights; the global generator is left as it was.
+    """
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        CogVideoXDDIMScheduler,
+        CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+    )
+    from transformers import T5Config, T5EncoderModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = CogVideoXTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+            time_embed_dim=8, text_embed_dim=24, num_layers=2, sample_width=6, sample_height=4,
+            sample_frames=9, max_text_seq_length=226,
+        )  # fmt: skip
+        t5 = T5EncoderModel(
+            T5Config(
+                vocab_size=40, d_model=24, d_kv=8, d_ff=24, num_layers=1, num_heads=2,
+                decoder_start_token_id=1, pad_token_id=1,
+            )
+        )  # fmt: skip
+        vae = AutoencoderKLCogVideoX(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1,
+            norm_num_groups=2, sample_height=32, sample_width=48,
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+        )  # fmt: skip
+    pipe = CogVideoXPipeline(
+        tokenizer=_word_tokenizer(226),
+        text_encoder=t5.eval(),
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=CogVideoXDDIMScheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def _word_tokenizer(length: int) -> Any:
     """Return a word-level tokenizer that ends every text with an end token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
