@@ -7,6 +7,7 @@ on the public package index.
 from .__about__ import __version__
 from .integration import load_alpha, register_with_transformers, set_alpha
 from .kernels.attention import adasplash
+from .kernels.decode import PageStats, adasplash_decode, page_stats
 from .kernels.entmax import EntmaxAux, entmax, entmax15, sparsemax
 from .losses import Entmax15Loss, EntmaxLoss, SparsemaxLoss, entmax_loss
 from .modules import AlphaParam, AlphaSchedule, Entmax, EntmaxAttention
@@ -19,13 +20,16 @@ __all__ = [
     "EntmaxAttention",
     "EntmaxAux",
     "EntmaxLoss",
+    "PageStats",
     "SparsemaxLoss",
     "__version__",
     "adasplash",
+    "adasplash_decode",
     "entmax",
     "entmax15",
     "entmax_loss",
     "load_alpha",
+    "page_stats",
     "register_with_transformers",
     "set_alpha",
     "sparsemax",

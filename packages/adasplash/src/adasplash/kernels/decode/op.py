@@ -1,0 +1,256 @@
+"""The public function, the bounds of pages, and the reference."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fourfold_common import triton_status
+
+from ..attention.op import adasplash
+
+_BLOCK = 64  # keys of a block where the cache has no pages
+
+
+class PageStats(NamedTuple):
+    """The smallest and largest value of every feature of the keys of a page.
+
+    Args:
+        low: `[batch or pages, heads_kv, blocks, dim_head]`, float32.
+        high: The same shape.
+    """
+
+    low: Tensor
+    high: Tensor
+
+
+def page_stats(
+    k_cache: Float[Tensor, "slabs heads_kv places dim_head"], page_size: int | None = None
+) -> PageStats:
+    """Return the bounds with which `adasplash_decode` skips pages.
+
+    Recompute them for a page whenever keys are written to it; places that hold no key yet only
+    loosen the bounds.
+
+    Args:
+        k_cache: Keys, as `adasplash_decode` takes them.
+        page_size: Keys of a page: all `places` with a block table, else 64, which is what None
+            means for a cache of more than 64 places.
+
+    Raises:
+        ValueError: `page_size` does not divide the places.
+
+    Source: own.
+    """
+    places = k_cache.shape[2]
+    size = (places if places <= _BLOCK else _BLOCK) if page_size is None else page_size
+    if size < 1 or places % size:
+        raise ValueError(f"`page_size` must divide the {places} places of `k_cache`; got {size}.")
+    pages = k_cache.float().unflatten(2, (-1, size))
+    return PageStats(pages.amin(3), pages.amax(3))
+
+
+def adasplash_decode(
+    q: Float[Tensor, "batch heads seq_q dim_head"],
+    k_cache: Float[Tensor, "slabs heads_kv places dim_head"],
+    v_cache: Float[Tensor, "slabs heads_kv places dim_value"],
+    cache_seqlens: Int[Tensor, " batch"],
+    block_table: Int[Tensor, "batch pages"] | None = None,
+    page_stats: PageStats | None = None,
+    *,
+    alpha: float = 1.5,
+    scale: float | None = None,
+    backend: Literal["auto", "triton", "reference"] = "auto",
+) -> Float[Tensor, "batch heads seq_q dim_value"]:
+    """Return alpha-entmax attention of the newest tokens to a cache that holds their keys, too.
+
+    The same numbers as `adasplash` on the sequences alone. Nothing waits for the device, shapes
+    depend on shapes only. No gradients.
+
+    Args:
+        q: Queries of the last `seq_q` tokens of every sequence; token i sees all but the
+            `seq_q - 1 - i` last keys.
+        k_cache: Keys: one slab per sequence; or pages, with `block_table`.
+        v_cache: Values, laid out as the keys.
+        cache_seqlens: How many keys each sequence has, at least `seq_q`; int32.
+        block_table: The pages of each sequence, in order; int32. Entries behind its last page are
+            not read. A page holds a power of two of keys, 16 to 256.
+        page_stats: From `page_stats(k_cache)`, kept up to date: pages whose bound proves that they
+            hold no weight are not read.
+        alpha: Above 1, up to 2.
+        scale: Factor of the scores; `dim_head ** -0.5` if None.
+        backend: `"auto"` runs the kernels on CUDA tensors and plain PyTorch elsewhere.
+
+    Raises:
+        ValueError: Shapes or an option do not fit, or the backend cannot run here.
+
+    Source: own; upper bounds of pages as in Quest (arXiv 2406.10774), but used to skip exactly.
+    """
+    _check(q, k_cache, v_cache, cache_seqlens, block_table, page_stats, alpha, backend)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    lengths = cache_seqlens.to(q.device, torch.int32)
+    status = triton_status()
+    able = status.importable and (q.is_cuda or status.interpreting) and q.dtype != torch.float64
+    if backend == "triton" and not able:
+        raise ValueError(
+            "`backend` 'triton' cannot run here: it needs CUDA tensors in float16, bfloat16 or "
+            f"float32, or TRITON_INTERPRET=1; got {q.dtype} on {q.device}."
+        )
+    if backend == "reference" or (backend == "auto" and not q.is_cuda) or not able:
+        return _reference(q, k_cache, v_cache, lengths, block_table, alpha, factor)
+    from .kernel import launch_decode
+
+    batch, heads, seq_q, dim = q.shape
+    heads_kv, places = k_cache.shape[1:3]
+    rows = q.reshape(batch, heads_kv, heads // heads_kv * seq_q, dim).contiguous()
+    table = None if block_table is None else block_table.to(torch.int32).contiguous()
+    block = _BLOCK if table is None else places
+    n_blocks = -(-places // _BLOCK) if table is None else table.shape[1]
+    keep = None
+    if page_stats is not None:
+        keep = _keep(
+            rows, k_cache, lengths, table, page_stats, seq_q, block, factor * (alpha - 1)
+        ).to(torch.int8)
+    k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_cache, v_cache))
+    with torch.cuda.device_of(q), torch.no_grad():
+        output = launch_decode(
+            rows, k_cache, v_cache, lengths, table, keep, seq_q, block, n_blocks, alpha, factor
+        )
+    return output.reshape(batch, heads, seq_q, -1).to(q.dtype)
+
+
+def _keep(
+    rows: Tensor,
+    k_cache: Tensor,
+    lengths: Tensor,
+    table: Tensor | None,
+    stats: PageStats,
+    seq_q: int,
+    block: int,
+    factor: float,
+) -> Tensor:
+    """Return which blocks may hold weight, bool `[batch, heads_kv, blocks]`.
+
+    A score is at most the sum over features of the larger of `q low` and `q high`. The first block
+    is read for real: a block that stays at or below its maximum minus 1 in every row holds none.
+    """
+    q = rows.float() * factor
+    low, high = (_by_sequence(x, table) for x in stats)
+    up, down = q.clamp_min(0), q.clamp_max(0)
+    bound = up @ high.mT + down @ low.mT  # [batch, heads_kv, rows, blocks]
+    # Far more than float32 rounds by; sums of a few hundred terms each.
+    bound = bound + 1e-4 * (q.abs() @ torch.maximum(low.abs(), high.abs()).mT)
+    starts = block * torch.arange(bound.shape[-1], device=q.device)
+    # Every row sees all keys of these blocks; the best of them is read.
+    whole = starts + block <= (lengths - seq_q + 1)[:, None]
+    best = bound.masked_fill(~whole[:, None, None], -torch.inf).argmax(-1)
+    slabs = torch.arange(len(rows), device=q.device)[:, None, None]
+    if table is None:
+        offsets = block * best[..., None] + torch.arange(block, device=q.device)
+        offsets = offsets.clamp_max(k_cache.shape[2] - 1)
+    else:
+        slabs = table[slabs, best].long().clamp_min(0)
+        offsets = torch.arange(block, device=q.device).expand(*best.shape, block)
+    heads = torch.arange(rows.shape[1], device=q.device)[None, :, None]
+    keys = k_cache[slabs[..., None], heads[..., None], offsets].float()  # [.., rows, block, dim]
+    seed = (q[..., None, :] @ keys.mT).amax((-1, -2))
+    seed = torch.where(whole.any(-1)[:, None, None], seed - 1e-4 * seed.abs(), -torch.inf)
+    return ~(bound <= seed[..., None] - 1).all(2) & (starts < lengths[:, None])[:, None]
+
+
+def _by_sequence(stats: Tensor, table: Tensor | None) -> Tensor:
+    """Return bounds `[batch, heads_kv, blocks, dim]`, whatever the layout of the cache."""
+    if table is None:
+        return stats
+    # Entries behind the last page may be anything; their blocks are dropped by length.
+    return stats[:, :, 0][table.long().clamp(0, len(stats) - 1)].transpose(1, 2)
+
+
+def _reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    table: Tensor | None,
+    alpha: float,
+    scale: float,
+) -> Tensor:
+    """Return the output in plain PyTorch, with the pages put one after another."""
+    if table is not None:
+        pages = table.long().clamp(0, len(k_cache) - 1)
+        k_cache, v_cache = (x[pages].transpose(1, 2).flatten(2, 3) for x in (k_cache, v_cache))
+    keys = torch.arange(k_cache.shape[2], device=q.device)
+    last = lengths[:, None] - q.shape[2] + torch.arange(q.shape[2], device=q.device)
+    seen = keys <= last[..., None]  # [batch, seq_q, keys]
+    # What lies behind the end may be anything, also NaN.
+    filled = (keys < lengths[:, None])[:, None, :, None]
+    k_cache, v_cache = (torch.where(filled, x, 0.0) for x in (k_cache, v_cache))
+    bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -torch.inf)[:, None]
+    with torch.no_grad():
+        output: Tensor = adasplash(
+            q, k_cache, v_cache, alpha, is_causal=False, scale=scale, attn_bias=bias,
+            backend="reference",
+        )  # fmt: skip
+    return output
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    table: Tensor | None,
+    stats: PageStats | None,
+    alpha: float,
+    backend: str,
+) -> None:
+    if backend not in ("auto", "triton", "reference"):
+        raise ValueError(f"`backend` must be 'auto', 'triton' or 'reference'; got {backend!r}.")
+    if not 1 < alpha <= 2:
+        raise ValueError(f"`alpha` must be above 1, up to 2; got {alpha}.")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"`k_cache` must have a number of heads that divides {q.shape[1]}, the heads of `q`; "
+            f"got {k.shape[1]}."
+        )
+    if q.shape[-1] != k.shape[-1] or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            "`q`, `k_cache` and `v_cache` must fit together; got "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
+        )
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        raise ValueError(f"`q` and `v_cache` must have a last size up to 256; got {v.shape[-1]}.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"`k_cache` and `v_cache` must be {q.dtype} as `q` is; got {k.dtype}.")
+    if lengths.shape != q.shape[:1]:
+        raise ValueError(
+            f"`cache_seqlens` must have shape {tuple(q.shape[:1])}; got {tuple(lengths.shape)}."
+        )
+    size, count = k.shape[2], k.shape[2]
+    if table is None:
+        if len(k) != len(q):
+            raise ValueError(f"`k_cache` must hold {len(q)} slabs as `q` does; got {len(k)}.")
+        size = _BLOCK if count > _BLOCK else count
+    else:
+        if table.ndim != 2 or len(table) != len(q):
+            raise ValueError(
+                f"`block_table` must have {len(q)} rows, one per sequence; got "
+                f"{tuple(table.shape)}."
+            )
+        if size not in (16, 32, 64, 128, 256):
+            raise ValueError(f"`k_cache` must have pages of 16, 32, ... 256 keys; got {size}.")
+        count = size * table.shape[1]
+    if lengths.device.type == "cpu":
+        low, high = q.shape[2], count
+        if len(lengths) and not low <= int(lengths.min()) <= int(lengths.max()) <= high:
+            raise ValueError(
+                f"`cache_seqlens` must be from {low}, the new tokens, to {high}, the places; got "
+                f"{lengths.tolist()}."
+            )
+    if stats is not None:
+        want = (len(k), k.shape[1], -(-k.shape[2] // size), k.shape[3])
+        if tuple(stats.low.shape) != want or tuple(stats.high.shape) != want:
+            raise ValueError(f"`page_stats` must have shape {want}; got {tuple(stats.low.shape)}.")

@@ -1,0 +1,179 @@
+"""Decoding against dense float64 attention to every sequence alone, pages in any order."""
+
+import pytest
+import torch
+
+from adasplash import adasplash, adasplash_decode, page_stats
+from adasplash.kernels.decode import op
+from adasplash.testing import relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("reference", "triton")
+
+
+def inputs(lengths, heads, heads_kv, seq_q, dim, dim_value, places, dtype=torch.float32, gain=3.0):
+    """Return q and a contiguous cache; what lies behind the end of a sequence is NaN."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    q = gain * draw(len(lengths), heads, seq_q, dim)
+    k, v = (draw(len(lengths), heads_kv, places, size) for size in (dim, dim_value))
+    for i, length in enumerate(lengths):
+        k[i, :, length:], v[i, :, length:] = torch.nan, torch.nan
+    q, k, v = (x.to(DEVICE, dtype) for x in (q, k, v))
+    return q, k, v, torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+
+
+def oracle(q, k, v, lengths, alpha=1.5, scale=None):
+    """Return the outputs one sequence at a time, by bisection in float64."""
+    outputs = []
+    for i, length in enumerate(lengths.tolist()):
+        keys, values = (
+            x[i, :, :length].double().repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (k, v)
+        )
+        z = q[i].double() @ keys.mT * (alpha - 1)
+        z = z * (q.shape[-1] ** -0.5 if scale is None else scale)
+        rows = torch.arange(q.shape[2], device=q.device)[:, None]
+        hidden = torch.arange(length, device=q.device) > length - q.shape[2] + rows
+        z = z.masked_fill(hidden, -torch.inf)
+        high = z.amax(-1, keepdim=True)
+        low = high - 1
+        for _ in range(100):
+            middle = (low + high) / 2
+            more = (z - middle).clamp_min(0).pow(1 / (alpha - 1)).sum(-1, keepdim=True) >= 1
+            low, high = torch.where(more, middle, low), torch.where(more, high, middle)
+        outputs.append((z - low).clamp_min(0).pow(1 / (alpha - 1)) @ values)
+    return torch.stack(outputs)
+
+
+def paged(k, v, size):
+    """Return the cache cut into pages in random order, some unused, and the table."""
+    batch, places = len(k), k.shape[2]
+    count = -(-places // size)
+    order = torch.randperm(batch * count + 3, generator=torch.Generator().manual_seed(1))
+    table = order[: batch * count].view(batch, count).to(torch.int32)
+    pages = []
+    for x in (k, v):
+        slab = torch.full((len(order), x.shape[1], size, x.shape[3]), torch.nan, dtype=x.dtype)
+        whole = torch.nn.functional.pad(x.cpu(), (0, 0, 0, count * size - places), value=torch.nan)
+        parts = whole.unflatten(2, (count, size)).transpose(1, 2)
+        slab[table.long()] = parts
+        pages.append(slab.to(k.device))
+    return *pages, table.to(k.device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("heads", "heads_kv", "seq_q", "dim", "dim_value"),
+    [(4, 2, 1, 16, 16), (2, 2, 1, 24, 40), (8, 1, 3, 32, 16), (3, 3, 5, 16, 8)],
+)
+def test_equals_dense_attention_in_float64(backend, heads, heads_kv, seq_q, dim, dim_value):
+    q, k, v, lengths = inputs([7, 200, 65, 130], heads, heads_kv, seq_q, dim, dim_value, 210)
+    found = adasplash_decode(q, k, v, lengths, backend=backend)
+    want = oracle(q, k, v, lengths)
+    assert found.shape == (4, heads, seq_q, dim_value)
+    assert relative_error(found, want) < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize("stats", [False, True])
+def test_pages_give_what_a_contiguous_cache_gives(backend, size, stats):
+    q, k, v, lengths = inputs([130, 3, 64, 97], 4, 2, 2, 16, 16, 130)
+    pages_k, pages_v, table = paged(k, v, size)
+    bounds = page_stats(pages_k) if stats else None
+    found = adasplash_decode(q, pages_k, pages_v, lengths, table, bounds, backend=backend)
+    assert relative_error(found, oracle(q, k, v, lengths)) < 2e-6
+
+
+@pytest.mark.parametrize("alpha", [1.1, 1.3, 1.8, 2.0])
+def test_any_alpha_and_scale(alpha):
+    q, k, v, lengths = inputs([90, 70], 2, 1, 1, 16, 16, 128)
+    for scale in (0.1, -0.3):
+        found = adasplash_decode(q, k, v, lengths, alpha=alpha, scale=scale, backend="triton")
+        assert relative_error(found, oracle(q, k, v, lengths, alpha, scale)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    # The interpreter multiplies the bits of bfloat16.
+    [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
+)
+def test_half_precision(dtype):
+    q, k, v, lengths = inputs([300, 41], 4, 2, 1, 32, 32, 320, dtype)
+    found = adasplash_decode(q, k, v, lengths, backend="triton")
+    assert found.dtype == dtype
+    budget = 4e-3 if dtype == torch.float16 else 2e-2
+    assert relative_error(found, oracle(q, k, v, lengths)) < budget
+
+
+def test_skipping_pages_is_exact_and_happens():
+    """Keys that point away from the query in whole pages: most are skipped, no bit changes."""
+    q, k, v, lengths = inputs([640, 600], 2, 1, 1, 16, 16, 640, gain=1.0)
+    direction = torch.nn.functional.normalize(q.mean((1, 2)), dim=-1)
+    sign = torch.where(torch.arange(640, device=DEVICE) // 64 == 4, 6.0, -6.0)
+    k = 0.1 * k + (sign[:, None] * direction[:, None])[:, None]
+    bounds = page_stats(k)
+    keep = op._keep(q.transpose(1, 2).reshape(2, 1, 2, 16), k, lengths, None, bounds, 1, 64, 0.5)
+    assert keep[:, 0, 4].all()
+    assert keep.float().mean() < 0.5
+    with_bounds = adasplash_decode(q, k, v, lengths, None, bounds, scale=1.0, backend="triton")
+    without = adasplash_decode(q, k, v, lengths, scale=1.0, backend="triton")
+    assert torch.equal(with_bounds, without)
+
+
+def test_bounds_never_drop_a_block_with_weight():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        rows, k = torch.randn(2, 1, 3, 8), torch.randn(2, 1, 256, 8)
+        lengths = torch.tensor([256, 190])
+        keep = op._keep(rows, k, lengths, None, page_stats(k), 1, 64, 1.0)
+        z = rows @ k.mT
+        z = z.masked_fill(torch.arange(256) >= lengths[:, None, None, None], -torch.inf)
+        holds = (z > z.amax(-1, keepdim=True) - 1).unflatten(-1, (4, 64)).any(-1).any(2)
+        assert (keep | ~holds).all()
+
+
+def test_it_continues_what_attention_began():
+    q, k, v = (torch.randn(1, 2, 50, 16, device=DEVICE) for _ in range(3))
+    want = adasplash(q, k, v)[:, :, -1:]
+    lengths = torch.tensor([50], device=DEVICE)
+    for backend in BACKENDS:
+        found = adasplash_decode(q[:, :, -1:], k, v, lengths, backend=backend)
+        assert torch.allclose(found, want, atol=1e-5)
+
+
+def test_a_nan_stays_in_its_head():
+    q, k, v, lengths = inputs([70], 4, 2, 1, 16, 16, 80)
+    q[0, 1] = torch.nan
+    found = adasplash_decode(q, k, v, lengths, backend="triton")
+    assert found[0, 1].isnan().all()
+    assert found[0, [0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha": 1.0}, "`alpha` must be above 1, up to 2; got 1.0"),
+        ({"backend": "best"}, "`backend` must be 'auto'"),
+        ({"cache_seqlens": torch.tensor([2, 65])}, r"from 1, the new tokens, to 64.*\[2, 65\]"),
+        ({"cache_seqlens": torch.tensor([2])}, r"`cache_seqlens` must have shape \(2,\)"),
+        ({"k_cache": torch.randn(3, 2, 64, 16)}, "must fit together"),
+        ({"v_cache": torch.randn(2, 2, 60, 16)}, "must fit together"),
+        ({"q": torch.randn(2, 3, 1, 16)}, "divides 3, the heads of `q`; got 2"),
+        ({"q": torch.randn(1, 4, 1, 16), "cache_seqlens": torch.tensor([2])}, "1 slabs"),
+        ({"block_table": torch.zeros(1, 2, dtype=torch.int32)}, "must have 2 rows"),
+        ({"page_stats": op.PageStats(torch.zeros(1), torch.zeros(1))}, "`page_stats` must have"),
+    ],
+)
+def test_errors(change, message, own_checks):
+    given = {
+        "q": torch.randn(2, 4, 1, 16), "k_cache": torch.randn(2, 2, 64, 16),
+        "v_cache": torch.randn(2, 2, 64, 16), "cache_seqlens": torch.tensor([5, 64]),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        adasplash_decode(**{**given, **change})
+    with pytest.raises(ValueError, match="must divide the 100 places"):
+        page_stats(torch.randn(1, 1, 100, 4), 64)
