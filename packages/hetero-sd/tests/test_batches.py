@@ -93,6 +93,19 @@ def test_several_sequences_of_each_prompt(pair):
     assert len({tuple(tokens) for tokens in made.tokens}) > 2
 
 
+def test_a_stream_that_is_left_alone_does_no_harm(letters):
+    dec = HeteroSpeculativeDecoder(*letters, method="tli", lookahead=3, backend="cudagraph")
+    wanted = dec.generate("the cat", max_new_tokens=20)
+    ongoing = dec.stream("the cat", max_new_tokens=20)
+    first = next(ongoing)
+    assert dec.generate("the cat", max_new_tokens=20).tokens == wanted.tokens
+    assert first + "".join(ongoing) == wanted.text
+    ongoing = dec.stream("the cat", max_new_tokens=20)
+    next(ongoing)
+    ongoing.close()
+    assert dec.generate("the cat", max_new_tokens=20).tokens == wanted.tokens
+
+
 @pytest.mark.parametrize("method", ["tli", "slem"])
 def test_stop_strings_at_any_place(letters, method):
     target, _, tokenizer, _ = letters
@@ -166,7 +179,10 @@ def test_streams_are_whole_characters(pair, letters):
     for models in (pair, letters):
         dec = HeteroSpeculativeDecoder(*models, method="slem", lookahead=4)
         whole = dec.generate("the café", max_new_tokens=40).text
-        pieces = list(dec.stream("the café", max_new_tokens=40))
+        pieces = []
+        for piece in dec.stream("the café", max_new_tokens=40):
+            assert torch.is_grad_enabled(), "the caller's own mode lasts"
+            pieces.append(piece)
         assert "".join(pieces) == whole
         assert all("\ufffd" not in piece for piece in pieces[:-1]) or "\ufffd" in whole
     assert len(pieces) > 3

@@ -56,7 +56,7 @@ def run_bench(
 ) -> Results:
     """Time all contenders in turn on every prompt, save figures, table and plot, and return them.
 
-    Each decodes once untimed; then they take turns, `repeats` times over all prompts. Speeds are
+    Each decodes once untimed; then they take turns prompt by prompt, `repeats` times. Speeds are
     medians over the repeats of tokens by seconds summed over prompts, prompt passes included.
 
     Args:
@@ -93,22 +93,10 @@ def run_bench(
         contenders = _contenders(
             pair, methods, lookaheads, temperature > 0, assisted and batch == 1, compiled
         )
-        total = (1 + repeats) * len(contenders)
+        total = (1 + repeats) * len(contenders) * len(prompts)
         with tqdm(total=total, disable=not progress, desc=f"temperature {temperature}") as bar:
             for turn in range(1 + repeats):
-                wanted: list[list[list[int]]] = []
-                for contender in contenders:
-                    made, seconds = _turn(contender, prompts, batch, options, seed + turn)
-                    bar.update()
-                    if contender.failed:
-                        continue
-                    if contender.name == ALONE:
-                        wanted = made
-                    same = [_trimmed(a, pair) == _trimmed(b, pair) for a, b in _zip(made, wanted)]
-                    contender.same = sum(same)
-                    if turn:
-                        count = sum(len(_trim(row, pair)) for rows in made for row in rows)
-                        contender.speeds.append(count / seconds)
+                _take_turns(contenders, prompts, batch, options, pair, seed + turn, turn, bar)
         mode = "greedy" if temperature == 0 else f"temperature {temperature:g}"
         plotted[mode] = _record(results, contenders, pair, mode, batch, len(prompts))
     results.save(output / "bench.json")
@@ -116,10 +104,6 @@ def run_bench(
     write_atomically(output / "bench.md", lambda name: Path(name).write_text(table, "utf-8"))
     _plot(output / "bench.png", pair.name, plotted)
     return results
-
-
-def _zip(made: list[list[list[int]]], wanted: list[list[list[int]]]) -> list[Any]:
-    return list(zip(made, wanted, strict=True))
 
 
 def _trim(row: list[int], pair: Pair) -> list[int]:
@@ -130,33 +114,54 @@ def _trim(row: list[int], pair: Pair) -> list[int]:
     return row[: last + 1]
 
 
-def _trimmed(rows: list[list[int]], pair: Pair) -> list[list[int]]:
-    return [_trim(row, pair) for row in rows]
+def _take_turns(
+    contenders: list[_Contender],
+    prompts: Sequence[Tensor],
+    batch: int,
+    options: dict[str, Any],
+    pair: Pair,
+    seed: int,
+    turn: int,
+    bar: Any,
+) -> None:
+    """Let all contenders decode each prompt, one after another; turn 0 is not timed.
 
-
-def _turn(
-    contender: _Contender, prompts: Sequence[Tensor], batch: int, options: dict[str, Any], seed: int
-) -> tuple[list[list[list[int]]], float]:
-    """Decode all prompts; return the new tokens and the seconds it took."""
-    made, seconds = [], 0.0
+    They take turns prompt by prompt, in another order each time, so that what else the machine does
+    falls on all of them.
+    """
+    counts = dict.fromkeys((c.name for c in contenders), 0)
+    seconds = dict.fromkeys(counts, 0.0)
+    for contender in contenders:
+        contender.same = 0
+        if turn == 1:
+            contender.stats.clear()
     for place, ids in enumerate(prompts):
-        if contender.failed:
-            break
-        torch.manual_seed(seed + place)
-        _wait()
-        begun = time.perf_counter()
-        try:
-            rows, stats = contender.run(ids.expand(batch, -1), options)
-        except Exception as error:  # A peer that cannot run is a finding, not an end.
-            contender.failed = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            _logger.debug("%s failed", contender.name, exc_info=True)
-            break
-        _wait()
-        seconds += time.perf_counter() - begun
-        made.append(rows)
-        if stats is not None:
-            contender.stats.append(stats)
-    return made, seconds
+        made: dict[str, list[list[int]]] = {}
+        first = (turn + place) % len(contenders)
+        for contender in [*contenders[first:], *contenders[:first]]:
+            bar.update()
+            if contender.failed:
+                continue
+            torch.manual_seed(seed + place)
+            _wait()
+            begun = time.perf_counter()
+            try:
+                rows, stats = contender.run(ids.expand(batch, -1), options)
+            except Exception as error:  # A peer that cannot run is a finding, not an end.
+                contender.failed = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                _logger.debug("%s failed", contender.name, exc_info=True)
+                continue
+            _wait()
+            seconds[contender.name] += time.perf_counter() - begun
+            made[contender.name] = [_trim(row, pair) for row in rows]
+            counts[contender.name] += sum(map(len, made[contender.name]))
+            if stats is not None:
+                contender.stats.append(stats)
+        for contender in contenders:
+            contender.same += made.get(contender.name) == made.get(ALONE)
+    for contender in contenders:
+        if turn and not contender.failed:
+            contender.speeds.append(counts[contender.name] / seconds[contender.name])
 
 
 def _wait() -> None:

@@ -164,6 +164,12 @@ class DrafterMemory:
         self._runner.crop(lengths)
 
     @property
+    def setup_seconds(self) -> float:
+        """Time that the drafter spent on what is done once, in seconds."""
+        seconds: float = getattr(self._runner, "setup_seconds", 0.0)
+        return seconds
+
+    @property
     def lengths(self) -> list[int]:
         """Ids in the cache, of each row."""
         return [len(held) for held in self._held]

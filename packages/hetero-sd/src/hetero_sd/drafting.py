@@ -367,9 +367,8 @@ class TokenRuns:
         usable = [index for index, run in enumerate(runs) if run]
         longest = max((len(runs[index]) for index in usable), default=1)
         self.usable = torch.tensor(usable, dtype=torch.long, device=device)
-        self.runs = torch.full((len(usable), longest), -1, device=device)
-        for place, index in enumerate(usable):
-            self.runs[place, : len(runs[index])] = torch.tensor(runs[index])
+        padded = [runs[index] + [-1] * (longest - len(runs[index])) for index in usable]
+        self.runs = torch.tensor(padded, device=device).view(len(usable), longest)
         self._run_of = [runs[index] for index in usable]
         self._usable = usable
 
@@ -461,9 +460,9 @@ class LastTokenRuns(ExactText):
             if not bool(mass.sum() > 0):
                 continue
             mass = mass / mass.sum()
-            table = torch.full((len(runs), max(map(len, runs))), -1, device=best.device)
-            for place, run in enumerate(runs):
-                table[place, : len(run)] = torch.tensor(run, dtype=torch.long)
+            longest = max(map(len, runs))
+            padded = [run + [-1] * (longest - len(run)) for run in runs]
+            table = torch.tensor(padded, device=best.device)
             (chosen,) = now.chance.draw(mass[None])
             drafts[row] = Runs(runs[chosen], [Choice(table, mass, chosen)])
         return drafts, drafted + len(active)

@@ -231,11 +231,6 @@ class GraphRound:
         self._draft_graphs: dict[tuple[int, int], Any] = {}
         self._verify_graphs: dict[int, Any] = {}
 
-    @property
-    def setup_seconds(self) -> float:
-        """Time spent on capturing graphs so far, in seconds."""
-        return self._target.setup_seconds + self._drafter.setup_seconds
-
     def play(
         self,
         pending: Sequence[int],

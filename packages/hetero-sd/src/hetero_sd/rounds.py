@@ -180,8 +180,13 @@ class Rounds:
     def run(self) -> Iterator[list[tuple[Row, list[int]]]]:
         """Yield the new tokens of each row after each round, until all rows have ended."""
         try:
-            with torch.no_grad():
-                yield from self._run()
+            rounds = self._run()
+            while True:
+                with torch.no_grad():  # Only while it runs, not while the caller does.
+                    new = next(rounds, None)
+                if new is None:
+                    return
+                yield new
         finally:
             if self._at_end is not None:
                 self._at_end()
@@ -230,7 +235,9 @@ class Rounds:
         return result
 
     def _setup_seconds(self) -> float:
-        return 0.0 if self._whole is None else self._whole.setup_seconds
+        """Time spent so far on what is done once, such as capturing graphs."""
+        own: float = getattr(self._target, "setup_seconds", 0.0)
+        return own + self._memory.setup_seconds
 
     def _fits(self, arm: Arm) -> bool:
         if arm.method not in ("plain", "tli", "standard") or arm.lookahead >= WIDEST:
