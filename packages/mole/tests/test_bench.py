@@ -64,7 +64,11 @@ def test_machine_and_tables(tmp_path):
         assert draw(path).read_bytes()[:4] == b"\x89PNG"
     assert all(c["median"] > 0 for c in found["hw"])
     assert {c["parameters"].get("depth") for c in found["hw"]} == {None, 1, 4, 16, 64}
-    assert [c["provider"] for c in found["convert"]] == ["convert", "plain write"]
+    speeds = {c["provider"]: c["median"] for c in found["convert"] if c["metric"] == "speed"}
+    (share,) = (c["median"] for c in found["convert"] if c["metric"] == "of a plain write")
+    assert share == pytest.approx(speeds["convert"] / speeds["plain write"])
+    path = run("convert", tmp_path, print, "cpu", shape="tiny", fmt="nf4")
+    assert json.loads(path.read_text())["cases"][0]["parameters"]["model"] == "tiny"
     losses = {c["provider"]: c["median"] for c in found["quant"] if c["metric"] == "loss"}
     assert losses["fp32"] == pytest.approx(losses["experts"], abs=1e-5)
     assert losses["nf3"] > losses["experts"]

@@ -445,20 +445,24 @@ def upcycle(
     show_default=True,
     help="Folder for TOPIC.json and TOPIC.png.",
 )
-@click.option("--shape", type=click.Choice(["tiny", "160m", "410m", "1b"]), default="410m")
+@click.option(
+    "--shape",
+    type=click.Choice(["tiny", "160m", "410m", "1b"]),
+    help="Size of random models; `convert` takes the shipped model if it is left out.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-def bench(topic: str, output: Path, shape: str, device: str) -> None:
+def bench(topic: str, output: Path, shape: str | None, device: str) -> None:
     """Measure TOPIC, all contenders in one run, after checking results.
 
-    `decode`, `prefill`, `train` and `hw` take random weights of a shape; the others the shipped
-    model.
+    `decode`, `prefill`, `train` and `hw` take random weights of a shape; `quant` and `cache` the
+    shipped model.
     """
     _quiet()
     from fourfold_common import Results
 
     from .bench import draw, run
 
-    options = {"shape": shape} if topic in ("hw", "decode", "prefill", "train") else {}
+    options = {"shape": shape} if shape and topic not in ("quant", "cache") else {}
     path = run(topic, output, click.echo, device, **options)
     click.echo(Results.load(path).to_markdown())
     click.echo(f"Wrote {path}")
