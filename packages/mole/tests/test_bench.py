@@ -26,6 +26,12 @@ def test_decode(tmp_path):
     }  # fmt: skip
     assert ratios["MoLE-2E nf4 mmap"]["page_cache"] == "warm"
     assert 0 < ratios["MoLE-2E nf4 cached"]["hit_rate"] <= 1
+    memory = {(c["provider"], c["parameters"]["batch"]): c["median"] for c in cases
+              if c["metric"] == "device memory over dense"}  # fmt: skip
+    # Three layers' routers, in eight rows of 64 float32, and a row of 3 x 4 x 64 float16 a token.
+    for batch in (1, 2):
+        expected = (3 * 8 * 64 * 4 + batch * 3 * 4 * 64 * 2) / 2**20
+        assert memory["MoLE-4E fp16 pinned", batch] == pytest.approx(expected)
     eager = [c["provider"] for c in cases if "eager" in c["provider"]]
     assert {"MoLE-4E fp16 device, eager", "MoE-10E offloaded by accelerate, eager"} < set(eager)
     assert all(c["error"] == 0 for c in cases if c["error"] is not None)
