@@ -26,6 +26,12 @@ def test_decode(tmp_path):
     }  # fmt: skip
     assert ratios["MoLE-2E nf4 mmap"]["page_cache"] == "warm"
     assert 0 < ratios["MoLE-2E nf4 cached"]["hit_rate"] <= 1
+    memory = {(c["provider"], c["parameters"]["batch"]): c["median"] for c in cases
+              if c["metric"] == "device memory over dense"}  # fmt: skip
+    # Three layers' routers, in eight rows of 64 float32, and a row of 3 x 4 x 64 float16 a token.
+    for batch in (1, 2):
+        expected = (3 * 8 * 64 * 4 + batch * 3 * 4 * 64 * 2) / 2**20
+        assert memory["MoLE-4E fp16 pinned", batch] == pytest.approx(expected)
     eager = [c["provider"] for c in cases if "eager" in c["provider"]]
     assert {"MoLE-4E fp16 device, eager", "MoE-10E offloaded by accelerate, eager"} < set(eager)
     assert all(c["error"] == 0 for c in cases if c["error"] is not None)
@@ -64,7 +70,11 @@ def test_machine_and_tables(tmp_path):
         assert draw(path).read_bytes()[:4] == b"\x89PNG"
     assert all(c["median"] > 0 for c in found["hw"])
     assert {c["parameters"].get("depth") for c in found["hw"]} == {None, 1, 4, 16, 64}
-    assert [c["provider"] for c in found["convert"]] == ["convert", "plain write"]
+    speeds = {c["provider"]: c["median"] for c in found["convert"] if c["metric"] == "speed"}
+    (share,) = (c["median"] for c in found["convert"] if c["metric"] == "of a plain write")
+    assert share == pytest.approx(speeds["convert"] / speeds["plain write"])
+    path = run("convert", tmp_path, print, "cpu", shape="tiny", fmt="nf4")
+    assert json.loads(path.read_text())["cases"][0]["parameters"]["model"] == "tiny"
     losses = {c["provider"]: c["median"] for c in found["quant"] if c["metric"] == "loss"}
     assert losses["fp32"] == pytest.approx(losses["experts"], abs=1e-5)
     assert losses["nf3"] > losses["experts"]

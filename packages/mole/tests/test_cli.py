@@ -78,6 +78,10 @@ def test_convert_verify_generate(run, saved, tmp_path):
         for m in (saved, table)
     ]
     assert plain[0] == plain[1]
+    for store in ("mmap", "disk", "pinned", "device"):
+        done = run("generate", "ABBA", "--model", table, "--temperature", 0, "--new-tokens", 5,
+                   "--store", store, "--cache", 4, "--device", "cpu")  # fmt: skip
+        assert done.output == plain[0], done.output
     assert plain[0].startswith("A B B A")  # this tokenizer has no decoder
     sampled = [
         run("generate", "ABBA", "--model", table, "--new-tokens", 20, "--seed", seed).output
@@ -102,6 +106,8 @@ def test_quiet_conversion_shows_no_bar(run, saved, tmp_path):
         (["verify", "{tmp}/no"], "lut.json"),
         (["generate", ""], "`PROMPT` must hold at least one character"),
         (["generate", "A", "--model", "{saved}", "--new-tokens", "99"], "must fit into 64 tokens"),
+        (["generate", "A", "--model", "{saved}", "--store", "disk"], "need a model in table form"),
+        (["generate", "A", "--model", "{saved}", "--store", "tape"], "'tape' is not one of 'mmap'"),
         (["train", "{saved}/config.json", "--output", "{tmp}/t"], "Exactly one of `--model` and"),
         (["upcycle", "{saved}", "{tmp}/t"], "`base` must be a DenseForCausalLM or a Llama-type"),
         (["upcycle", "{saved}", "{tmp}/t", "--layers", "a"], "`--layers` must be numbers"),

@@ -10,7 +10,7 @@ import torch
 
 from mole import DenseForCausalLM, MoleForCausalLM, convert, fingerprint, verify
 from mole import conversion as module
-from mole.lut import FORMATS, LutError
+from mole.lut import FORMATS, LutError, LutMeta
 
 
 def table_bytes(folder):
@@ -278,3 +278,21 @@ def test_a_full_disk_is_said_before_writing(make_mole, tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(OSError, match=r"the table needs [\d,]+ more bytes .*; 10 are free"):
         convert(make_mole(), tmp_path, progress=False)
+
+
+def test_a_disk_that_fills_up_leaves_what_can_be_resumed(make_mole, tmp_path):
+    resource = pytest.importorskip("resource")
+    model = make_mole()
+    convert(model, tmp_path / "whole", "fp32", chunk=7, progress=False)
+    stride = LutMeta.load(tmp_path / "whole/lut").row_stride
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096 + 24 * stride, before[1]))
+        with pytest.raises(OSError, match="File too large"):
+            convert(model, tmp_path / "parts", "fp32", chunk=7, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    journal = (tmp_path / "parts/.lut.partial/journal").read_text().splitlines()
+    assert len(journal) == 1 + 3  # 24 rows have room for three chunks of 7
+    convert(model, tmp_path / "parts", "fp32", chunk=7, progress=False)
+    assert table_bytes(tmp_path / "parts") == table_bytes(tmp_path / "whole")

@@ -43,6 +43,30 @@ def test_table_model(make_mole, tokens, tmp_path, fmt, store):
     assert torch.equal(Decoder(model, 2, 24).generate(tokens, 12), expected)
 
 
+def test_decoders_share_the_weights_of_their_model(make_mole, tokens, tmp_path):
+    convert(make_mole(), tmp_path / "a", "fp32", progress=False)
+    model = MoleForCausalLM.from_pretrained(tmp_path / "a").eval()
+    model = model.to(DEVICE)
+    tokens = tokens.to(DEVICE)
+    expected = plain(model, tokens, 12)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first, second = Decoder(model, 2, 24), Decoder(model, 2, 30)
+    for number, layer in enumerate(model.model.layers):
+        one, two = first.layers[number], second.layers[number]
+        assert one.qkv.data_ptr() == two.qkv.data_ptr() == layer.self_attn.q_proj.weight.data_ptr()
+        assert one.up.data_ptr() == two.up.data_ptr() == layer.mlp.up_proj.weight.data_ptr()
+        router, inner = layer.lookup.router.weight, len(layer.mlp.up_proj.weight)
+        assert torch.equal(two.up[inner : inner + len(router)], router)
+    for decoder in (first, second):
+        assert torch.equal(decoder.generate(tokens, 12), expected)
+    assert torch.equal(plain(model, tokens, 12), expected)
+    model.save_pretrained(tmp_path / "b")
+    model.config.lut["path"] = str(tmp_path / "a/lut")
+    loaded = MoleForCausalLM.from_pretrained(tmp_path / "b", config=model.config)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, before[name].cpu()), name
+
+
 @pytest.mark.usefixtures("our_checks_only")
 def test_bad_arguments_are_named(make_config, make_mole, tokens):
     with pytest.raises(TypeError, match="got MoeForCausalLM"):

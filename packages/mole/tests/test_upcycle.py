@@ -1,6 +1,9 @@
 """Models that come from elsewhere: Llama-type bases, and checkpoints in the authors' layout."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,3 +177,20 @@ def test_checkpoints_that_do_not_fit_are_refused(make_mole, tmp_path):
         from_upstream(folder)
     with pytest.raises(ValueError, match="must turn all channels"):
         to_upstream(make_mole(partial_rotary_factor=0.5), folder)
+
+
+@pytest.mark.slow
+def test_the_example_says_what_experts_add():
+    path = Path(__file__).parents[1] / "examples/upcycle.py"
+    done = subprocess.run(
+        [sys.executable, str(path), "--steps", "30"],
+        capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    found = {}
+    for line in done.stdout.splitlines():
+        name, _, figure = line.partition(": ")
+        found[name] = float(figure.split()[0])
+    assert found["with experts, untrained"] == pytest.approx(found["base"], abs=1e-3)
+    assert found["with experts, trained"] < found["base"] - 0.5
+    assert found["from an nf4 table"] == pytest.approx(found["with experts, trained"], abs=0.05)
+    assert found["base, trained on"] < found["base"] - 0.5

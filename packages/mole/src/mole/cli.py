@@ -12,6 +12,7 @@ from .__about__ import __version__
 _logger = logging.getLogger(__name__)
 
 _FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "nf4", "nf3")
+_STORES = ("mmap", "disk", "pinned", "device")
 _ORIGIN = (
     "independent implementation of Mixture of Lookup Experts (arXiv 2503.15798); "
     "not the PyPI project 'mole'"
@@ -41,6 +42,23 @@ class _OneLineErrors(click.Group):
             click.echo(f"Error: {message}", err=True)
             code = 2
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _where(command: Any) -> Any:
+    """Add the options that say where a model runs and where its table's rows are."""
+    for option in (
+        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+        click.option(
+            "--cache", type=click.IntRange(min=0), default=0, show_default=True,
+            help="Recently used rows to keep on the device.",
+        ),
+        click.option(
+            "--store", type=click.Choice(_STORES), default="mmap", show_default=True,
+            help="Where a table's rows are kept.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 @click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -204,8 +222,16 @@ def verify(table: Path, model: Path | None) -> None:
     help="0 takes the likeliest token every time.",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
+@_where
 def generate(
-    prompt: str, model: Path | None, new_tokens: int, temperature: float, seed: int
+    prompt: str,
+    model: Path | None,
+    new_tokens: int,
+    temperature: float,
+    seed: int,
+    store: str,
+    cache: int,
+    device: str,
 ) -> None:
     """Continue PROMPT with a model in either form."""
     if not prompt:
@@ -218,9 +244,9 @@ def generate(
 
     from .demo import ASSETS
 
-    loaded = _load(ASSETS / "mole" if model is None else model).eval()
+    loaded = _place(_load(ASSETS / "mole" if model is None else model), store, cache, device)
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tokenizer" if model is None else model)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(loaded.device)
     limit = loaded.config.max_position_embeddings
     if ids.shape[1] + new_tokens > limit:
         raise ValueError(
@@ -331,10 +357,15 @@ def train(
     help="Loss on consecutive windows, or the last word of every text.",
 )
 @click.option("--context", type=click.IntRange(min=2), help="Tokens in a window.")
-@click.option("--store", default="mmap", show_default=True, help="Where a table's rows are kept.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@_where
 def evaluate(
-    model: Path, data: tuple[Path, ...], task: str, context: int | None, store: str, device: str
+    model: Path,
+    data: tuple[Path, ...],
+    task: str,
+    context: int | None,
+    store: str,
+    cache: int,
+    device: str,
 ) -> None:
     """Evaluate MODEL, in any form, on the files DATA: text or .jsonl (also .gz, .xz)."""
     _quiet()
@@ -344,18 +375,14 @@ def evaluate(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fourfold_common import pick_device
-
     from .demo.train import encode, token_bytes
     from .evaluation import last_word_cloze, summarise, window_losses
     from .modeling import register
     from .training.data import texts
 
     register()
-    where, _ = pick_device(device)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(where).eval()
-    if getattr(loaded, "lut", None) is not None:
-        loaded.open_lut(model / loaded.config.lut["path"], store)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = _place(loaded, store, cache, device)
     words = AutoTokenizer.from_pretrained(model)
     found = [text for path in data for text in texts(path)]
     if task == "cloze":
@@ -418,20 +445,24 @@ def upcycle(
     show_default=True,
     help="Folder for TOPIC.json and TOPIC.png.",
 )
-@click.option("--shape", type=click.Choice(["tiny", "160m", "410m", "1b"]), default="410m")
+@click.option(
+    "--shape",
+    type=click.Choice(["tiny", "160m", "410m", "1b"]),
+    help="Size of random models; `convert` takes the shipped model if it is left out.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-def bench(topic: str, output: Path, shape: str, device: str) -> None:
+def bench(topic: str, output: Path, shape: str | None, device: str) -> None:
     """Measure TOPIC, all contenders in one run, after checking results.
 
-    `decode`, `prefill`, `train` and `hw` take random weights of a shape; the others the shipped
-    model.
+    `decode`, `prefill`, `train` and `hw` take random weights of a shape; `quant` and `cache` the
+    shipped model.
     """
     _quiet()
     from fourfold_common import Results
 
     from .bench import draw, run
 
-    options = {"shape": shape} if topic in ("hw", "decode", "prefill", "train") else {}
+    options = {"shape": shape} if shape and topic not in ("quant", "cache") else {}
     path = run(topic, output, click.echo, device, **options)
     click.echo(Results.load(path).to_markdown())
     click.echo(f"Wrote {path}")
@@ -456,6 +487,21 @@ def _load(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise ValueError(f"`{folder}` must be the folder of a model; it has no config.json.")
     return MoleForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def _place(model: Any, store: str, cache: int, device: str) -> Any:
+    """Return a model on a device, a table's rows kept as asked for."""
+    from fourfold_common import pick_device
+
+    where, _ = pick_device(device)
+    model = model.to(where).eval()
+    if getattr(model, "lut", None) is not None:
+        folder = Path(model.name_or_path) / model.config.lut["path"]
+        if (store, cache, where.type) != ("mmap", 0, "cpu"):
+            model.open_lut(folder, store, cache)
+    elif (store, cache) != ("mmap", 0):
+        raise ValueError("`--store` and `--cache` need a model in table form; convert it first.")
+    return model
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

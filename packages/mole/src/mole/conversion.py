@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import zlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from .modeling import MoleForCausalLM
 _LUT_FOLDER = "lut"
 _JOURNAL = "journal"
 _CHUNK_IDS, _CHUNK_BYTES = 1024, 64 * 2**20
+_HASHERS = 8
 
 
 def convert(
@@ -77,22 +80,28 @@ def convert(
 def fingerprint(model: MoleForCausalLM) -> str:
     """Return a SHA-256 of everything the table depends on: embeddings, norms and experts.
 
-    Weights are hashed as float32, so a checkpoint has one fingerprint in whatever type it was
-    loaded.
+    Weights are hashed as float32, each for itself: a checkpoint has one fingerprint in whatever
+    type it was loaded.
 
     Args:
         model: A model in expert form.
     """
     config = model.config
-    digest = hashlib.sha256(f"{config.hidden_act} {config.rms_norm_eps}".encode())
     weights = [model.model.embed_tokens.weight]
     for lookup in _lookups(model):
         weights += [lookup.norm.weight, lookup.up, lookup.down_t]
-    for weight in weights:
-        digest.update(f" {tuple(weight.shape)} ".encode())
-        for part in weight.detach().split(4096):
-            digest.update(part.float().cpu().contiguous().view(torch.uint8).numpy())
+    digest = hashlib.sha256(f"{config.hidden_act} {config.rms_norm_eps}".encode())
+    with ThreadPoolExecutor(_HASHERS) as pool:  # hashing lets other threads run
+        for found in pool.map(_digest, weights):
+            digest.update(found)
     return digest.hexdigest()
+
+
+def _digest(weight: Tensor) -> bytes:
+    digest = hashlib.sha256(f" {tuple(weight.shape)} ".encode())
+    for part in weight.detach().split(4096):
+        digest.update(part.float().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.digest()
 
 
 def verify(path: str | Path, model: MoleForCausalLM | None = None) -> LutMeta:
@@ -250,26 +259,54 @@ def _write_chunks(
         bar,
     ):
         data.seek(HEADER_BYTES + first * meta.row_stride)
-        for start in range(first, meta.vocab, meta.chunk):
-            ids = slice(start, min(start + meta.chunk, meta.vocab))
-            chunk: Any = LutRows.encode(expert_values(model, ids), meta).to_bytes(meta).numpy()
+        waiting: deque[tuple[int, Future[None], Future[int]]] = deque()
+
+        def write(chunk: Any) -> None:
             data.write(chunk)
             data.flush()
-            crcs.append(zlib.crc32(chunk))
+
+        def note() -> None:
+            """Wait for the oldest chunk, and put its checksum into the journal."""
+            count, written, checked = waiting.popleft()
+            try:
+                written.result()
+            except OSError:
+                waiting.clear()  # what comes after a hole does not count
+                raise
+            crcs.append(checked.result())
             journal.write(f"{crcs[-1]:08x}\n")
             journal.flush()
-            bar.update(ids.stop - ids.start)
+            bar.update(count)
+
+        # While a chunk is written and checked, the next one is computed.
+        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as checker:
+            try:
+                for start in range(first, meta.vocab, meta.chunk):
+                    ids = slice(start, min(start + meta.chunk, meta.vocab))
+                    rows = LutRows.encode(expert_values(model, ids), meta).to_bytes(meta)
+                    chunk: Any = rows.cpu().numpy()
+                    if len(waiting) == 2:
+                        note()
+                    checked = checker.submit(zlib.crc32, chunk)
+                    waiting.append((ids.stop - ids.start, writer.submit(write, chunk), checked))
+            finally:
+                while waiting:
+                    note()
         data.truncate()
         os.fsync(data.fileno())
 
 
 def expert_values(model: MoleForCausalLM, ids: slice | Tensor) -> Tensor:
-    """Return the experts' outputs for some ids, float32 `[ids, layers, experts, dim]`."""
-    embeddings = model.model.embed_tokens.weight[ids].float()
+    """Return the experts' outputs for some ids, float32 `[ids, layers, experts, dim]`.
+
+    They are where the model is.
+    """
+    weight = model.model.embed_tokens.weight
+    embeddings = weight[ids.to(weight.device) if isinstance(ids, Tensor) else ids].float()
     layers = []
     for lookup in _lookups(model):
         wide = lookup if lookup.up.dtype == torch.float32 else copy.deepcopy(lookup).float()
-        layers.append(wide.values(embeddings).cpu())
+        layers.append(wide.values(embeddings))
     return torch.stack(layers, dim=1)
 
 

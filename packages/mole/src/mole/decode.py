@@ -6,6 +6,7 @@ next layer's norm. A lookup model therefore launches as many kernels as its dens
 all layers are fetched on a second stream while earlier layers compute.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -80,12 +81,34 @@ def _choose(normed: Tensor, head: Tensor, ids: Tensor) -> None:
     ids.copy_(nn.functional.linear(normed, head).argmax(-1))
 
 
+def _fused(weights: list[nn.Parameter], rows: int) -> Tensor:
+    """Return matrices under each other, padded to so many rows; they become parts of it.
+
+    What is fused already, by another decoder of the model, is used as it is.
+    """
+    first = weights[0]
+    begins = [w.data_ptr() - first.data_ptr() for w in weights]
+    above = [0, *itertools.accumulate(w.nbytes for w in weights)]
+    storage = first.untyped_storage()
+    one = all(w.untyped_storage().data_ptr() == storage.data_ptr() for w in weights)
+    end = first.storage_offset() * first.element_size() + rows * first[0].nbytes
+    if one and begins == above[:-1] and end <= storage.nbytes():
+        return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+    fused, begin = first.new_zeros(rows, first.shape[1]), 0
+    for weight in weights:
+        part = fused[begin : begin + len(weight)]
+        part.copy_(weight)
+        weight.data = part
+        begin += len(part)
+    return fused
+
+
 class Decoder:
     """Greedy decoding of one batch of prompts of equal length.
 
     Args:
         model: A `DenseForCausalLM`, or a `MoleForCausalLM` in table form whose table is open. Its
-            weights are used where they are, but for two fused copies a layer.
+            weights are used where they are; those of one input are laid beside each other first.
         batch: Number of sequences.
         length: Longest sequence, prompt included.
         compiled: Compile the layers with Inductor.
@@ -144,10 +167,10 @@ class Decoder:
             attention, up = layer.self_attn, layer.mlp.up_proj.weight
             if layer.lookup is not None:
                 router = layer.lookup.router.weight
-                padding = router.new_zeros(-len(router) % _ROUTER_ROWS, router.shape[1])
-                up = torch.cat((up, router, padding))
-            qkv = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj,
-                                                attention.v_proj)])  # fmt: skip
+                extra = -(-len(router) // _ROUTER_ROWS) * _ROUTER_ROWS
+                up = _fused([up, router], len(up) + extra)
+            heads = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+            qkv = _fused(heads, sum(map(len, heads)))
             self.layers.append(
                 _Layer(
                     qkv=qkv,

@@ -49,6 +49,18 @@ def _steps(decoder: Decoder, position: int, fed: torch.Tensor) -> float:
     return elapsed / count
 
 
+def _device_bytes(decoder: Decoder, kind: str) -> int:
+    """Return what weights, cache of keys and values, and rows take on the device."""
+    tensors = [*decoder.model.parameters(), *decoder.model.buffers()]
+    tensors += [tensor for layer in decoder.layers for tensor in layer]
+    if decoder.store is not None:
+        tensors.append(decoder.staging)
+        tensors += [decoder.store._rows] if kind == "cached" else []
+        tensors += [decoder.store.table] if kind == "device" else []
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
 def _check(decoder: Decoder, prompts: torch.Tensor, new_tokens: int) -> float:
     """Return the share of decoded ids that the model itself finds likeliest, or nearly so.
 
@@ -190,10 +202,13 @@ def _one(
             **parameters,
         )
     results.add(name, "over dense", middle, "x", p20=low, p80=high, n=_ROUNDS, **parameters)
+    memory = (_device_bytes(decoder, kind) - _device_bytes(dense, kind)) / 2**20
+    results.add(name, "device memory over dense", memory, "MiB", **parameters)
     say(
         f"{name}, batch {batch}: {torch.tensor(times['mole']).median():.4f} ms, dense "
         f"{torch.tensor(times['dense']).median():.4f} ms, ratio {middle:.3f} "
-        f"[{low:.3f}, {high:.3f}]; {100 * share:.1f} % of ids are the model's choice"
+        f"[{low:.3f}, {high:.3f}], {memory:.1f} MiB over dense; "
+        f"{100 * share:.1f} % of ids are the model's choice"
     )
 
 

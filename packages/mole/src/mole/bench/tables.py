@@ -1,6 +1,7 @@
 """What tables cost and keep: conversion speed, loss by format, hit rate of a cache."""
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from ..demo.train import encode
 from ..evaluation import window_losses
 from ..lut import FORMATS, CachedStore, open_lut
 from ..modeling import MoleForCausalLM
+from .shapes import random_model
 
 
 def _shipped() -> tuple[Any, torch.Tensor]:
@@ -51,27 +53,63 @@ def measure_quant(
 
 
 def measure_convert(
-    results: Results, say: Callable[[str], None], device: torch.device, fmt: str = "fp16"
+    results: Results,
+    say: Callable[[str], None],
+    device: torch.device,
+    fmt: str = "fp16",
+    shape: str | None = None,
+    experts: int = 4,
+    folder: str | None = None,
 ) -> None:
-    """Add the speed of converting the shipped model, next to writing as many bytes with fsync."""
-    model, _ = _shipped()
-    model = model.to(device)
-    with tempfile.TemporaryDirectory() as folder:
+    """Add the speed of a conversion, next to writing as many bytes with fsync, and its memory.
+
+    Args:
+        results: Where figures go.
+        say: Prints a line.
+        device: Where the experts run.
+        fmt: Format of the table.
+        shape: One of `SHAPES`, with random weights; the shipped model if None.
+        experts: Lookup experts in a layer of a shape.
+        folder: Where the table is written; the folder for temporary files if None.
+    """
+    if shape is None:
+        model = _shipped()[0].to(device)
+    else:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model = random_model("mole", shape, device, dtype, num_lookup_experts=experts).eval()
+    name: dict[str, Any] = {"model": shape or "shipped", "format": fmt}
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        before = _peak_memory()
         begin = time.perf_counter()
-        target = convert(model, Path(folder) / "table", fmt, progress=False)
+        target = convert(model, Path(place) / "table", fmt, progress=False)
         seconds = time.perf_counter() - begin
+        grown = _peak_memory() - before
         meta = verify(target / "lut", model)
-        data = (target / "lut" / "lut.safetensors").read_bytes()
+        (target / "lut" / "lut.safetensors").unlink()
+        block = os.urandom(8 * 2**20)
         begin = time.perf_counter()
-        with open(Path(folder) / "plain", "wb") as file:
-            file.write(data)
+        with open(Path(place) / "plain", "wb") as file:
+            left = meta.file_bytes
+            while left:
+                left -= file.write(block[:left])
             file.flush()
             os.fsync(file.fileno())
         plain = time.perf_counter() - begin
-    for name, time_s in (("convert", seconds), ("plain write", plain)):
-        results.add(name, "speed", meta.file_bytes / time_s / 1e9, "GB/s", format=fmt)
-    say(f"convert {fmt}: {meta.file_bytes / seconds / 1e9:.3f} GB/s, {plain / seconds:.2f} of a "
-        "plain write's speed")  # fmt: skip
+    for provider, time_s in (("convert", seconds), ("plain write", plain)):
+        results.add(provider, "speed", meta.file_bytes / time_s / 1e9, "GB/s", **name)
+    results.add("convert", "of a plain write", plain / seconds, "x", **name)
+    results.add("convert", "peak memory over the model", grown / 2**20, "MiB", **name)
+    say(f"convert {fmt}: {meta.file_bytes / 1e9:.2f} GB at {meta.file_bytes / seconds / 1e9:.3f} "
+        f"GB/s, {plain / seconds:.2f} of a plain write's speed, {grown / 2**20:,.0f} MiB over the "
+        "model")  # fmt: skip
+
+
+def _peak_memory() -> int:
+    """Return the largest resident memory of this process so far, in bytes."""
+    import resource  # there is none on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def measure_cache(

@@ -216,7 +216,8 @@ class LutRows:
 
     def to_bytes(self, meta: LutMeta) -> UInt8[Tensor, "tokens row_stride"]:
         """Return whole rows as they go to disk, padding included."""
-        rows = torch.zeros(len(self.codes), meta.row_stride, dtype=torch.uint8)
+        size = (len(self.codes), meta.row_stride)
+        rows = torch.zeros(size, dtype=torch.uint8, device=self.codes.device)
         codes = self.codes.flatten(1).contiguous().view(torch.uint8)
         rows[:, : codes.shape[1]] = codes
         if self.scales is not None:
@@ -257,7 +258,8 @@ class LutRows:
             return cls(ratios.round().clamp(-127, 127).to(torch.int8), scales)
         if meta.format == "fp8":
             return cls(ratios.clamp(-top, top).to(dtype), scales)
-        codebook = torch.tensor(NF4_CODEBOOK if meta.format == "nf4" else NF3_CODEBOOK)
+        book = NF4_CODEBOOK if meta.format == "nf4" else NF3_CODEBOOK
+        codebook = torch.tensor(book, device=values.device)
         middles = (codebook[1:] + codebook[:-1]) / 2
         picks = torch.bucketize(ratios, middles).to(torch.uint8)
         if meta.format == "nf3":
