@@ -180,6 +180,13 @@ FAMILIES = {
          **HEADS, **ROPE},
         off={"guidance_scale": 1.0}, guidance={"guidance_scale": 4.0}, vae=tiny_vae, grid=(16, 24),
     ),
+    "cogview4": Family(
+        "CogView4Pipeline", "CogView4Transformer2DModel",
+        {"in_channels": 4, "out_channels": 4, "num_layers": 3, "text_embed_dim": TEXT,
+         "time_embed_dim": 8, "condition_dim": 4, "pos_embed_max_size": 16,
+         "rope_axes_dim": (16, 16), **HEADS},
+        off={"guidance_scale": 1.0}, guidance={"guidance_scale": 5.0},
+    ),
     "hunyuan-image": Family(
         "HunyuanImagePipeline", "HunyuanImageTransformer2DModel",
         {"in_channels": 4, "out_channels": 4, "num_layers": 3, "num_single_layers": 1,

@@ -226,6 +226,7 @@ def known_adapters() -> list[Adapter]:
     """Return every adapter, in the order in which they are asked."""
     from .chroma import ChromaAdapter
     from .cogvideox import CogVideoXAdapter
+    from .cogview4 import CogView4Adapter
     from .flux import FluxAdapter
     from .flux2 import Flux2Adapter
     from .flux_like import BriaAdapter, LongCatAdapter, OvisAdapter
@@ -236,7 +237,7 @@ def known_adapters() -> list[Adapter]:
     return [
         *_ADAPTERS, FluxAdapter(), Flux2Adapter(), SD3Adapter(), CogVideoXAdapter(),
         QwenImageAdapter(), ChromaAdapter(), HunyuanVideoAdapter(), HunyuanImageAdapter(),
-        LongCatAdapter(), OvisAdapter(), BriaAdapter(),
+        LongCatAdapter(), OvisAdapter(), BriaAdapter(), CogView4Adapter(),
     ]  # fmt: skip
 
 
