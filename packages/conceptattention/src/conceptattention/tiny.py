@@ -214,6 +214,7 @@ class Dense:
         starts: Tensor,
         text_first: bool,
         extend: bool = True,
+        single_stream: bool = False,
     ) -> None:
         self.outputs: list[Tensor] = []
         self.count, self.model = starts.shape[1], model
@@ -247,5 +248,7 @@ class Dense:
             return torch.cat([starts, output], dim=1)
 
         self.layers = len(adapter.blocks(model))
+        if single_stream:
+            self.layers += len(adapter.single_blocks(model))
         monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
         self.handle = adapter.seed(model).register_forward_hook(insert)

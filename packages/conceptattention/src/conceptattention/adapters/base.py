@@ -96,6 +96,10 @@ class Adapter(ABC):
     def blocks(self, model: nn.Module) -> list[Block]:
         """Return the layers in the order they run."""
 
+    def single_blocks(self, model: nn.Module) -> list[Block]:
+        """Return the single-stream layers after `blocks`, numbered on from them."""
+        raise ValueError(f"`single_stream`: {self.family} has no single-stream mode yet.")
+
     @abstractmethod
     def default_layers(self, model: nn.Module) -> Sequence[int]:
         """Return the layers that the maps average by default."""
@@ -135,7 +139,8 @@ class Adapter(ABC):
         Args:
             block: The layer.
             taps: What the taps of the layer saw.
-            arguments: Keyword arguments of the attention module's call.
+            arguments: Keyword arguments of the attention module's call, and "text_tokens", the
+                length of the prompt.
         """
 
     def prompt_taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
