@@ -69,7 +69,7 @@ def first_call(family, pipe):
     return seen[0]
 
 
-SINGLE = ("flux", "longcat", "bria")
+SINGLE = ("flux", "flux2", "longcat", "bria")
 CASES = [
     *((name, config, False) for name, config in VARIANTS), *((name, {}, True) for name in SINGLE)
 ]  # fmt: skip
@@ -313,12 +313,13 @@ def test_single_stream_layers_are_bit_identical(name, fused):
         if not hasattr(pipe.transformer, "fuse_qkv_projections"):
             pytest.skip("diffusers cannot fuse this family")
         pipe.transformer.fuse_qkv_projections()
-    plain = family.run(pipe, guided=True)
+    guided = bool(family.guidance)
+    plain = family.run(pipe, guided)
     with ConceptAttention(
         pipe, WORDS, concept_embeds=EMBEDS, layers="all", single_stream=True, store="layers",
         space=["output", "prompt_attention"], prompt_tokens=[[0], [1, 2], [4]],
     ) as observer:  # fmt: skip
-        seen = family.run(pipe, guided=True)
+        seen = family.run(pipe, guided)
     assert torch.equal(plain, seen)
     maps = observer.heatmaps()
     assert [layer for layer, _ in maps.keys] == [0, 1, 2, 3, 4]

@@ -82,7 +82,8 @@ class ConceptAttention:
         reduce: Order of reduction of the maps, as in `ConceptMaps.with_reduce`.
         self_attention: Let concepts attend to each other too, as the paper does.
         single_stream: Carry concepts on through the single-stream layers, numbered after the
-            dual-stream ones, beyond the paper: Flux.1, LongCat-Image and Bria.
+            dual-stream ones, beyond the paper: Flux.1, Flux.2, LongCat-Image,
+            Bria.
         token: Which token of a word stands for it: "first" (the paper), "mean", "last", or "auto":
             "first" for words of one token, else "mean".
         vectors: Names of vectors to keep for `vectors`, on the model's device.

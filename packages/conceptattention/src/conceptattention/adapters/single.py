@@ -26,8 +26,12 @@ class SingleStreamAdapter(JointAdapter):
             for i, block in enumerate(found)
         ]
 
+    def is_single(self, block: Block) -> bool:
+        """Return whether the layer is one of `single_blocks`."""
+        return block.name.startswith("single")
+
     def taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
-        if not _is_single(block):
+        if not self.is_single(block):
             return super().taps(block)
         attn: Any = block.attention
         values = attn.to_qkv if attn.fused_projections else attn.to_v
@@ -40,7 +44,7 @@ class SingleStreamAdapter(JointAdapter):
     def image_side(
         self, block: Block, taps: Mapping[str, Tensor], arguments: Mapping[str, Any]
     ) -> ImageSide:
-        if not _is_single(block):
+        if not self.is_single(block):
             return super().image_side(block, taps, arguments)
         text: int = arguments["text_tokens"]
         keys, rotary = self.rotate(taps["keys"][:, text:], arguments)
@@ -52,7 +56,7 @@ class SingleStreamAdapter(JointAdapter):
         return ImageSide(keys.transpose(1, 2), values.transpose(1, 2), outputs, rotary)
 
     def prompt_taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
-        if not _is_single(block):
+        if not self.is_single(block):
             return super().prompt_taps(block)
         norm: Any = block.attention.norm_q
         return {"prompt": (norm, "output")}
@@ -60,14 +64,14 @@ class SingleStreamAdapter(JointAdapter):
     def prompt_queries(
         self, block: Block, tap: Tensor, arguments: Mapping[str, Any], patches: int
     ) -> Tensor:
-        if not _is_single(block):
+        if not self.is_single(block):
             return super().prompt_queries(block, tap, arguments, patches)
         text: int = arguments["text_tokens"]
         rotary = (part[:text] for part in arguments["image_rotary_emb"])
         return reference.rotate(tap[:, :text].transpose(1, 2), *rotary)
 
     def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
-        if not _is_single(block):
+        if not self.is_single(block):
             return super().pre(block, concepts, temb)
         module: Any = block.module
         normed, gate = module.norm(concepts, emb=temb)
@@ -76,7 +80,7 @@ class SingleStreamAdapter(JointAdapter):
     def qkv(
         self, block: Block, concepts: Tensor, arguments: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if not _is_single(block):
+        if not self.is_single(block):
             return super().qkv(block, concepts, arguments)
         attn: Any = block.attention
         if attn.fused_projections:
@@ -87,14 +91,10 @@ class SingleStreamAdapter(JointAdapter):
         return attn.norm_q(q), attn.norm_k(k), v
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
-        if not _is_single(block):
+        if not self.is_single(block):
             return super().post(block, concepts, outputs, state)
         module: Any = block.module
         normed, gate = state
         inner = module.act_mlp(module.proj_mlp(normed))
         concepts = concepts + gate * module.proj_out(torch.cat([outputs, inner], dim=2))
         return concepts.clip(-65504, 65504) if concepts.dtype == torch.float16 else concepts
-
-
-def _is_single(block: Block) -> bool:
-    return hasattr(block.module, "proj_mlp")
