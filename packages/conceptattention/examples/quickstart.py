@@ -6,9 +6,9 @@ from conceptattention import ConceptAttention
 from conceptattention.demo.model import load_pipeline
 
 pipe = load_pipeline()  # any Flux.1 pipeline of diffusers works the same way
-with ConceptAttention(pipe, concepts=["box", "grass", "clouds"]) as observer:
+with ConceptAttention(pipe, concepts=["bee", "grass", "clouds"]) as observer:
     image = pipe(
-        "a red box on grass under clouds",
+        "a bee on grass under clouds",
         num_inference_steps=8,
         generator=torch.Generator().manual_seed(0),
     ).images[0]

@@ -26,8 +26,10 @@ def folders(tokenizers, models, tmp_path_factory):
 def test_help_names_the_commands():
     result = call("--help")
     assert result.exit_code == 0
-    for command in ("env", "demo", "generate", "inspect-vocab"):
+    for command in ("env", "demo", "generate", "inspect-vocab", "bench", "verify"):
         assert command in result.output
+        help_text = call(command, "--help").output
+        assert help_text.startswith("Usage: ")
 
 
 def test_env_prints_version_and_place():
@@ -70,13 +72,92 @@ def test_inspect_vocab_prints_a_table(folders, tmp_path):
     assert result.exit_code == 0
     assert "| target kind | byte-level |" in result.output
     assert "| drafter kind | sentencepiece |" in result.output
+    report = call("inspect-vocab", "--target", folders[0], "--drafter", folders[1], "--json")
+    assert json.loads(report.output)["drafter_kind"] == "sentencepiece"
+
+
+def test_generate_prints_json_and_streams(folders):
+    pair = ["--target", folders[0], "--drafter", folders[1]]
+    start = ["generate", *pair, "--prompt", "the cat", "--max-new-tokens", 6, "--lookahead", 2]
+    made = json.loads(call(*start, "--method", "slem", "--json").stdout)
+    assert len(made["tokens"][0]) == 6
+    streamed = call(*start, "--method", "slem", "--stream")
+    assert streamed.exit_code == 0
+    assert streamed.stdout.rstrip("\n") == made["texts"][0].rstrip("\n")
+    several = call(*start, "--temperature", 1, "--sequences", 3, "--json")
+    assert len(json.loads(several.stdout)["texts"]) == 3
+
+
+def test_verify_and_its_verdicts(folders, monkeypatch):
+    pair = ["--target", folders[0], "--drafter", folders[0], "--limit", 1, "--tokens", 6]
+    options = ["--methods", "tli", "--lookaheads", "2", "--draws", 60]
+    result = call("verify", *pair, *options, "--json")
+    checks = json.loads(result.stdout)
+    kinds = [check["kind"] for check in checks]
+    assert kinds == ["greedy", "sampled", "control"]
+    assert [check["passed"] for check in checks[:2]] == [True, True]
+    from hetero_sd import decoder
+
+    honest = decoder.Rounds._append
+    monkeypatch.setattr(
+        decoder.Rounds, "_append", lambda self, row, tokens: honest(self, row, [5] * len(tokens))
+    )
+    wrong = call("verify", *pair, *options[:4], "--draws", 0)
+    assert wrong.exit_code == 2
+    assert "Error: 1 of 1 checks failed" in wrong.stderr
+    assert "FAILED tli 2, greedy: 0 of 1 prompts identical" in wrong.stdout
+
+
+def test_bench_writes_figures_table_and_plot(folders, tmp_path):
+    result = call(
+        "bench",
+        *("--target", folders[0], "--drafter", folders[1], "--output", tmp_path / "out"),
+        *("--methods", "slem,auto", "--lookaheads", 2, "--tokens", 5, "--repeats", 1),
+        *("--limit", 1, "--no-progress"),
+    )
+    assert result.exit_code == 0
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"bench.json", "bench.md", "bench.png"}
+    cases = json.loads((tmp_path / "out" / "bench.json").read_text())["cases"]
+    providers = {case["provider"] for case in cases}
+    assert {"transformers, target alone", "target alone", "slem 2", "auto"} <= providers
+    same = {c["provider"]: c["median"] for c in cases if c["metric"] == "identical"}
+    assert same["slem 2"] == same["auto"] == same["target alone"] == "1 of 1"
+    assert "| slem 2" in result.stdout
+
+
+def test_prompt_files(tmp_path):
+    import gzip
+
+    from hetero_sd.pairs import read_prompts
+
+    path = tmp_path / "prompts.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps({"turns": [f"question {i}", "more"]}) + "\n" for i in range(9))
+    assert read_prompts(path, 3) == ["question 0", "question 3", "question 6"]
+    text = tmp_path / "prompts.txt"
+    text.write_text("one\n\ntwo\n")
+    assert read_prompts(text) == ["one", "two"]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match=r"line 2 of bad.jsonl must be an object with `prompt`"):
+        read_prompts(bad)
+    bad.write_text("\n")
+    with pytest.raises(ValueError, match=r"bad.jsonl holds no prompt"):
+        read_prompts(bad)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["demo", "--tokens", "0"], "Invalid value for '--tokens': 0 is not in the range x>=1"),
-        (["generate", "--prompt", "a"], "Missing option '--target'"),
+        (["generate"], "Missing option '--prompt'"),
+        (["generate", "--prompt", "a", "--target", "."], "give both `--target` and `--drafter`"),
+        (["generate", "--prompt", "a", "--lookahead", "-2"], "'-2' is neither 'auto' nor an"),
+        (["generate", "--prompt", "a", "--stream", "--json"], "--stream writes one text"),
+        (["generate", "--prompt", "a", "--sequences", "2"], "--sequences needs --temperature"),
+        (["bench", "--methods", "best"], "'best' is not one of auto, tli"),
+        (["verify", "--lookaheads", "0"], "'0' is no list of numbers of 1 or more"),
         (["fly"], "No such command 'fly'"),
         (["inspect-vocab", "--target", "/none", "--drafter", "/none"], "does not exist"),
     ],

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hetero_sd import HeteroSpeculativeDecoder
+from hetero_sd.runners import make_runner
 from hetero_sd.testing import make_model, make_tokenizer, sentences
 
 KINDS = ("byte-level", "byte-level 2", "sentencepiece", "prefixed", "characters")
@@ -23,7 +24,7 @@ def build(tokenizers, models, target, drafter, **options):
 
 @pytest.mark.parametrize(("target", "drafter"), PAIRS)
 def test_greedy_output_is_the_targets_own(tokenizers, models, target, drafter):
-    for method, lookahead in (("tli", 1), ("tli", 4), ("slem", 2), ("slem", 5)):
+    for method, lookahead in (("tli", 1), ("tli", 4), ("slem", 5), ("slrs", 3), ("auto", "auto")):
         dec = build(tokenizers, models, target, drafter, method=method, lookahead=lookahead)
         for prompt in PROMPTS:
             ids = tokenizers[target](prompt, return_tensors="pt").input_ids
@@ -35,20 +36,35 @@ def test_greedy_output_is_the_targets_own(tokenizers, models, target, drafter):
             assert found.stats.generated == len(found.new_tokens)
 
 
-def test_greedy_with_a_processor_that_looks_at_ids(tokenizers, models):
+GREEDY_OPTIONS = [
+    {"repetition_penalty": 1.7},
+    {"no_repeat_ngram_size": 2},
+    {"min_new_tokens": 12, "eos_token_id": list(range(0, 300, 3))},
+    {"bad_words_ids": [[5], [7, 9], *([i] for i in range(100, 180))]},
+    {"suppress_tokens": list(range(40, 90)), "begin_suppress_tokens": list(range(90, 140))},
+    {"sequence_bias": [[[3], 4.0], [[200], -8.0]], "exponential_decay_length_penalty": (5, 1.3)},
+    {"encoder_repetition_penalty": 1.5, "forced_eos_token_id": 3},
+    {"prefix_allowed_tokens_fn": lambda row, ids: list(range(20 + row, 20 + len(ids) + 40))},
+]
+
+
+@pytest.mark.parametrize("options", GREEDY_OPTIONS, ids=lambda options: next(iter(options)))
+@pytest.mark.parametrize("method", ["tli", "slem"])
+def test_processors_act_as_in_generate(tokenizers, models, method, options):
     target, drafter = "byte-level", "sentencepiece"
-    ids = tokenizers[target](PROMPTS[0], return_tensors="pt").input_ids
+    tokenizer = tokenizers[target]
+    rows = [tokenizer(text).input_ids for text in PROMPTS]
+    width, end = max(map(len, rows)), tokenizer.eos_token_id
+    ids = torch.tensor([[end] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     wanted = models[target].generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=30,
-        do_sample=False,
-        repetition_penalty=1.7,
+        ids, attention_mask=mask, max_new_tokens=24, do_sample=False, **options
     )
-    for method in ("tli", "slem"):
-        dec = build(tokenizers, models, target, drafter, method=method)
-        found = dec.generate(input_ids=ids, max_new_tokens=30, repetition_penalty=1.7)
-        assert found.sequences.tolist() == wanted.tolist()
+    dec = build(tokenizers, models, target, drafter, method=method, lookahead=3)
+    found = dec.generate(input_ids=ids, attention_mask=mask, max_new_tokens=24, **options)
+    assert found.sequences.tolist() == wanted.tolist()
+    changed = models[target].generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
+    assert wanted.tolist() != changed.tolist(), "the options must matter"
 
 
 class _NoToken:
@@ -64,7 +80,7 @@ class _NoToken:
 
 
 def test_custom_processor_acts_on_target_ids(tokenizers, models):
-    dec = build(tokenizers, models, "byte-level", "byte-level 2")
+    dec = build(tokenizers, models, "byte-level", "byte-level 2", method="tli", lookahead=4)
     usual = dec.generate(PROMPTS[0], max_new_tokens=12).new_tokens
     changed = dec.generate(
         PROMPTS[0], max_new_tokens=12, logits_processor=[_NoToken(usual[0])]
@@ -103,58 +119,51 @@ def _chi_square(found, law):
     return float(((seen - cells) ** 2 / cells).sum()), len(cells) - 1
 
 
-@pytest.mark.parametrize("method", ["tli", "slem"])
-def test_sampled_first_token_has_the_targets_law(near_pair, method):
+@pytest.mark.parametrize(("method", "backend"), [("auto", "eager"), ("tli", "cudagraph")])
+def test_sampled_first_token_has_the_targets_law(near_pair, method, backend):
     target, _, ours, _ = near_pair
-    dec = HeteroSpeculativeDecoder(*near_pair, method=method, lookahead=1)
+    dec = HeteroSpeculativeDecoder(*near_pair, method=method, lookahead=1, backend=backend)
     ids = ours(PROMPTS[0], return_tensors="pt").input_ids
     with torch.no_grad():
         logits = target(ids).logits[0, -1].double() / 0.8
     best = logits.topk(12)
     law = torch.zeros(len(logits), dtype=torch.float64)
     law[best.indices] = best.values.softmax(-1)
-    first = [pair[0] for pair in _first_two(dec, 500, temperature=0.8, top_k=12)]
+    first = [pair[0] for pair in _first_two(dec, 400, temperature=0.8, top_k=12)]
     statistic, freedom = _chi_square(first, law)
     assert statistic < freedom + 4.5 * (2 * freedom) ** 0.5
 
 
-def test_negative_control_the_same_test_finds_a_misordered_drafter(near_pair):
-    target, _, ours, _ = near_pair
-    dec = HeteroSpeculativeDecoder(*near_pair, method="tli", lookahead=1)
-    # As if the pruned head were in another order than the ids: q belongs to other tokens.
-    dec._kept_target = dec._kept_target.roll(1)
-    ids = ours(PROMPTS[0], return_tensors="pt").input_ids
-    with torch.no_grad():
-        law = target(ids).logits[0, -1].double().softmax(-1)
-    first = [pair[0] for pair in _first_two(dec, 500)]
-    statistic, freedom = _chi_square(first, law)
-    assert statistic > freedom + 10 * (2 * freedom) ** 0.5
+def test_graphs_that_fail_are_done_without(near_pair, monkeypatch):
+    """Where graphs fail, the rounds go on without them."""
+    from hetero_sd.graphs import GraphRound
+
+    def broken(*_):
+        raise RuntimeError("capture failed")
+
+    monkeypatch.setattr(GraphRound, "play", broken)
+    dec = HeteroSpeculativeDecoder(*near_pair, method="tli", lookahead=3, backend="cudagraph")
+    alone = HeteroSpeculativeDecoder(*near_pair, lookahead=0, backend="eager")
+    found, wanted = (d.generate(PROMPTS[0], max_new_tokens=20) for d in (dec, alone))
+    assert found.tokens == wanted.tokens
+    assert found.stats.proposed > 0
 
 
 def test_several_drafter_tokens_for_one_target_token_add_up(tokenizers, models):
     dec = build(tokenizers, models, "byte-level", "sentencepiece")
-    assert dec._column is not None, "byte tokens and letters are the same bytes"
-    from hetero_sd.context import DrafterCache
-
+    assert dec._shared.column is not None, "byte tokens and letters are the same bytes"
     ids = [dec.drafter_tokenizer.bos_token_id, 5, 9]
-    merged = dec.shared_logits(ids, DrafterCache(256)).softmax(-1)
+    shared = dec._shared
+    (logits,) = make_runner(models["sentencepiece"], 1).extend([ids], [1], shared.head)
+    merged = shared.shared_logits(logits)[0].softmax(-1)
     with torch.no_grad():
         full = models["sentencepiece"](torch.tensor([ids])).logits[0, -1].float()
-    wanted = torch.zeros(len(dec._kept_target))
+    wanted = torch.zeros(len(shared.kept_target))
     q = full[dec.mapping.keep].softmax(-1)
-    places = {t: i for i, t in enumerate(dec._kept_target.tolist())}
+    places = {t: i for i, t in enumerate(shared.kept_target.tolist())}
     for share, target in zip(q, dec.mapping.to_target.tolist(), strict=True):
         wanted[places[target]] += share
     torch.testing.assert_close(merged, wanted)
-
-
-def test_same_model_and_tokenizer_accepts_nearly_all(tokenizers, models):
-    # Random models write no valid text in bytes; in whole characters they do.
-    tokenizer = tokenizers["characters"]
-    model = make_model(tokenizer, seed=3)
-    dec = HeteroSpeculativeDecoder(model, model, tokenizer, tokenizer, lookahead=4)
-    stats = dec.generate("<s>" + PROMPTS[0], max_new_tokens=40).stats
-    assert stats.accepted == stats.proposed >= 8
 
 
 def test_an_end_token_anywhere_in_a_block_ends_the_text(tokenizers, models):
@@ -168,8 +177,7 @@ def test_an_end_token_anywhere_in_a_block_ends_the_text(tokenizers, models):
             if end in usual[:offset]:
                 continue
             dec = build(tokenizers, models, "byte-level", drafter, method=method, lookahead=4)
-            dec.target_eos = [*dec.target_eos, end]
-            made = dec.generate(input_ids=ids, max_new_tokens=10)
+            made = dec.generate(input_ids=ids, max_new_tokens=10, eos_token_id=[end])
             assert made.new_tokens == usual[: offset + 1]
 
 
@@ -209,14 +217,15 @@ def test_nothing_that_is_passed_in_changes(tokenizers, models):
         tokenizers["prefixed"],
     )
     before = _state(*parts)
-    for method in ("tli", "slem"):
-        dec = HeteroSpeculativeDecoder(*parts, method=method)
-        dec.generate(PROMPTS[1], max_new_tokens=12, do_sample=True, top_p=0.9)
+    for method in ("tli", "slem", "slrs", "c-slrs", "auto"):
+        for backend in ("auto", "eager", "cudagraph"):
+            dec = HeteroSpeculativeDecoder(*parts, method=method, lookahead=3, backend=backend)
+            dec.generate(PROMPTS, max_new_tokens=8, do_sample=True, top_p=0.9, eos_token_id=[5])
     assert _state(*parts) == before
 
 
 def test_same_generator_same_text(tokenizers, models):
-    dec = build(tokenizers, models, "byte-level", "characters")
+    dec = build(tokenizers, models, "byte-level", "characters", method="slrs", lookahead=3)
     texts = [
         dec.generate(
             PROMPTS[0],
@@ -230,7 +239,7 @@ def test_same_generator_same_text(tokenizers, models):
 
 
 def test_counts_belong_together(tokenizers, models):
-    dec = build(tokenizers, models, "byte-level", "byte-level 2", lookahead=3)
+    dec = build(tokenizers, models, "byte-level", "byte-level 2", method="slem", lookahead=3)
     stats = dec.generate(sentences(1)[0], max_new_tokens=25).stats
     assert 0 <= stats.accepted <= stats.proposed <= 3 * stats.rounds
     assert stats.generated <= stats.accepted + stats.rounds
@@ -243,9 +252,11 @@ def test_counts_belong_together(tokenizers, models):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "auto"}, "`method` must be 'tli' or 'slem'; got 'auto'"),
-        ({"lookahead": -1}, "`lookahead` must be an integer of 0 or more; got -1"),
-        ({"lookahead": True}, "`lookahead` must be an integer of 0 or more; got True"),
+        ({"method": "best"}, "`method` must be 'auto', 'tli', .* or 'standard'; got 'best'"),
+        ({"lookahead": -1}, "`lookahead` must be 'auto' or an integer of 0 or more; got -1"),
+        ({"lookahead": True}, "`lookahead` must be 'auto' or an integer of 0 or more; got True"),
+        ({"verification": "none"}, "`verification` must be 'block' or 'token'; got 'none'"),
+        ({"backend": "fpga"}, "`backend` must be 'auto', 'eager' or 'cudagraph'; got 'fpga'"),
     ],
 )
 def test_bad_settings_are_refused(tokenizers, models, options, message):
@@ -257,23 +268,29 @@ def test_bad_settings_are_refused(tokenizers, models, options, message):
     ("options", "message"),
     [
         ({}, "give exactly one of `prompts`, `input_ids` and `messages`; got 0"),
-        ({"prompts": ["a", "b"]}, "`prompts` must be one text.*got 2"),
-        ({"prompts": ""}, "the prompt must have at least one token"),
-        ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, r"`input_ids` must have shape \(1"),
+        ({"prompts": ""}, "every prompt must have at least one token"),
+        ({"prompts": ["a", ""]}, "every prompt must have at least one token"),
+        ({"input_ids": torch.ones(3, dtype=torch.long)}, r"`input_ids` must have shape \(batch"),
         ({"input_ids": torch.tensor([[99999]])}, r"`input_ids` must be in \[0, \d+\); got 99999"),
         ({"prompts": "a", "max_new_tokens": 0}, "`max_new_tokens` must be 1 or more; got 0"),
         ({"prompts": "a", "max_new_tokens": 999}, "within the target's 256 positions; got 999"),
-        ({"prompts": "a", "temperature": 0.0}, "`temperature` must be above 0"),
-        ({"prompts": "a", "top_k": -3}, "`top_k` must be 0 or more; got -3"),
-        ({"prompts": "a", "top_p": 1.5}, r"`top_p` must be in \(0, 1\]; got 1.5"),
-        ({"prompts": "a", "min_p": -0.1}, r"`min_p` must be in \[0, 1\]; got -0.1"),
-        ({"prompts": "a", "repetition_penalty": 0.0}, "`repetition_penalty` must be above 0"),
+        ({"prompts": "a", "num_beams": 2}, "`num_beams` must be 1; got 2"),
+        ({"prompts": "a", "output_scores": True}, "`output_scores` is not kept by speculative"),
+        ({"prompts": "a", "guidance_scale": 2.0}, "`guidance_scale` keeps a state from token to"),
+        ({"prompts": ["a", "b"], "streamer": object()}, "`streamer` takes one row at a time"),
+        ({"prompts": "a", "do_sample": True, "temperature": -1.0}, "temperature"),
     ],
 )
 def test_bad_requests_are_refused(tokenizers, models, options, message):
+    import jaxtyping
+
     dec = build(tokenizers, models, "byte-level", "characters")
-    with pytest.raises(ValueError, match=message):
-        dec.generate(**options)
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ValueError, match=message):
+            dec.generate(**options)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_models_that_do_not_fit_are_refused(tokenizers, models):

@@ -115,3 +115,18 @@ def test_byte_tokens_of_the_drafters_tokenizer_are_ordinary_text():
     tokenizer = train_drafter_tokenizer(sentences(50), 300)
     assert tokenizer.decode(tokenizer("the <0x41> 🙂").input_ids) == "the <0x41> 🙂"
     assert tokenizer("</s>").input_ids == [tokenizer.eos_token_id]
+
+
+@torch.no_grad()
+def test_an_inflated_model_says_the_same():
+    from hetero_sd.demo.inflate import inflate
+
+    model, tokenizer = demo.load_model("target")
+    large = inflate(model, 2, model.config.num_hidden_layers + 1)
+    assert sum(p.numel() for p in large.parameters()) > 3 * sum(
+        p.numel() for p in model.parameters()
+    )
+    ids = tokenizer("What is bread? It is food.", return_tensors="pt").input_ids
+    torch.testing.assert_close(large(ids).logits, model(ids).logits, atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="`factor` must be 1 or more and `layers`"):
+        inflate(model, 1, 1)

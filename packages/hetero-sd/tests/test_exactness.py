@@ -5,9 +5,16 @@ import itertools
 import pytest
 import torch
 
-from hetero_sd.acceptance import Choice, verify, verify_block, verify_greedy, verify_runs
+from hetero_sd.acceptance import Choice, residual, settle, verify, verify_block, verify_greedy
+from hetero_sd.chance import Chance
 from hetero_sd.processors import Processors
-from hetero_sd.testing import total_variation
+from hetero_sd.testing import (
+    outcomes_of_block,
+    outcomes_of_runs,
+    outcomes_of_verify,
+    total_variation,
+    warpers,
+)
 
 VOCAB, LENGTH, GAMMA = 5, 3, 2
 KEPT = torch.tensor([3, 0, 4])  # The shared tokens, in an order of their own.
@@ -30,65 +37,11 @@ def logits_for(history, salt, size):
 
 
 def target_law(history, process):
-    return process(logits_for(history, 7, VOCAB))[0].softmax(-1)
+    return process.scores_only(logits_for(history, 7, VOCAB))[0].softmax(-1)
 
 
 def drafter_law(history, process):
-    return process(logits_for(history, 11, len(KEPT)))[0].softmax(-1)
-
-
-def outcomes_of_verify(p, proposed, q, kept):
-    """Every result of `verify`, each with the share of the coins that gives it."""
-    bounds = []
-    for i, token in enumerate(proposed.tolist()):
-        theirs = 1.0 if q is None else float(q[i, kept.tolist().index(token)])
-        bounds.append(min(1.0, float(p[i, token]) / theirs))
-    for weight, coins in coin_regions(bounds):
-        yield weight, verify(p, proposed, coins, q, kept)
-
-
-def outcomes_of_block(p, proposed, q, kept):
-    """The same for `verify_block`, its bounds worked out here once more in plain numbers."""
-    full = torch.zeros_like(p[:-1])
-    full[:, kept] = q
-    share, bounds = 1.0, []
-    for i, token in enumerate(proposed.tolist()):
-        share = min(1.0, share * float(p[i, token] / full[i, token]))
-        if i + 1 < len(proposed):
-            rest = float((share * p[i + 1] - full[i + 1]).clamp(min=0.0).sum())
-            bounds.append(rest / (rest + 1 - share))
-        else:
-            bounds.append(share)
-    for weight, coins in coin_regions(bounds):
-        yield weight, verify_block(p, proposed, coins, q, kept)
-
-
-def outcomes_of_runs(p, steps):
-    """The same for `verify_runs`; a bound is the target's share over that of all like runs."""
-    bounds = []
-    for step in steps:
-        runs = [[int(t) for t in run if t >= 0] for run in step.runs]
-        chosen = runs[step.chosen]
-        for depth, token in enumerate(chosen):
-            longer = [
-                (run, float(m))
-                for run, m in zip(runs, step.mass, strict=True)
-                if run[:depth] == chosen[:depth] and len(run) > depth
-            ]
-            law = sum(m for run, m in longer if run[depth] == token) / sum(m for _, m in longer)
-            bounds.append(min(1.0, float(p[len(bounds), token]) / law))
-    for weight, coins in coin_regions(bounds):
-        yield weight, verify_runs(p, steps, coins)
-
-
-def coin_regions(bounds):
-    for pattern in itertools.product((True, False), repeat=len(bounds)):
-        weight, coins = 1.0, []
-        for accept, bound in zip(pattern, bounds, strict=True):
-            weight *= bound if accept else 1 - bound
-            coins.append(bound / 2 if accept else (1 + bound) / 2)
-        if weight > 0:
-            yield weight, torch.tensor(coins, dtype=torch.float64)
+    return process.scores_only(logits_for(history, 11, len(KEPT)))[0].softmax(-1)
 
 
 # What each of four drafter tokens is for the target, alone and after another one.
@@ -108,7 +61,7 @@ AFTER = {
 
 
 def own_law(history, drafted, process):
-    return process(logits_for([*history, *drafted], 13, 4))[0].softmax(-1)
+    return process.scores_only(logits_for([*history, *drafted], 13, 4))[0].softmax(-1)
 
 
 def drafts(method, history, process):
@@ -195,13 +148,13 @@ def distance(found, wanted):
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("method", ["tli", "slem", "block", "slrs", "c-slrs"])
 def test_output_has_the_targets_law(method, setting):
-    process = Processors(do_sample=True, **SETTINGS[setting])
+    process = Processors(warpers(**SETTINGS[setting]), greedy=False)
     assert distance(output_law(method, process), true_law(process)) < 1e-12
 
 
 def test_more_is_accepted_as_theory_says():
     """Block verification is no worse than token by token; SLRS than C-SLRS than SLEM."""
-    process = Processors(do_sample=True)
+    process = Processors(greedy=False)
 
     def mean(method):
         return sum(weight * len(new) for weight, new in round_outcomes(method, [2], process, None))
@@ -212,7 +165,7 @@ def test_more_is_accepted_as_theory_says():
 
 @pytest.mark.parametrize("method", ["block", "slrs", "c-slrs"])
 def test_negative_control_of_the_newer_methods(method):
-    process = Processors(do_sample=True)
+    process = Processors(greedy=False)
     found = output_law(method, process, lambda q: q.roll(1, dims=-1))
     assert distance(found, true_law(process)) > 1e-2
 
@@ -226,7 +179,7 @@ def test_negative_control_of_the_newer_methods(method):
     ],
 )
 def test_negative_control_a_wrong_drafter_law_is_found(spoil):
-    process = Processors(do_sample=True)
+    process = Processors(greedy=False)
     assert distance(output_law("tli", process, spoil), true_law(process)) > 1e-2
 
 
@@ -268,3 +221,46 @@ def test_shapes_that_do_not_belong_together_are_refused():
         verify(p, torch.tensor([0, 1]), torch.tensor([0.1, 0.1]))
     with pytest.raises(ValueError, match=r"`coins` and `q` must have a row for each of the 1"):
         verify(p, torch.tensor([0]), torch.tensor([0.1, 0.2]))
+
+
+def test_residual_by_rejection_has_its_law():
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    psi = [0.2, 0.6, 0.0, 0.1]
+    chance = Chance(torch.Generator().manual_seed(0))
+    counts = sum(residual(p, lambda t: psi[t], chance) for _ in range(4000))
+    wanted = (p - torch.tensor(psi, dtype=torch.float64)).clamp(min=0)
+    assert total_variation(counts / 4000, wanted / wanted.sum()) < 0.03
+
+
+def test_residual_of_equal_laws_ends():
+    p = torch.tensor([0.25, 0.75])
+    drawn = residual(p, lambda t: float(p[t]), Chance(torch.Generator().manual_seed(0)))
+    assert float(drawn.sum()) == 1
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_settling_many_rows_is_the_same_rule(block):
+    """With like coins, as many are accepted as row by row, and the token has the same law."""
+    generator = torch.Generator().manual_seed(0)
+    rows, count, vocab = 40, 4, 6
+    kept = torch.tensor([4, 0, 3])
+    p = torch.randn(rows, count + 1, vocab, generator=generator, dtype=torch.float64).softmax(-1)
+    q = torch.randn(rows, count, 3, generator=generator, dtype=torch.float64).softmax(-1)
+    p[0, :, 1] = 0.0
+    p[1, :, kept] = q[1, 0]  # Where both laws agree.
+    columns = torch.randint(3, (rows, count), generator=generator)
+    proposed = kept[columns]
+    limits = torch.randint(count + 1, (rows,), generator=generator)
+    coins = torch.rand(rows, count, generator=generator, dtype=torch.float64)
+    noises = torch.empty(400, rows, vocab, dtype=torch.float64).exponential_(generator=generator)
+    followed = torch.zeros(rows, vocab)
+    for noise in noises:
+        accepted, following = settle(p, proposed, limits, coins, noise, q, columns, kept, block)
+        followed[torch.arange(rows), following] += 1 / len(noises)
+    rule = verify_block if block else verify
+    for row in range(rows):
+        n = int(limits[row])
+        taken, law = rule(p[row, : n + 1], proposed[row, :n], coins[row, :n], q[row, :n], kept)
+        assert int(accepted[row]) == taken
+        assert total_variation(followed[row], law / law.sum()) < 0.12
+        assert not bool(((followed[row] > 0) & (law <= 0)).any())

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hetero_sd import inspect_vocab, map_vocabularies
 from hetero_sd._bytes import ByteEncoder, token_bytes, unfinished_tail
-from hetero_sd.context import DrafterCache, DrafterContext
+from hetero_sd.context import DrafterContext, DrafterMemory, SameContext
 from hetero_sd.demo.train import train_drafter_tokenizer
 from hetero_sd.testing import make_tokenizer, sentences
 
@@ -144,24 +144,37 @@ def test_context_stays_what_the_tokenizer_makes_of_whole_text(tokenizers):
         assert context.ids == drafter(text).input_ids
 
 
-class _Cache:
+class _Runner:
     def __init__(self):
-        self.cropped = []
+        self.lengths = [0]
 
-    def crop(self, count):
-        self.cropped.append(count)
+    def extend(self, feeds, keep, head=None):
+        self.lengths[0] += len(feeds[0])
+        return [torch.zeros(keep[0], 1)]
+
+    def crop(self, lengths):
+        self.lengths = list(lengths)
+
+    def select(self, rows):
+        raise NotImplementedError
 
 
-def test_cache_keeps_what_agrees_and_slides():
-    cache = DrafterCache(limit=10)
-    cache.cache = _Cache()
-    cache.held = [1, 2, 3, 9, 9]
-    assert cache.missing([1, 2, 3, 4], room=2) == [4]
-    assert cache.cache.cropped == [-2]
-    assert cache.held == [1, 2, 3]
-    assert cache.missing([1, 2, 3], room=2) == [3], "the last token is always fed"
-    assert cache.missing(list(range(9)), room=2) == [4, 5, 6, 7, 8]
-    assert cache.held == []
+def test_memory_keeps_what_agrees_and_slides():
+    runner, context = _Runner(), SameContext()
+    memory = DrafterMemory(runner, [context], limit=10)
+    context.ids = [1, 2, 3, 9, 9]
+    memory.feed(memory.missing([2]))
+    context.ids = [1, 2, 3, 4]
+    assert memory.missing([2]) == [[4]]
+    assert memory.lengths == runner.lengths == [3]
+    context.ids = [1, 2, 3]
+    assert memory.missing([2]) == [[3]], "the last token is always fed"
+    assert memory.missing([0]) == [[]]
+    context.ids = list(range(9))
+    assert memory.missing([2]) == [[4, 5, 6, 7, 8]]
+    assert memory.lengths == [0]
+    context.pending = b"\xc3"
+    assert memory.missing([2]) == [[]], "in the middle of a character the drafter cannot help"
 
 
 def test_report_on_two_tokenizers(tokenizers):
@@ -194,7 +207,7 @@ def test_unknown_kind_of_tokenizer_is_refused():
         make_tokenizer("unigram")
 
 
-def test_processors_equal_the_librarys(tokenizers):
+def test_processors_act_on_each_position_with_its_own_history():
     from transformers import LogitsProcessorList
     from transformers.generation import logits_process as library
 
@@ -202,17 +215,20 @@ def test_processors_equal_the_librarys(tokenizers):
 
     logits = torch.randn(4, 50) * 3
     ids = torch.randint(50, (9,))
-    mine = Processors(do_sample=True, temperature=0.7, top_k=12, top_p=0.8, repetition_penalty=1.3)(
-        logits, ids
-    )
-    theirs = LogitsProcessorList(
-        [
-            library.RepetitionPenaltyLogitsProcessor(1.3),
-            library.TemperatureLogitsWarper(0.7),
-            library.TopKLogitsWarper(12),
-            library.TopPLogitsWarper(0.8),
-        ]
-    )
+    chain = [
+        library.RepetitionPenaltyLogitsProcessor(1.3),
+        library.TemperatureLogitsWarper(0.7),
+        library.TopKLogitsWarper(12),
+        library.TopPLogitsWarper(0.8),
+    ]
+    process = Processors(chain, greedy=False)
+    assert not process.by_score
+    mine = process(logits, ids.tolist())
     for i in range(4):
-        wanted = theirs(ids[None, : len(ids) - 3 + i], logits[i : i + 1].clone())
+        wanted = LogitsProcessorList(chain)(
+            ids[None, : len(ids) - 3 + i], logits[i : i + 1].clone()
+        )
         torch.testing.assert_close(mine[i : i + 1], wanted)
+    few = Processors(chain[1:], greedy=False)
+    assert few.by_score
+    torch.testing.assert_close(few.scores_only(logits), few(logits))

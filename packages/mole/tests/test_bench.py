@@ -1,11 +1,14 @@
 """Benchmarks run on tiny models and write figures."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from mole.bench import run
+from fourfold_common import Results
+from mole.bench import draw, run
 from mole.bench.shapes import zipf_ids
 
 
@@ -13,16 +16,32 @@ def test_decode(tmp_path):
     lines = []
     path = run(
         "decode", tmp_path, lines.append, "cpu", shape="tiny", batches=(1, 2), length=48, steps=2,
+        cases=((4, "fp16", "pinned"), (2, "nf4", "pageable"), (2, "nf4", "mmap"),
+               (2, "nf4", "cached")),
+    )  # fmt: skip
+    cases = json.loads(path.read_text())["cases"]
+    ratios = {c["provider"]: c["parameters"] for c in cases if c["metric"] == "over dense"}
+    assert set(ratios) == {
+        "MoLE-4E fp16 pinned", "MoLE-2E nf4 pageable", "MoLE-2E nf4 mmap", "MoLE-2E nf4 cached",
+    }  # fmt: skip
+    assert ratios["MoLE-2E nf4 mmap"]["page_cache"] == "warm"
+    assert 0 < ratios["MoLE-2E nf4 cached"]["hit_rate"] <= 1
+    eager = [c["provider"] for c in cases if "eager" in c["provider"]]
+    assert {"MoLE-4E fp16 device, eager", "MoE-10E offloaded by accelerate, eager"} < set(eager)
+    assert all(c["error"] == 0 for c in cases if c["error"] is not None)
+
+
+def test_prefill(tmp_path):
+    path = run(
+        "prefill", tmp_path, lambda line: None, "cpu", shape="tiny", batches=(1, 2), length=40,
         cases=((4, "fp16", "pinned"), (2, "nf4", "pageable")),
     )  # fmt: skip
     cases = json.loads(path.read_text())["cases"]
-    assert {c["provider"] for c in cases if c["metric"] == "over dense"} == {
-        "MoLE-4E fp16 pinned",
-        "MoLE-2E nf4 pageable",
-    }
-    eager = [c["provider"] for c in cases if "eager" in c["provider"]]
-    assert "MoE-10E offloaded by accelerate, eager" in eager
-    assert all(c["error"] == 0 for c in cases if c["error"] is not None)
+    assert {(c["provider"], c["parameters"]["batch"]) for c in cases if c["unit"] == "x"} == {
+        (name, batch) for name in ("MoLE-4E fp16 pinned", "MoLE-2E nf4 pageable")
+        for batch in (1, 2)
+    }  # fmt: skip
+    assert all(c["error"] < 1e-5 for c in cases if c["error"] is not None)
 
 
 def test_train(tmp_path):
@@ -42,6 +61,7 @@ def test_machine_and_tables(tmp_path):
     for topic in ("hw", "convert", "quant", "cache"):
         path = run(topic, tmp_path, lambda line: None, "cpu", **options.get(topic, {}))
         found[topic] = json.loads(path.read_text())["cases"]
+        assert draw(path).read_bytes()[:4] == b"\x89PNG"
     assert all(c["median"] > 0 for c in found["hw"])
     assert {c["parameters"].get("depth") for c in found["hw"]} == {None, 1, 4, 16, 64}
     assert [c["provider"] for c in found["convert"]] == ["convert", "plain write"]
@@ -50,6 +70,26 @@ def test_machine_and_tables(tmp_path):
     assert losses["nf3"] > losses["experts"]
     rates = [c["median"] for c in found["cache"]]
     assert 0 < rates[0] < rates[1] <= rates[2] < 1
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks/results"
+
+
+@pytest.mark.parametrize("name", ["decode_h200.json", "train_h200.json"])
+def test_stored_results_are_drawn(tmp_path, name):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    shutil.copyfile(RESULTS / name, tmp_path / name)
+    picture = draw(tmp_path / name)
+    assert picture == tmp_path / name.replace(".json", ".png")
+    height, width, _ = pyplot.imread(picture).shape
+    assert width > 900
+    assert height > 200
+
+
+def test_results_of_other_commands_are_not_drawn(tmp_path):
+    path = Results("mole", command="mole demo").save(tmp_path / "results.json")
+    with pytest.raises(ValueError, match="results of `mole bench`; got those of 'mole demo'"):
+        draw(path)
 
 
 def test_ids_repeat_as_in_prose():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mole import combine
+from mole.kernels.combine import combine_norm
 from mole.kernels.combine.reference import NF4_CODEBOOK, combine_reference, dequantise
 from mole.testing import (
     check_combine,
@@ -84,6 +85,24 @@ def test_scales_may_cover_part_of_a_vector():
     for backend in ("triton", "reference"):
         found = combine(logits, codes, residual, scales, backend=backend)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("fmt", ["nf4", "int8"])
+def test_blocks_and_halves_of_the_kernel_with_norm(blocks, fmt):
+    generator = torch.Generator().manual_seed(blocks)
+    dim, wide = 12, {"generator": generator}
+    codes = torch.randint(-127, 128, (3, 2, dim), dtype=torch.int8, **wide)
+    if fmt == "nf4":
+        codes = torch.randint(256, (3, 2, dim // 2), dtype=torch.uint8, **wide)
+    scales = torch.rand(3, 2, blocks, **wide)
+    logits, residual, update = (torch.randn(3, n, **wide) for n in (2, dim, dim))
+    weight = torch.rand(dim, **wide)
+    arguments = (logits, codes, residual, update, weight, 1e-5, scales)
+    found = combine_norm(*arguments, backend="triton")
+    for kernel, exact in zip(found, combine_norm(*arguments, backend="reference"), strict=True):
+        torch.testing.assert_close(kernel, exact, rtol=1e-5, atol=1e-4)
 
 
 @interpreted

@@ -78,32 +78,81 @@ import sys, torch
 from accelerate import PartialState
 from mole import MoleConfig, MoleForCausalLM
 from mole.training import TrainSettings, train
+output, dedup, processes, stop, sharded, tied = sys.argv[1:]
 torch.manual_seed(0)
 config = MoleConfig(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                    num_attention_heads=2, initializer_range=0.2, dedup=sys.argv[2])
+                    num_attention_heads=2, initializer_range=0.2, dedup=dedup,
+                    tie_word_embeddings=tied == "tied")
 text = torch.randint(0, 60, (400,), generator=torch.Generator().manual_seed(0))
 settings = TrainSettings(steps=3, batch=4, micro_batch=1, context=8, lr=1e-3)
-train(MoleForCausalLM(config), text, sys.argv[1], settings, progress=False)
-assert PartialState().num_processes == int(sys.argv[3])
+model = train(MoleForCausalLM(config), text, output, settings, stop_after=int(stop) or None,
+              sharded=sharded == "sharded", progress=False)
+assert PartialState().num_processes == int(processes)
+whole, kept = (sum(p.numel() for p in ps) for ps in (
+    model.parameters(), (getattr(p, "_local_tensor", p) for p in model.parameters())))
+assert (kept <= 0.6 * whole) == (sharded == "sharded"), (kept, whole)
 """
+
+
+def in_processes(tmp_path, output, processes, *, dedup="micro", stop=0, sharded="", tied=""):
+    script = tmp_path / "two.py"
+    script.write_text(_TWO)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), str(script), str(tmp_path / output),
+         dedup, str(processes), str(stop), sharded, tied],
+        capture_output=True, text=True, check=False, timeout=300,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return tmp_path / output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dedup", ["micro", "step"])
 def test_two_processes_train_as_one(tmp_path, dedup):
-    script = tmp_path / "two.py"
-    script.write_text(_TWO)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for name, arguments in (("one", []), ("two", launch)):
-        done = subprocess.run(
-            [sys.executable, *arguments, str(script), str(tmp_path / name), dedup,
-             "2" if launch == arguments else "1"],
-            capture_output=True, text=True, check=False, timeout=300,
-            env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    one, two = (MoleForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    one, two = (
+        MoleForCausalLM.from_pretrained(in_processes(tmp_path, str(n), n, dedup=dedup))
+        for n in (1, 2)
+    )
     assert_same(two, one, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", ["tied", ""])
+def test_two_processes_with_a_share_of_the_weights_each_train_as_one(tmp_path, tied):
+    one = MoleForCausalLM.from_pretrained(in_processes(tmp_path, "one", 1, tied=tied))
+    folder = in_processes(tmp_path, "two", 2, sharded="sharded", tied=tied)
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["MoleForCausalLM"]
+    assert_same(MoleForCausalLM.from_pretrained(folder), one, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_fits_any_number_of_processes(tmp_path):
+    one = MoleForCausalLM.from_pretrained(in_processes(tmp_path, "one", 1))
+    for first, second in ((2, 1), (1, 2)):
+        parts = {2: {"sharded": "sharded"}, 1: {}}
+        folder = in_processes(tmp_path, f"from{first}", first, stop=2, **parts[first])
+        assert (folder / "checkpoint").exists()
+        in_processes(tmp_path, f"from{first}", second, **parts[second])
+        assert_same(MoleForCausalLM.from_pretrained(folder), one, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("dedup", ["micro", "step"])
+def test_one_process_has_nothing_to_share(make_mole, text, tmp_path, dedup):
+    with pytest.raises(ValueError, match=rf"at least two processes .* got 1 and '{dedup}'"):
+        run(make_mole, text, tmp_path, dedup, sharded=True)
+
+
+def test_a_tied_model_resumes(make_mole, text, tmp_path):
+    settings = TrainSettings(**SETTINGS)
+    found = []
+    for folder, stops in (("whole", [None]), ("parts", [1, 3, None])):
+        for stop in stops:
+            model = make_mole(tie_word_embeddings=True, dedup="micro")
+            train(model, text, tmp_path / folder, settings, stop_after=stop, progress=False)
+        found.append(model)
+    assert_same(found[1], found[0], rtol=0, atol=0)
 
 
 def test_hugging_face_trainer(make_mole, text, tmp_path):

@@ -5,8 +5,28 @@ on the public package index.
 """
 
 from .__about__ import __version__
-from .entmax import entmax15
-from .integration import register_with_transformers
+from .integration import load_alpha, register_with_transformers, set_alpha
 from .kernels.attention import adasplash
+from .kernels.entmax import EntmaxAux, entmax, entmax15, sparsemax
+from .losses import Entmax15Loss, EntmaxLoss, SparsemaxLoss, entmax_loss
+from .modules import AlphaParam, AlphaSchedule, Entmax, EntmaxAttention
 
-__all__ = ["__version__", "adasplash", "entmax15", "register_with_transformers"]
+__all__ = [
+    "AlphaParam",
+    "AlphaSchedule",
+    "Entmax",
+    "Entmax15Loss",
+    "EntmaxAttention",
+    "EntmaxAux",
+    "EntmaxLoss",
+    "SparsemaxLoss",
+    "__version__",
+    "adasplash",
+    "entmax",
+    "entmax15",
+    "entmax_loss",
+    "load_alpha",
+    "register_with_transformers",
+    "set_alpha",
+    "sparsemax",
+]

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 from .__about__ import __version__
 
 if TYPE_CHECKING:
-    from .decoder import Generation, HeteroSpeculativeDecoder, Stats
+    from .decoder import Generation, HeteroSpeculativeDecoder
+    from .rounds import Stats
     from .vocab import VocabMap, VocabReport, inspect_vocab, map_vocabularies
 
 _HOMES = {
     "Generation": "decoder",
     "HeteroSpeculativeDecoder": "decoder",
-    "Stats": "decoder",
+    "Stats": "rounds",
     "VocabMap": "vocab",
     "VocabReport": "vocab",
     "inspect_vocab": "vocab",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from .chance import Chance
 
 
 def verify(
@@ -165,7 +167,8 @@ def verify_runs(
     vocabulary. Whether the chosen run ends where another goes on is revealed before the next coin.
 
     Args:
-        p: Law of the target at each token of the chosen runs and after the last.
+        p: Law of the target at each token of the chosen runs and after the last. With fewer rows,
+            only so many tokens are judged.
         steps: The draft, in order; the law of a step may depend on all steps before it.
         coins: Uniform on [0, 1), independent of the draft; one for each token.
 
@@ -174,11 +177,13 @@ def verify_runs(
     place = 0
     for step in steps:
         run = [int(t) for t in step.runs[step.chosen] if t >= 0]
-        alive = torch.ones_like(step.mass, dtype=torch.bool)
+        alive = torch.ones(len(step.mass), dtype=torch.bool, device=p.device)
         for depth, token in enumerate(run):
-            going = step.runs[:, depth]
+            if place == len(p) - 1:  # There is no room for what comes after.
+                return place, p[place]
+            going = step.runs[:, depth].to(p.device)
             alive &= going >= 0  # The latent: the chosen run does not end here.
-            mass = torch.where(alive, step.mass, 0).to(p.dtype)
+            mass = torch.where(alive, step.mass.to(p), 0)
             law = torch.zeros_like(p[0]).index_add_(0, going.clamp(min=0), mass)
             law /= law.sum()
             if float(coins[place]) * float(law[token]) >= float(p[place, token]):
@@ -187,3 +192,94 @@ def verify_runs(
             place += 1
             alive &= going == token
     return place, p[place]
+
+
+def accepts(coin: float, p: float, q: float) -> bool:
+    """Return whether a proposal of the law q is accepted where the target's law is p."""
+    return coin * q < p
+
+
+def residual(
+    p: Float[Tensor, " vocab"], weigh: Callable[[int], float], chance: Chance
+) -> Float[Tensor, " vocab"]:
+    """Return weights with one token drawn from max(p − ψ, 0), for a ψ known token by token.
+
+    Draws from p and keeps the draw with probability 1 − ψ/p, else draws again. On average that
+    takes as many draws as it takes proposals until one is rejected.
+
+    Args:
+        p: The target's law.
+        weigh: Returns ψ of a token.
+        chance: Source of the draws.
+
+    Source: own.
+    """
+    drawn = torch.zeros_like(p)
+    for _ in range(1000):  # Where p and ψ agree up to rounding, p itself is the right law.
+        (token,) = chance.draw(p[None])
+        share = float(p[token])
+        if float(chance.coins(1, p)) * share < share - weigh(token):
+            break
+    drawn[token] = 1.0
+    return drawn
+
+
+def settle(
+    p: Float[Tensor, "rows positions vocab"],
+    proposed: Int[Tensor, "rows proposals"],
+    limits: Int[Tensor, " rows"],
+    coins: Float[Tensor, "rows proposals"],
+    noise: Float[Tensor, "rows vocab"],
+    q: Float[Tensor, "rows proposals kept"],
+    columns: Int[Tensor, "rows proposals"],
+    kept: Int[Tensor, " kept"],
+    block: bool,
+) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """Return for each row how many proposals are accepted, and the token after them.
+
+    The same rules as `verify` and `verify_block`, for many rows and with nothing to wait for: no
+    shape and no branch depends on a value.
+
+    Args:
+        p: As for `verify`, for each row.
+        proposed: Target ids.
+        limits: How many of a row's proposals count, 0 to their number.
+        coins: Uniform on [0, 1).
+        noise: Exponentially distributed; it draws the token.
+        q: The law of each proposal over `kept`.
+        columns: The column of each proposal in `q`.
+        kept: Distinct target ids of the columns.
+        block: Whether drafts are judged as blocks.
+    """
+    rows, count = proposed.shape
+    row = torch.arange(rows, device=p.device)
+    place = torch.arange(count, device=p.device)
+    if count:
+        ours = p[:, :count].gather(2, proposed[:, :, None])[:, :, 0]
+        theirs = q.gather(2, columns[:, :, None])[:, :, 0]
+        share = torch.ones(rows, count + 1, dtype=p.dtype, device=p.device)
+        if block:
+            for i in range(count):
+                share[:, i + 1] = (share[:, i] * ours[:, i] / theirs[:, i]).clamp(max=1.0)
+            known = p[:, :count, kept]
+            rest = (share[:, :count, None] * known - q).clamp(min=0.0).sum(dim=2)
+            rest = rest + share[:, :count] * (1 - known.sum(dim=2)).clamp(min=0.0)
+            whole = (share[:, :count] >= 1).to(p.dtype)
+            keep = torch.where(rest > 0, rest / (rest + 1 - share[:, :count]), whole)
+            keep = torch.cat([keep[:, 1:], share[:, count:]], dim=1)  # Of prefixes 1 to n.
+            last = place + 1 == limits[:, None]
+            bound = torch.where(last, share[:, 1:], keep)
+            length = torch.where((coins < bound) & (place < limits[:, None]), place + 1, 0)
+            accepted = length.amax(dim=1)
+        else:
+            fits = (coins * theirs < ours) & (place < limits[:, None])
+            accepted = fits.long().cumprod(dim=1).sum(dim=1)
+        law = p[row, accepted]
+        less = q[row, accepted.clamp(max=count - 1)]
+        left = (share[row, accepted, None] * law).index_add(1, kept, -less).clamp(min=0.0)
+        rejected = (accepted < limits) & (left.sum(dim=1) > 0)
+        law = torch.where(rejected[:, None], left, law)
+    else:
+        accepted = torch.zeros(rows, dtype=torch.long, device=p.device)
+        law = p[:, 0]
+    return accepted, (law / noise).argmax(dim=1)

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from .__about__ import __version__
+from .control import METHODS
 
 _logger = logging.getLogger(__name__)
 
@@ -119,70 +120,170 @@ def demo(output: Path, seed: int, tokens: int, small_target: bool, progress: boo
         raise click.ClickException("a greedy output differs from the target's own")
 
 
-def _folder(name: str) -> Any:
-    return click.option(
-        f"--{name}",
-        type=click.Path(exists=True, file_okay=False, path_type=Path),
-        required=True,
-        help=f"Folder of the {name}, as `save_pretrained` writes it.",
-    )
+class _Lookahead(click.ParamType):  # type: ignore[type-arg]
+    """A number of tokens, or `auto`."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
+        """Return the number, or `"auto"`."""
+        if value == "auto" or (str(value).isdigit()):
+            return "auto" if value == "auto" else int(value)
+        self.fail(f"{value!r} is neither 'auto' nor an integer of 0 or more.", param, ctx)
+
+
+def _models(command: Any) -> Any:
+    """Add the options that name a pair of models."""
+    folder = click.Path(exists=True, file_okay=False, path_type=Path)
+    missing = " The demo's if missing."
+    for decorate in (
+        click.option("--target", type=folder, help=f"Folder of the target.{missing}"),
+        click.option("--drafter", type=folder, help=f"Folder of the drafter.{missing}"),
+        click.option("--dtype", default="auto", show_default=True, help="Type of the weights."),
+        click.option("--device", default="auto", show_default=True, help="Such as cpu or cuda:1."),
+        click.option("--small-target", is_flag=True, help="Of the demo's, the small target."),
+    ):
+        command = decorate(command)
+    return command
+
+
+def _load(
+    target: Path | None, drafter: Path | None, dtype: str, device: str, small_target: bool
+) -> Any:
+    _yield_while_waiting()
+    from .pairs import load_pair
+
+    pair = load_pair(target, drafter, dtype=dtype, device=device, small=small_target)
+    for note in pair.notes:
+        click.echo(note, err=True)
+    return pair
+
+
+def _prompts(pair: Any, path: Path | None, limit: int) -> list[Any]:
+    from .demo.run import ASSETS
+    from .pairs import prompt_ids, read_prompts
+
+    if path is None:
+        texts = json.loads((ASSETS / "prompts.json").read_text(encoding="utf-8"))[:limit]
+    else:
+        texts = read_prompts(path, limit)
+    chat = path is None or bool(pair.target_tokenizer.chat_template)
+    return [prompt_ids(pair.target_tokenizer, text, chat) for text in texts]
+
+
+_prompts_option = click.option(
+    "--prompts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File of JSON lines with `prompt` or `turns`, or of text lines. The demo's if missing.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _numbers(kind: type, least: int) -> Any:
+    """Return a converter of lists such as 1,2,4."""
+
+    def convert(ctx: Any, param: Any, value: str) -> list[Any]:
+        try:
+            found = [kind(part) for part in value.split(",")]
+        except ValueError:
+            found = []
+        if not found or min(found) < least:
+            raise click.BadParameter(f"{value!r} is no list of numbers of {least} or more.")
+        return found
+
+    return convert
+
+
+def _names(ctx: Any, param: Any, value: str) -> list[str]:
+    names = value.split(",")
+    wrong = [name for name in names if name not in METHODS]
+    if wrong:
+        raise click.BadParameter(f"{wrong[0]!r} is not one of {', '.join(METHODS)}.")
+    return names
 
 
 @main.command()
-@_folder("target")
-@_folder("drafter")
-@click.option("--prompt", required=True, help="Text to continue.")
-@click.option("--method", type=click.Choice(["tli", "slem"]), default="tli", show_default=True)
-@click.option("--lookahead", type=click.IntRange(min=0), default=4, show_default=True)
+@_models
+@click.option("--prompt", required=True, help="Text to continue, or question with --chat.")
+@click.option("--chat", is_flag=True, help="Ask the prompt in the target's chat template.")
+@click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True)
+@click.option("--lookahead", type=_Lookahead(), default="auto", show_default=True)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="0 is all.")
-@click.option("--top-p", type=float, default=1.0, help="1 is all.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="1 is all.")
+@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0)
+@click.option("--stop", multiple=True, help="Text that ends the output; may be repeated.")
+@click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--stream", is_flag=True, help="Print the text while it is written.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@_json_option
 def generate(
-    target: Path,
-    drafter: Path,
+    target: Path | None,
+    drafter: Path | None,
+    dtype: str,
+    device: str,
+    small_target: bool,
     prompt: str,
-    method: Any,
-    lookahead: int,
+    chat: bool,
+    method: str,
+    lookahead: int | str,
     max_new_tokens: int,
     temperature: float,
     top_k: int,
     top_p: float,
+    repetition_penalty: float,
+    stop: tuple[str, ...],
+    sequences: int,
+    stream: bool,
     seed: int,
+    as_json: bool,
 ) -> None:
-    """Continue a text with two models from local folders."""
-    _yield_while_waiting()
-    from transformers import AutoModelForCausalLM
-
-    from fourfold_common import pick_device, seed_everything
+    """Continue a text, or answer a question."""
+    if stream and (as_json or sequences > 1):
+        raise click.UsageError("--stream writes one text; leave out --json and --sequences.")
+    if sequences > 1 and temperature == 0:
+        raise click.UsageError("--sequences needs --temperature above 0.")
+    pair = _load(target, drafter, dtype, device, small_target)
+    from fourfold_common import seed_everything
 
     from .decoder import HeteroSpeculativeDecoder
+    from .pairs import prompt_ids
 
     seed_everything(seed)
-    device, _ = pick_device()
-    models = [
-        AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(device).eval()
-        for folder in (target, drafter)
-    ]
-    decoder = HeteroSpeculativeDecoder(
-        models[0],
-        models[1],
-        _tokenizer(target),
-        _tokenizer(drafter),
-        method=method,
-        lookahead=lookahead,
-    )
-    made = decoder.generate(
-        prompt,
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        top_k=top_k,
-        top_p=top_p,
-    )
-    click.echo(made.text)
+    decoder = HeteroSpeculativeDecoder(*pair.parts, method=method, lookahead=lookahead)
+    options: dict[str, Any] = {
+        "input_ids": prompt_ids(pair.target_tokenizer, prompt, chat),
+        "max_new_tokens": max_new_tokens,
+        "repetition_penalty": repetition_penalty,
+        "do_sample": temperature > 0,
+    }
+    if temperature > 0:
+        options.update(temperature=temperature, top_k=top_k, top_p=top_p)
+        options["num_return_sequences"] = sequences
+    if stop:
+        options["stop_strings"] = list(stop)
+    if stream:
+        for piece in decoder.stream(**options):
+            click.echo(piece, nl=False)
+        click.echo()
+        return
+    made = decoder.generate(**options)
     stats = made.stats
+    if as_json:
+        figures = {
+            "texts": made.texts,
+            "tokens": made.tokens,
+            "tokens_per_second": stats.tokens_per_second,
+            "acceptance": stats.acceptance,
+            "block_efficiency": stats.block_efficiency,
+            "arms": stats.arms,
+            "seconds": stats.seconds,
+        }
+        click.echo(json.dumps(figures, indent=1, ensure_ascii=False))
+        return
+    for text in made.texts:
+        click.echo(text)
     click.echo(
         f"{stats.generated} tokens, {stats.tokens_per_second:.1f} tokens/s, acceptance "
         f"{stats.acceptance:.2f}, {stats.block_efficiency:.2f} tokens a target pass",
@@ -190,23 +291,161 @@ def generate(
     )
 
 
+@main.command()
+@_models
+@_prompts_option
+@click.option("--limit", type=click.IntRange(min=1), default=3, show_default=True, help="Prompts.")
+@click.option("--methods", callback=_names, default="tli,slem,slrs,auto", show_default=True)
+@click.option("--lookaheads", callback=_numbers(int, 1), default="2,4", show_default=True)
+@click.option(
+    "--temperatures",
+    callback=_numbers(float, 0),
+    default="0,1",
+    show_default=True,
+    help="0: greedy.",
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--tokens", type=click.IntRange(min=1), default=48, show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "--assisted/--no-assisted", default=True, help="Time transformers' own assistant too."
+)
+@click.option("--compiled", is_flag=True, help="Time transformers static and compiled too.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("bench-output/hetero-sd"),
+    show_default=True,
+    help="Folder for bench.json, bench.md and bench.png.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+@_json_option
+def bench(
+    target: Path | None,
+    drafter: Path | None,
+    dtype: str,
+    device: str,
+    small_target: bool,
+    prompts: Path | None,
+    limit: int,
+    methods: list[str],
+    lookaheads: list[int],
+    temperatures: list[float],
+    batch: int,
+    tokens: int,
+    repeats: int,
+    assisted: bool,
+    compiled: bool,
+    output: Path,
+    seed: int,
+    progress: bool,
+    as_json: bool,
+) -> None:
+    """Time plain and speculative decoding, side by side."""
+    pair = _load(target, drafter, dtype, device, small_target)
+    from .bench import run_bench
+
+    results = run_bench(
+        pair,
+        _prompts(pair, prompts, limit),
+        output,
+        methods=methods,
+        lookaheads=lookaheads,
+        temperatures=temperatures,
+        batch=batch,
+        tokens=tokens,
+        repeats=repeats,
+        assisted=assisted,
+        compiled=compiled,
+        seed=seed,
+        command=f"hetero-sd bench --batch {batch} --tokens {tokens} --repeats {repeats}",
+        progress=progress,
+    )
+    click.echo(json.dumps(results.cases, indent=1) if as_json else results.to_markdown())
+    click.echo(f"written to {output}", err=True)
+
+
+@main.command()
+@_models
+@_prompts_option
+@click.option("--limit", type=click.IntRange(min=1), default=3, show_default=True, help="Prompts.")
+@click.option("--methods", callback=_names, default="tli,slem,slrs", show_default=True)
+@click.option("--lookaheads", callback=_numbers(int, 1), default="1,4", show_default=True)
+@click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--draws", type=click.IntRange(min=0), default=400, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@_json_option
+def verify(
+    target: Path | None,
+    drafter: Path | None,
+    dtype: str,
+    device: str,
+    small_target: bool,
+    prompts: Path | None,
+    limit: int,
+    methods: list[str],
+    lookaheads: list[int],
+    tokens: int,
+    draws: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Check that what is written is the target's own, on your pair of models."""
+    pair = _load(target, drafter, dtype, device, small_target)
+    from dataclasses import asdict
+
+    from .verify import verify_pair
+
+    checks = verify_pair(
+        pair,
+        _prompts(pair, prompts, limit),
+        methods=methods,
+        lookaheads=lookaheads,
+        tokens=tokens,
+        draws=draws,
+        seed=seed,
+    )
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in checks], indent=1))
+    else:
+        for check in checks:
+            verdict = "ok" if check.passed else "FAILED"
+            what = "wrong probabilities are noticed" if check.kind == "control" else check.kind
+            click.echo(f"{verdict:6} {check.method} {check.lookahead}, {what}: {check.detail}")
+    failed = sum(not check.passed for check in checks)
+    if failed:
+        raise click.ClickException(f"{failed} of {len(checks)} checks failed")
+
+
 @main.command("inspect-vocab")
-@_folder("target")
-@_folder("drafter")
+@_models
 @click.option(
     "--corpus",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Text like that to be generated; a short sample of ours if missing.",
 )
-def inspect_vocab_command(target: Path, drafter: Path, corpus: Path | None) -> None:
+@_json_option
+def inspect_vocab_command(
+    target: Path | None,
+    drafter: Path | None,
+    dtype: str,
+    device: str,
+    small_target: bool,
+    corpus: Path | None,
+    as_json: bool,
+) -> None:
     """Report what two tokenizers share."""
+    from dataclasses import asdict
+
+    from .pairs import load_tokenizer
     from .vocab import inspect_vocab
 
     texts = None if corpus is None else corpus.read_text(encoding="utf-8").splitlines()
-    click.echo(inspect_vocab(_tokenizer(target), _tokenizer(drafter), texts).to_markdown())
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if target is not None and drafter is not None:
+        both = load_tokenizer(target), load_tokenizer(drafter)
+    else:
+        pair = _load(target, drafter, dtype, device, small_target)
+        both = pair.target_tokenizer, pair.drafter_tokenizer
+    report = inspect_vocab(*both, texts)
+    click.echo(json.dumps(asdict(report), indent=1) if as_json else report.to_markdown())

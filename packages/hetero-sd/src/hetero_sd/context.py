@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from ._bytes import ByteEncoder, unfinished_tail
+from .runners import Runner
 from .vocab import VocabMap
 
 _LOOKBACK = 4  # Tokens before new text that may be encoded anew with it.
+
+
+@runtime_checkable
+class Context(Protocol):
+    """A drafter's context.
+
+    Attributes:
+        ids: Drafter ids.
+        pending: Bytes of the history that `ids` does not hold yet.
+    """
+
+    ids: list[int]
+    pending: bytes
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append target tokens."""
+        ...
+
+
+class SameContext:
+    """The context of a drafter that has the target's own vocabulary."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.pending = b""
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append target tokens."""
+        self.ids += tokens
 
 
 class DrafterContext:
@@ -23,19 +55,22 @@ class DrafterContext:
         encoder: Encoder of the drafter's tokenizer.
         mapping: The vocabularies' map.
         start: The drafter's start token, if it has one.
+        ids: Ids to begin with, such as a chat in the drafter's own template.
 
     Attributes:
         ids: The drafter's context.
         pending: Bytes of the history that `ids` does not hold yet.
     """
 
-    def __init__(self, encoder: ByteEncoder, mapping: VocabMap, start: int | None) -> None:
+    def __init__(
+        self, encoder: ByteEncoder, mapping: VocabMap, start: int | None, ids: Sequence[int] = ()
+    ) -> None:
         self._encoder = encoder
         self._mapping = mapping
         self._start = start
-        self.ids: list[int] = []
+        self.ids: list[int] = list(ids)
         self.pending = b""
-        self._run = 0  # Where the current run of text starts in `ids`.
+        self._run = len(self.ids)  # Where the current run of text starts in `ids`.
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append target tokens."""
@@ -77,42 +112,83 @@ class DrafterContext:
         self.ids += self._encoder.encode(data)
 
 
-class DrafterCache:
-    """A drafter's key-value cache, and which ids are in it.
+class DrafterMemory:
+    """A drafter, its contexts and its cache, for all rows of a batch.
 
     Args:
+        runner: The drafter.
+        contexts: A context for each row.
         limit: Longest context in tokens; beyond it, the older half is dropped.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, runner: Runner, contexts: list[Context], limit: int) -> None:
+        self._runner = runner
         self._limit = limit
-        self._dropped = 0
-        self._reset()
+        self.contexts = contexts
+        self._held: list[list[int]] = [[] for _ in contexts]  # Ids in the cache.
+        self._dropped = [0 for _ in contexts]
 
-    def _reset(self) -> None:
-        from transformers import DynamicCache
-
-        self.cache: Any = DynamicCache()
-        self.held: list[int] = []
-
-    def missing(self, ids: list[int], room: int) -> list[int]:
-        """Crop to what agrees with the context, and return the ids to feed: at least the last.
+    def missing(self, rooms: Sequence[int]) -> list[list[int]]:
+        """Crop to what agrees with the contexts, and return the ids to feed: at least the last.
 
         Args:
-            ids: The context.
-            room: Tokens that will be drafted after it.
+            rooms: Tokens that will be drafted after each context; where it is 0, where the context
+                is empty or in the middle of a character, nothing is to be fed.
         """
-        if len(ids) - self._dropped + room > self._limit:
-            self._dropped = max(len(ids) - self._limit // 2, 0)
-            self._reset()
-        ids = ids[self._dropped :]
-        common = 0
-        for ours, theirs in zip(self.held, ids, strict=False):
-            if ours != theirs:
-                break
-            common += 1
-        common = min(common, len(ids) - 1)
-        if common < len(self.held):
-            self.cache.crop(common - len(self.held))  # Negative: drop so many.
-            del self.held[common:]
-        return ids[common:]
+        feeds: list[list[int]] = []
+        keep: list[int] = []
+        for row, (context, room) in enumerate(zip(self.contexts, rooms, strict=True)):
+            held = self._held[row]
+            if not room or context.pending or not context.ids:
+                feeds.append([])
+                keep.append(len(held))
+                continue
+            if len(context.ids) - self._dropped[row] + room > self._limit:
+                self._dropped[row] = max(len(context.ids) - self._limit // 2, 0)
+                held.clear()
+            ids = context.ids[self._dropped[row] :]
+            common = 0
+            for ours, theirs in zip(held, ids, strict=False):
+                if ours != theirs:
+                    break
+                common += 1
+            keep.append(min(common, len(ids) - 1))
+            feeds.append(ids[keep[-1] :])
+        self.crop(keep)
+        return feeds
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Forget all but the first ids of each row."""
+        for held, length in zip(self._held, lengths, strict=True):
+            del held[length:]
+        self._runner.crop(lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Ids in the cache, of each row."""
+        return [len(held) for held in self._held]
+
+    def feed(
+        self,
+        feeds: Sequence[Sequence[int]],
+        head: Tensor | None = None,
+        keep: Sequence[int] | None = None,
+    ) -> list[Tensor]:
+        """Feed ids and return logits after each row's last, or last few; see `Runner.extend`."""
+        for held, feed in zip(self._held, feeds, strict=True):
+            held += feed
+        if keep is None:
+            keep = [int(bool(feed)) for feed in feeds]
+        return self._runner.extend(feeds, keep, head)
+
+    def note(self, feeds: Sequence[Sequence[int]]) -> None:
+        """Take note of ids that were fed to the drafter without this object."""
+        for held, feed in zip(self._held, feeds, strict=True):
+            held += feed
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows only."""
+        self._runner.select(rows)
+        self.contexts = [self.contexts[row] for row in rows]
+        self._held = [self._held[row] for row in rows]
+        self._dropped = [self._dropped[row] for row in rows]

@@ -1,95 +1,134 @@
-"""Logits processors in the order of `transformers`' `generate`."""
+"""Logits processors on many positions at once, each as `generate` would call it on one."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# What these do to a token depends on the scores alone, so that they act on any set of tokens.
+_BY_SCORE = frozenset(
+    {
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "InfNanRemoveLogitsProcessor",
+        "LogitNormalization",
+        "MinPLogitsWarper",
+        "TemperatureLogitsWarper",
+        "TopHLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "TypicalLogitsWarper",
+    }
+)
+_STATEFUL = {
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
+    "SynthIDTextWatermarkLogitsProcessor": "watermarking_config",
+}
 
 
 class Processors:
     """What is done to logits before a token is chosen.
 
     Args:
-        do_sample: Whether tokens are drawn; the warpers act only then.
-        temperature: Above 0.
-        top_k: Keep the k best tokens; 0 or None keeps all.
-        top_p: Keep the smallest set of tokens with this mass, in (0, 1]; 1 keeps all.
-        min_p: Keep tokens with at least this share of the best one's probability, in [0, 1].
-        repetition_penalty: Above 0; 1 is none.
-        custom: Further processors, called as `processor(input_ids, scores)` on one position at a
-            time, after the penalty and before the temperature.
+        chain: Processors in the order of `generate`, each called as `processor(input_ids, scores)`.
+            One with a true attribute `ignores_input_ids` is called on many positions at once.
+        greedy: Whether the best token is taken, rather than one drawn.
+        rows: Rows of the batch that they were made for.
 
     Raises:
-        ValueError: A number is out of its range.
+        ValueError: A processor remembers earlier calls, which positions tried ahead would spoil.
     """
 
-    def __init__(
-        self,
-        *,
-        do_sample: bool,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        custom: list[Any] | None = None,
-    ) -> None:
-        _check("temperature", temperature, temperature > 0, "above 0 (use `do_sample=False`)")
-        _check("top_k", top_k, top_k is None or top_k >= 0, "0 or more")
-        _check("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]")
-        _check("min_p", min_p, min_p is None or 0 <= min_p <= 1, "in [0, 1]")
-        _check("repetition_penalty", repetition_penalty, repetition_penalty > 0, "above 0")
-        from transformers.generation import logits_process as library
-
-        self.greedy = not do_sample
-        self._by_position: list[Any] = []
-        if repetition_penalty != 1.0:
-            self._by_position.append(
-                library.RepetitionPenaltyLogitsProcessor(penalty=float(repetition_penalty))
-            )
-        self._by_position += custom or []
-        self._warpers: list[Any] = []
-        if do_sample:
-            if temperature != 1.0:
-                self._warpers.append(library.TemperatureLogitsWarper(float(temperature)))
-            if top_k:
-                self._warpers.append(library.TopKLogitsWarper(top_k=top_k))
-            if top_p is not None and top_p < 1.0:
-                self._warpers.append(library.TopPLogitsWarper(top_p=float(top_p)))
-            if min_p:
-                self._warpers.append(library.MinPLogitsWarper(min_p=float(min_p)))
+    def __init__(self, chain: Sequence[Any] = (), greedy: bool = True, rows: int = 1) -> None:
+        for processor in chain:
+            option = _STATEFUL.get(type(processor).__name__)
+            if option:
+                raise ValueError(
+                    f"`{option}` keeps a state from token to token, which speculative decoding "
+                    "cannot take back; decode without the drafter."
+                )
+        self.greedy = greedy
+        self._chain = [(p, _kind(p)) for p in chain]
+        self._of_row = [[_for_row(p, row) for p in chain] for row in range(rows)]
 
     @property
-    def need_ids(self) -> bool:
-        """Whether some processor looks at token ids, so that it must see the target's own."""
-        return bool(self._by_position)
+    def by_score(self) -> bool:
+        """Whether all act on the scores alone, so that any set of tokens may be given."""
+        return all(kind == "score" for _, kind in self._chain)
 
-    def __call__(self, logits: Tensor, history: Tensor | None = None) -> Tensor:
-        """Return processed logits.
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is done."""
+        return not self._chain
+
+    @property
+    def key(self) -> str:
+        """What tells these processors from others that do something else."""
+        return repr((self.greedy, [(type(p).__name__, vars(p)) for p, _ in self._chain]))
+
+    def scores_only(self, logits: Tensor) -> Tensor:
+        """Return logits over any set of tokens, after those that act on scores alone."""
+        for processor, kind in self._chain:
+            if kind == "score":
+                logits = processor(None, logits)
+        return logits
+
+    def __call__(self, logits: Tensor, history: Sequence[int] = (), row: int = 0) -> Tensor:
+        """Return processed logits of one row of the batch.
 
         Args:
-            logits: Shape `(positions, vocab)`, or any set of tokens where no processor needs ids.
-            history: Target ids before the last position, `(length,)`; position i of n sees all
-                but the last n − 1 − i. Only where processors need ids.
+            logits: Shape `(positions, vocab)`, over the target's whole vocabulary.
+            history: Target ids before the last position, padding as `generate` sees it included;
+                position i of n sees all but the last n − 1 − i. Not read where all act on scores.
+            row: Row of the batch.
         """
-        if self._by_position:
-            if history is None:
-                raise ValueError("`history` must be given where a processor looks at token ids.")
-            rows = []
-            for i, row in enumerate(logits):
-                ids = history[None, : len(history) - (len(logits) - 1 - i)]
-                scores = row[None]
-                for processor in self._by_position:
-                    scores = processor(ids, scores)
-                rows.append(scores)
-            logits = torch.cat(rows)
-        for warper in self._warpers:
-            logits = warper(None, logits)
+        ids: Tensor | None = None
+        for (_, kind), processor in zip(self._chain, self._of_row[row], strict=True):
+            if kind != "ids":
+                logits = processor(None, logits)
+                continue
+            if ids is None:
+                ids = torch.tensor([list(history)], dtype=torch.long, device=logits.device)
+            behind = len(logits) - 1
+            logits = torch.cat(
+                [
+                    processor(ids[:, : ids.shape[1] - behind + i], logits[i : i + 1].clone())
+                    for i in range(len(logits))
+                ]
+            )
         return logits
 
 
-def _check(name: str, value: Any, fits: bool, allowed: str) -> None:
-    if not fits:
-        raise ValueError(f"`{name}` must be {allowed}; got {value!r}.")
+def _kind(processor: Any) -> str:
+    name = type(processor).__name__
+    if name in _BY_SCORE and type(processor).__module__.startswith("transformers."):
+        return "score"
+    if name == "SuppressTokensLogitsProcessor" or getattr(processor, "ignores_input_ids", False):
+        return "vocabulary"
+    return "ids"
+
+
+def _for_row(processor: Any, row: int) -> Any:
+    """Return a processor for a batch of one row out of one for a whole batch."""
+    name = type(processor).__name__
+    if name == "RepetitionPenaltyLogitsProcessor":
+        ignored = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(ignored, Tensor):
+            processor = copy.copy(processor)
+            processor.prompt_ignore_length = ignored[row : row + 1]
+    elif name == "EncoderRepetitionPenaltyLogitsProcessor":
+        processor = copy.copy(processor)
+        processor.encoder_input_ids = processor.encoder_input_ids[row : row + 1]
+    elif name == "EncoderNoRepeatNGramLogitsProcessor":
+        processor = copy.copy(processor)
+        processor.batch_size = 1
+        processor.generated_ngrams = processor.generated_ngrams[row : row + 1]
+    elif name == "PrefixConstrainedLogitsProcessor":
+        allowed = processor._prefix_allowed_tokens_fn
+        processor = copy.copy(processor)
+        processor._prefix_allowed_tokens_fn = lambda _, ids: allowed(row, ids)
+    return processor

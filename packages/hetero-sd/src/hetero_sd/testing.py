@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
+
+from .acceptance import Choice, verify, verify_block, verify_runs
+from .chance import Chance
 
 WORDS = ["the", "cat", "dog", "sat", "on", "a", "mat", "and", "ran", "over", "hill", "café", "über"]
 
@@ -134,3 +141,163 @@ def total_variation(p: Sequence[float] | torch.Tensor, q: Sequence[float] | torc
     """Return half the sum of |p − q|, in [0, 1]."""
     difference = torch.as_tensor(p, dtype=torch.float64) - torch.as_tensor(q, dtype=torch.float64)
     return float(difference.abs().sum()) / 2
+
+
+def warpers(**options: Any) -> list[Any]:
+    """Return the processors that transformers' `generate` makes out of sampling options."""
+    from transformers import GenerationConfig
+    from transformers.generation.utils import GenerationMixin
+
+    config = GenerationConfig(do_sample=True, **{"top_k": 0, **options})
+    holder = type("Holder", (GenerationMixin,), {})()
+    return list(holder._get_logits_processor(config, input_ids_seq_length=1))
+
+
+Outcome = tuple[int, Tensor]
+
+
+def coin_regions(bounds: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
+    """Yield a point of every region that independent coins may fall into, with its probability.
+
+    Args:
+        bounds: Where each coin's effect changes, in [0, 1].
+    """
+    for pattern in itertools.product((True, False), repeat=len(bounds)):
+        weight, coins = 1.0, []
+        for below, bound in zip(pattern, bounds, strict=True):
+            weight *= bound if below else 1 - bound
+            coins.append(bound / 2 if below else (1 + bound) / 2)
+        if weight > 0:
+            yield weight, torch.tensor(coins, dtype=torch.float64)
+
+
+def outcomes_of_verify(
+    p: Tensor, proposed: Tensor, q: Tensor | None = None, kept: Tensor | None = None
+) -> Iterator[tuple[float, Outcome]]:
+    """Yield every result of `verify`, each with the share of the coins that gives it."""
+    bounds = []
+    for i, token in enumerate(proposed.tolist()):
+        column = token if kept is None else kept.tolist().index(token) if q is not None else 0
+        theirs = 1.0 if q is None else float(q[i, column])
+        bounds.append(min(1.0, float(p[i, token]) / theirs))
+    for weight, coins in coin_regions(bounds):
+        yield weight, verify(p, proposed, coins, q, kept)
+
+
+def outcomes_of_block(
+    p: Tensor, proposed: Tensor, q: Tensor, kept: Tensor
+) -> Iterator[tuple[float, Outcome]]:
+    """The same for `verify_block`, its bounds worked out here once more in plain numbers."""
+    full = torch.zeros_like(p[:-1])
+    full[:, kept] = q
+    share, bounds = 1.0, []
+    for i, token in enumerate(proposed.tolist()):
+        share = min(1.0, share * float(p[i, token] / full[i, token]))
+        if i + 1 < len(proposed):
+            rest = float((share * p[i + 1] - full[i + 1]).clamp(min=0.0).sum())
+            bounds.append(rest / (rest + 1 - share) if rest > 0 else float(share >= 1))
+        else:
+            bounds.append(share)
+    for weight, coins in coin_regions(bounds):
+        yield weight, verify_block(p, proposed, coins, q, kept)
+
+
+def outcomes_of_runs(p: Tensor, steps: Sequence[Choice]) -> Iterator[tuple[float, Outcome]]:
+    """The same for `verify_runs`; a bound is the target's share over that of all like runs."""
+    bounds: list[float] = []
+    for step in steps:
+        runs = [[int(t) for t in run if t >= 0] for run in step.runs]
+        chosen = runs[step.chosen]
+        for depth, token in enumerate(chosen):
+            if len(bounds) == len(p) - 1:
+                break
+            longer = [
+                (run, float(m))
+                for run, m in zip(runs, step.mass, strict=True)
+                if run[:depth] == chosen[:depth] and len(run) > depth
+            ]
+            law = sum(m for run, m in longer if run[depth] == token) / sum(m for _, m in longer)
+            bounds.append(min(1.0, float(p[len(bounds), token]) / law))
+    for weight, coins in coin_regions(bounds):
+        yield weight, verify_runs(p, steps, coins)
+
+
+class EveryChance(Chance):
+    """Randomness that takes every course in turn; see `every_course`.
+
+    Attributes:
+        weight: Probability of the course so far.
+    """
+
+    def __init__(self, script: list[int]) -> None:
+        super().__init__()
+        self.weight = 1.0
+        self._script = script  # Which branch to take at each turn; grows where it ends.
+        self._turn = 0
+        self._open: list[list[int]] = []
+
+    def branch(self, options: Sequence[tuple[float, Any]]) -> Any:
+        """Return one of several results, given as (probability, result)."""
+        options = [option for option in options if option[0] > 0]
+        if self._turn == len(self._script):
+            self._script.append(0)
+        taken = self._script[self._turn]
+        for other in range(taken + 1, len(options)) if self._turn >= self._fixed else ():
+            self._open.append([*self._script[: self._turn], other])
+        self._turn += 1
+        self.weight *= options[taken][0]
+        return options[taken][1]
+
+    _fixed = 0
+
+    def draw(self, weights: Tensor) -> list[int]:
+        """See `Chance`."""
+        laws = (weights.double() / weights.double().sum(dim=1, keepdim=True)).tolist()
+        return [self.branch([(share, i) for i, share in enumerate(law)]) for law in laws]
+
+
+@contextmanager
+def _every_coin(chance: EveryChance) -> Iterator[None]:
+    """Let the accept rules' coins take every course too, through the rules' own code."""
+
+    def judge(outcomes: Callable[..., Any]) -> Callable[..., Any]:
+        def rule(p: Tensor, told: Any, *rest: Any) -> Any:
+            if isinstance(told, list):  # Runs: the coins come third.
+                return chance.branch(list(outcomes(p, told)))
+            return chance.branch(list(outcomes(p, told, *rest[1:])))
+
+        return rule
+
+    def accepts(coin: float, p: float, q: float) -> bool:
+        bound = min(1.0, p / q)
+        return bool(chance.branch([(bound, True), (1 - bound, False)]))
+
+    def residual(p: Tensor, weigh: Callable[[int], float], _: Chance) -> Tensor:
+        law = torch.tensor([weigh(t) for t in range(len(p))], dtype=p.dtype)
+        return (p - law).clamp(min=0.0)
+
+    with (
+        mock.patch("hetero_sd.drafting.verify", judge(outcomes_of_verify)),
+        mock.patch("hetero_sd.drafting.verify_block", judge(outcomes_of_block)),
+        mock.patch("hetero_sd.drafting.verify_runs", judge(outcomes_of_runs)),
+        mock.patch("hetero_sd.spelling.accepts", accepts),
+        mock.patch("hetero_sd.spelling.residual", residual),
+    ):
+        yield
+
+
+def every_course(run: Callable[[Chance], Any]) -> Iterator[tuple[float, Any]]:
+    """Yield every result of a random function, with its probability.
+
+    Args:
+        run: Takes all its randomness from what it is given, and the rules' coins.
+    """
+    waiting: list[list[int]] = [[]]
+    while waiting:
+        script = waiting.pop()
+        chance = EveryChance(script)
+        chance._fixed = len(script)
+        with _every_coin(chance):
+            result = run(chance)
+        waiting += chance._open
+        yield chance.weight, result

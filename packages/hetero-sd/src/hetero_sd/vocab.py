@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,15 @@ class VocabMap:
     drafter_bytes: list[bytes | None]
     special: dict[int, int]
 
+    def identity(self, size: int) -> VocabMap:
+        """Return the map of a vocabulary onto itself.
+
+        Args:
+            size: Ids from 0 on that both models have.
+        """
+        ids = torch.arange(size)
+        return replace(self, keep=ids, to_target=ids)
+
 
 def _contents(tokenizer: Any) -> dict[str, int]:
     """Return the id of each special token by its string."""
@@ -55,6 +64,17 @@ def _canonical(tokenizer: Any, table: list[bytes | None]) -> dict[bytes, int]:
     for spelled, index in fallbacks:
         chosen.setdefault(spelled, index)
     return chosen
+
+
+def same_vocabularies(target_tokenizer: Any, drafter_tokenizer: Any) -> bool:
+    """Return whether every id means the same token to both, and text becomes the same ids."""
+    if target_tokenizer.get_vocab() != drafter_tokenizer.get_vocab():
+        return False
+    states = [tokenizer_state(t) for t in (target_tokenizer, drafter_tokenizer)]
+    return all(
+        states[0].get(part) == states[1].get(part)
+        for part in ("normalizer", "pre_tokenizer", "model", "decoder", "added_tokens")
+    )
 
 
 def map_vocabularies(

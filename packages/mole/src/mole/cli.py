@@ -261,6 +261,7 @@ def generate(
 @click.option("--stop-after", type=int, help="Stop with a checkpoint after this step.")
 @click.option("--resume/--no-resume", default=True, help="Go on from OUTPUT's checkpoint.")
 @click.option("--compile/--no-compile", "compiled", default=False, help="Compile the layers.")
+@click.option("--shard", "sharded", is_flag=True, help="Split the weights over processes (FSDP2).")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 def train(
     data: tuple[Path, ...],
@@ -273,6 +274,7 @@ def train(
     stop_after: int | None,
     resume: bool,
     compiled: bool,
+    sharded: bool,
     progress: bool,
     **chosen: Any,
 ) -> None:
@@ -312,6 +314,7 @@ def train(
         save_every=save_every,
         stop_after=stop_after,
         compiled=compiled,
+        sharded=sharded,
         progress=progress,
     )
     click.echo(f"Wrote {output} ({len(tokens):,} tokens of text).")
@@ -404,30 +407,36 @@ def upcycle(
 
 
 @main.command()
-@click.argument("topic", type=click.Choice(["hw", "decode", "convert", "train", "quant", "cache"]))
+@click.argument(
+    "topic",
+    type=click.Choice(["hw", "decode", "prefill", "convert", "train", "quant", "cache"]),
+)
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("demo-output/mole-bench"),
     show_default=True,
-    help="Folder for TOPIC.json.",
+    help="Folder for TOPIC.json and TOPIC.png.",
 )
 @click.option("--shape", type=click.Choice(["tiny", "160m", "410m", "1b"]), default="410m")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def bench(topic: str, output: Path, shape: str, device: str) -> None:
     """Measure TOPIC, all contenders in one run, after checking results.
 
-    `decode`, `train` and `hw` take random weights of a shape; the others the shipped model.
+    `decode`, `prefill`, `train` and `hw` take random weights of a shape; the others the shipped
+    model.
     """
     _quiet()
     from fourfold_common import Results
 
-    from .bench import run
+    from .bench import draw, run
 
-    options = {"shape": shape} if topic in ("hw", "decode", "train") else {}
+    options = {"shape": shape} if topic in ("hw", "decode", "prefill", "train") else {}
     path = run(topic, output, click.echo, device, **options)
     click.echo(Results.load(path).to_markdown())
     click.echo(f"Wrote {path}")
+    picture = draw(path)
+    click.echo("No plot: matplotlib is missing." if picture is None else f"Wrote {picture}")
 
 
 def _quiet() -> None:

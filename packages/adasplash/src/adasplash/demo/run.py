@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from fourfold_common import Results, seed_everything
 
-from ..entmax import entmax15
 from ..integration import register_with_transformers
+from ..kernels.entmax import entmax15
 from .train import ATTENTION, CONTEXT, encode, validation_loss
 
 PROMPT = "It was a dark and stormy evening, and the old man"

@@ -25,9 +25,7 @@ SPACES = ("output", "cross_attention")
 def held_out_scenes(count: int, size: int = PIXELS) -> Scenes:
     """Return scenes that no training run draws, with pairs that none shows, from the CPU."""
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-    return sample_scenes(
-        count, generator, size=size, held_out_pairs=True, plain_captions=True
-    )
+    return sample_scenes(count, generator, size=size, held_out_pairs=True, plain_captions=True)
 
 
 def segment_scenes(

@@ -24,7 +24,7 @@ from .scenes import COLOURS, LABELS, SYNONYMS, VOCABULARY
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PROMPT = "a red box and a fish on grass under clouds"
+PROMPT = "a bee and a flower on grass under clouds"
 DEFAULT_SCENE = 7  # of the held-out scenes; drawn anew from its seed
 SIDE = 512
 # Okabe and Ito's palette: told apart with every kind of colour vision.

@@ -2,7 +2,7 @@
 
 Reproduces the package's assets:
 
-    python -m conceptattention.demo.train --output OUT --minutes 8
+    python -m conceptattention.demo.train --output OUT
 
 The run is time-boxed: the learning rate follows the clock, or the step count with `--steps`.
 Figures go to training.json and training_log.csv; everything the package ships is also packed into
@@ -88,7 +88,7 @@ class Trainer:
         rate: float,
         seed: int,
         compiled: bool,
-        small_share: float,
+        small_share: float = 0.6,
     ) -> None:
         seed_everything(seed)
         self.device, self.batch, self.rate = device, batch, rate
@@ -320,14 +320,14 @@ def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--minutes", default=8.0, help="Time for training, compilation included.")
+@click.option("--minutes", default=8.3, help="Time for training, compilation included.")
 @click.option("--steps", default=10**9, help="Stop, and end the schedule, after so many steps.")
 @click.option("--batch", default=256, help="Scenes per step.")
 @click.option("--rate", default=1e-3, help="Peak learning rate.")
 @click.option("--seed", default=0, help="Seed of weights, scenes and noise.")
 @click.option("--device", default="auto", help="Where to train.")
 @click.option("--compile/--no-compile", "compiled", default=True, help="Use torch.compile.")
-@click.option("--small-share", default=0.45, help="Share of the run with small pictures.")
+@click.option("--small-share", default=0.6, help="Share of the run with small pictures.")
 @click.option("--evaluation-scenes", default=500, help="Held-out scenes of the evaluation.")
 @click.option("--resume", is_flag=True, help="Continue from OUTPUT's checkpoint.")
 @click.option("--data", default=None, help="Unused; the scenes are procedural.")

@@ -1,7 +1,9 @@
 """Time of a decoding step: dense, and lookup tables by format, experts and store."""
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,25 +11,37 @@ import torch
 from fourfold_common import Results
 
 from ..decode import Decoder
-from ..lut import PinnedStore
+from ..lut import CachedStore, PinnedStore, open_lut
 from ..lut.stores import _TensorStore
-from .shapes import fill_randomly, host_memory, random_model, table_meta
+from .shapes import (
+    fill_randomly,
+    host_memory,
+    random_model,
+    table_meta,
+    write_table,
+    zipf_ids,
+)
 
 _PROMPT, _ROUNDS = 8, 12
+_FILL = 40  # rounds that fill a cache before those that count
+_CACHE = 4096
 
 
-def _steps(decoder: Decoder, position: int, count: int) -> float:
-    """Return the time of a step, in ms, averaged over a few."""
+def _steps(decoder: Decoder, position: int, fed: torch.Tensor) -> float:
+    """Return the time of a step, in ms, averaged over the steps that the fed ids are for."""
     decoder.position.fill_(position)
     decoder.step()
+    count = len(fed)
     if decoder.device.type != "cuda":
         begin = time.perf_counter()
-        for _ in range(count):
+        for ids in fed:
+            decoder.ids.copy_(ids)
             decoder.step()
         return (time.perf_counter() - begin) * 1e3 / count
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     first.record()
-    for _ in range(count):
+    for ids in fed:
+        decoder.ids.copy_(ids)
         decoder.step()
     last.record()
     last.synchronize()
@@ -73,7 +87,8 @@ def measure(
         shape: One of `SHAPES`.
         batches: Numbers of sequences.
         cases: Experts, format and store; `"pageable"` gathers on the CPU into pageable memory and
-            copies, as the authors' code does.
+            copies, as the authors' code does; `"mmap"` reads a file that is in the page cache,
+            `"cached"` keeps 4,096 rows on the device and reads others past the page cache.
         length: Length of the static cache; steps are timed at its half.
         steps: Steps in a round.
     """
@@ -101,7 +116,16 @@ def measure(
             "mole", shape, device, dtype, lookup_form="table", num_lookup_experts=experts
         ).eval()
         store: Any
-        if kind == "pinned":
+        folder = tempfile.TemporaryDirectory()
+        if kind in ("mmap", "cached"):
+            write_table(Path(folder.name), memory, meta)
+            store = open_lut(
+                folder.name,
+                "mmap" if kind == "mmap" else "disk",
+                device,
+                cache=0 if kind == "mmap" else _CACHE,
+            )
+        elif kind == "pinned":
             store = PinnedStore(meta, memory, device)
         else:
             store = _TensorStore(meta, memory.to(device) if kind == "device" else memory)
@@ -110,6 +134,7 @@ def measure(
         for batch in batches:
             _one(results, say, model, kind, batch, length, steps, baselines[batch], prompts)
         store.close()
+        folder.cleanup()
     tables.clear()
     _mixtures(results, say, device, dtype, shape, batches, max(3, steps // 5))
 
@@ -132,14 +157,25 @@ def _one(
         decoder = _on_device(model, batch, length)
     share = _check(decoder, prompts[:batch], 24)
     times: dict[str, list[float]] = {"dense": [], "mole": []}
-    for _ in range(_ROUNDS):
-        times["dense"].append(_steps(dense, length // 2, steps))
-        times["mole"].append(_steps(decoder, length // 2, steps))
+    vocab = model.config.vocab_size
+    # Ids that repeat as in prose; what a random model writes repeats itself too soon.
+    fed = zipf_ids((_ROUNDS + _FILL, steps, batch), vocab, seed=1).to(dense.device)
+    if isinstance(model.lut, CachedStore):
+        for ids in fed[:_FILL]:
+            _steps(decoder, length // 2, ids)
+        model.lut.hits = model.lut.misses = 0
+    for ids in fed[_FILL:]:
+        times["dense"].append(_steps(dense, length // 2, ids))
+        times["mole"].append(_steps(decoder, length // 2, ids))
     ratios = torch.tensor(times["mole"]) / torch.tensor(times["dense"])
     low, middle, high = (float(ratios.quantile(q)) for q in (0.2, 0.5, 0.8))
     meta = model.model.lut.meta
     name = f"MoLE-{meta.experts}E {meta.format} {kind}"
-    parameters = {"batch": batch, "length": length}
+    parameters: dict[str, Any] = {"batch": batch, "length": length}
+    if kind in ("mmap", "cached"):
+        parameters["page_cache"] = "warm" if kind == "mmap" else "passed by"
+    if isinstance(model.lut, CachedStore):
+        parameters["hit_rate"] = round(model.lut.hits / (model.lut.hits + model.lut.misses), 3)
     for provider, key in (("dense", "dense"), (name, "mole")):
         found = torch.tensor(times[key])
         results.add(
@@ -171,33 +207,50 @@ def _mixtures(
     batches: Sequence[int],
     steps: int,
 ) -> None:
-    """Add eager steps of the dense model and of the mixture of experts, resident and offloaded."""
+    """Add plain eager steps: dense, lookup experts, mixture of experts resident and offloaded.
+
+    Models take turns step by step, after a few steps that are not counted.
+    """
     from accelerate import cpu_offload
 
-    for name, kind in (("dense", "dense"), ("MoE-10E resident", "moe"), ("MoE-10E", "moe")):
-        model = random_model(kind, shape, device, dtype).eval()
-        if name == "MoE-10E":
-            name = "MoE-10E offloaded by accelerate"
-            for layer in model.model.layers:
-                cpu_offload(layer.mlp, execution_device=device)
-        for batch in batches:
-            ids = torch.ones(batch, 1, dtype=torch.long, device=device)
-            cache = model(ids, use_cache=True).past_key_values
-            times = []
-            for _ in range(steps):
+    experts = 4
+    meta = table_meta(shape, experts, "fp16")
+    table = torch.zeros(1, meta.row_stride, dtype=torch.uint8, device=device)
+    lookup = random_model(
+        "mole", shape, device, dtype, lookup_form="table", num_lookup_experts=experts
+    )
+    fill_randomly(table, meta, device)
+    lookup.model.lut = _TensorStore(meta, table.expand(meta.vocab, -1))  # one row for all ids
+    models = {
+        "dense": random_model("dense", shape, device, dtype),
+        "MoLE-4E fp16 device": lookup,
+        "MoE-10E resident": random_model("moe", shape, device, dtype),
+        "MoE-10E offloaded by accelerate": random_model("moe", shape, device, dtype),
+    }
+    for layer in models["MoE-10E offloaded by accelerate"].model.layers:
+        cpu_offload(layer.mlp, execution_device=device)
+    for batch in batches:
+        ids = torch.ones(batch, 1, dtype=torch.long, device=device)
+        caches = {
+            name: model.eval()(ids, use_cache=True).past_key_values
+            for name, model in models.items()
+        }
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for _ in range(steps + 3):
+            for name, model in models.items():
                 begin = time.perf_counter()
-                model(ids, past_key_values=cache)
+                model(ids, past_key_values=caches[name])
                 if device.type == "cuda":
                     torch.cuda.synchronize()
-                times.append((time.perf_counter() - begin) * 1e3)
-            found = torch.tensor(times)
-            low, middle, high = (float(found.quantile(q)) for q in (0.2, 0.5, 0.8))
+                times[name].append((time.perf_counter() - begin) * 1e3)
+        for name, found in times.items():
+            cuts = torch.tensor(found[3:])
+            low, middle, high = (float(cuts.quantile(q)) for q in (0.2, 0.5, 0.8))
             results.add(
                 f"{name}, eager", "decode", middle, "ms/token", p20=low, p80=high, n=steps,
                 batch=batch, length=steps,
             )  # fmt: skip
             say(f"{name}, eager, batch {batch}: {middle:.3f} ms [{low:.3f}, {high:.3f}]")
-        del model
 
 
 def _on_device(model: Any, batch: int, length: int) -> Decoder:

@@ -13,6 +13,7 @@ from fourfold_common import Results, pick_device
 _HOME = {
     "hw": ("hw", "measure"),
     "decode": ("decode", "measure"),
+    "prefill": ("prefill", "measure"),
     "convert": ("tables", "measure_convert"),
     "train": ("train", "measure"),
     "quant": ("tables", "measure_quant"),

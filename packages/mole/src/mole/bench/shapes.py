@@ -1,6 +1,8 @@
 """Model shapes, random models and random tables for benchmarks."""
 
 import mmap
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from ..config import DenseConfig, MoeConfig, MoleConfig
 from ..lut import LutMeta
+from ..lut.format import DATA_FILE, META_FILE
 from ..modeling import DenseForCausalLM, MoeForCausalLM, MoleForCausalLM
 
 # Layers, width, heads, inner width and vocabulary (Jie et al. 2025, section 4.1).
@@ -93,6 +96,17 @@ def fill_randomly(table: Tensor, meta: LutMeta, device: torch.device, std: float
         part[:, codes : meta.row_bytes] = scales.half().view(torch.uint8)
 
 
+def write_table(folder: Path, table: Tensor, meta: LutMeta) -> None:
+    """Write a table's folder, without checksums: it is there to be read, not to be verified."""
+    with open(folder / DATA_FILE, "wb") as file:
+        file.write(meta.header())
+        for part in table.split(4096):
+            file.write(memoryview(part.numpy()).cast("B"))
+        file.flush()
+        os.fsync(file.fileno())
+    meta.save(folder / META_FILE)
+
+
 def zipf_ids(shape: tuple[int, ...], vocab: int, seed: int = 0, exponent: float = 1.2) -> Tensor:
     """Return ids whose frequencies follow a power law.
 
@@ -115,5 +129,6 @@ __all__ = [
     "host_memory",
     "random_model",
     "table_meta",
+    "write_table",
     "zipf_ids",
 ]

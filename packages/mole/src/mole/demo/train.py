@@ -114,9 +114,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
     return torch.cat([torch.tensor([*text.ids, end], dtype=torch.int32) for text in encoded])
 
 
-def build_models(settings: Settings, vocab: int) -> dict[str, Any]:
-    """Return the three models, in the order of their training."""
-    common = {
+def backbone(settings: Settings, vocab: int) -> dict[str, Any]:
+    """Return the configuration fields that all models share."""
+    return {
         "vocab_size": vocab,
         "hidden_size": settings.dim,
         "intermediate_size": 4 * settings.dim,
@@ -127,6 +127,11 @@ def build_models(settings: Settings, vocab: int) -> dict[str, Any]:
         "eos_token_id": 0,
         "bos_token_id": 0,
     }
+
+
+def build_models(settings: Settings, vocab: int) -> dict[str, Any]:
+    """Return the three models, in the order of their training."""
+    common = backbone(settings, vocab)
     built: dict[str, Any] = {}
     for name in ("dense", "mole", "moe"):
         torch.manual_seed(settings.seed)
@@ -379,7 +384,7 @@ def main(
         name: Trainer(model.to(where), tokens, settings, compiled and cuda)
         for name, model in built.items()
     }
-    settings = _fit(settings, trainers_, minutes)
+    settings = fit_steps(settings, trainers_, minutes)
     starts = crop_starts(len(tokens), settings).to(where)
     report: dict[str, Any] = {
         "corpus": corpus,
@@ -397,7 +402,7 @@ def main(
     for name, trainer in trainers_.items():
         click.echo(f"training {name}")
         folder = output / name
-        seconds = _train(name, trainer, starts, text.validation, writer, folder)
+        seconds = train_model(name, trainer, starts, text.validation, writer, folder)
         model = type(built[name]).from_pretrained(folder, dtype=torch.float32).to(where).eval()
         losses[name] = window_losses(model, text.validation, settings.context)
         excerpt = window_losses(model, text.excerpt, settings.context)
@@ -433,12 +438,12 @@ def _write_report(output: Path, log: io.StringIO, report: dict[str, Any]) -> Non
     _pack(output / "moe.tar", output, ["moe"])
 
 
-def _fit(settings: Settings, trainers_: dict[str, Trainer], minutes: float | None) -> Settings:
+def fit_steps(settings: Settings, trainers_: dict[str, Trainer], minutes: float | None) -> Settings:
     """Return the settings with as many steps as fit into the minutes, for all models together."""
     total = 0.0
     for name, trainer in trainers_.items():
         clock = time.perf_counter()
-        seconds = trainer.seconds_per_step()
+        seconds = trainer.seconds_per_step(*(() if minutes else (1, 2)))
         total += seconds
         click.echo(
             f"{name}: {trainer.model.num_parameters():,} parameters, "
@@ -453,7 +458,7 @@ def _fit(settings: Settings, trainers_: dict[str, Trainer], minutes: float | Non
     return replace(settings, steps=steps)
 
 
-def _train(
+def train_model(
     name: str, trainer: Trainer, starts: Tensor, valid: Tensor, writer: Any, folder: Path
 ) -> float:
     """Train one model to the end and return the seconds it took, evaluations apart.
@@ -481,7 +486,9 @@ def _train(
         if (step + 1) % checkpoint == 0 or last:
             spent = now
             trainer.model.eval()
-            found = f"{window_losses(trainer.model, sample, settings.context).mean().item():.4f}"
+            with torch.compiler.set_stance("force_eager"):  # other shapes: not worth compiling
+                valid_loss = window_losses(trainer.model, sample, settings.context).mean().item()
+            found = f"{valid_loss:.4f}"
             _save(trainer.model, folder)
             trainer.model.train()
             begin = time.perf_counter()

@@ -1,8 +1,10 @@
 """The training loop: one optimiser step over all processes' micro-batches, resumable.
 
 Gradients are averaged over processes once a step, whatever `dedup` is, so `"step"` works on any
-number of them. The data of a step are a function of seed and step alone: an interrupted run goes on
-as if it had not been interrupted, and the number of processes only changes the order of summation.
+number of them. With `sharded`, every process keeps its share of weights, gradients and optimiser
+state only (FSDP2). The data of a step are a function of seed and step alone: an interrupted run
+goes on as if it had not been interrupted, and the number of processes only changes the order of
+summation. A checkpoint holds whole tensors by name, so that it fits any number of processes.
 """
 
 import json
@@ -10,6 +12,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +22,22 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from tqdm.auto import tqdm
 
-from ..lookup import StepBank
+from ..lookup import StepBank, distinct_ids
 
 _STATE, _LOG = "training_state.pt", "training_log.jsonl"
 _FINAL_LR_SHARE = 0.1
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_PADDING = 512  # distinct ids of a micro-batch are padded to a multiple of this
 _BUCKET = 2**25  # elements averaged over processes at a time
 
 
@@ -82,6 +95,7 @@ def train(
     stop_after: int | None = None,
     mixed_precision: str | None = None,
     compiled: bool = False,
+    sharded: bool = False,
     progress: bool = True,
 ) -> Any:
     """Train a model on one row of tokens and return it; the result is saved to `output`.
@@ -102,6 +116,9 @@ def train(
             `settings.steps`.
         mixed_precision: `"no"`, `"bf16"` or `"fp16"`; if None bf16 on a GPU that has it.
         compiled: Compile the layers.
+        sharded: Split weights, gradients and optimiser state over the processes (FSDP2). Needs at
+            least two, and `dedup` `"off"` or `"micro"`. The model that is returned is split, the
+            saved one whole.
         progress: Show a progress bar with tokens/s, loss and learning rate.
 
     Raises:
@@ -112,15 +129,25 @@ def train(
         mixed_precision = "bf16" if torch.cuda.is_available() else "no"
     accelerator = Accelerator(mixed_precision=mixed_precision)
     _check(tokens, settings, accelerator.num_processes)
+    if sharded and (accelerator.num_processes < 2 or _by_step(model)):
+        raise ValueError(
+            "`sharded` needs at least two processes and `dedup` 'off' or 'micro'; got "
+            f"{accelerator.num_processes} and {getattr(model.config, 'dedup', None)!r}."
+        )
     output = Path(output)
     device = accelerator.device
     model = model.to(device).train()
     _synchronise(accelerator, model)
-    optimizer = _optimizer(model, settings)
-    first = _resume(model, optimizer, output, settings) if resume else 0
     if compiled:
+        # Layers share their code; it is compiled in a version for each number of distinct ids.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for layer in model.model.layers:
             layer.compile(dynamic=False)
+    kind = type(model)
+    if sharded:
+        _shard(model)
+    optimizer = _optimizer(model, settings)
+    first = _resume(model, optimizer, output, settings) if resume else 0
     main = accelerator.is_main_process
     if main:
         output.mkdir(parents=True, exist_ok=True)
@@ -156,16 +183,26 @@ def train(
                 with open(output / _LOG, "a", encoding="utf-8") as log:
                     log.write(json.dumps(line) + "\n")
             clock, counted = time.perf_counter(), 0
-        if (
-            main
-            and step + 1 < settings.steps
-            and ((step + 1) % save_every == 0 or step + 1 == last)
-        ):
-            _save(model, optimizer, output, settings, step + 1)
+        unfinished = step + 1 < settings.steps
+        if unfinished and ((step + 1) % save_every == 0 or step + 1 == last):
+            # Every process takes part in gathering, one writes.
+            state = {
+                "model": get_model_state_dict(model, options=_WHOLE),
+                "optimizer": get_optimizer_state_dict(model, optimizer, options=_WHOLE),
+                "step": step + 1,
+                "settings": asdict(settings),
+            }
+            if main:
+                _save(state, output)
     bar.close()
     accelerator.wait_for_everyone()
+    weights = get_model_state_dict(model, options=_WHOLE) if last == settings.steps else {}
     if main and last == settings.steps:
-        model.save_pretrained(output)
+        with torch.device("meta"):
+            plain = kind(model.config) if sharded else model
+        tied = plain.all_tied_weights_keys if sharded else {}
+        whole = {name: value for name, value in weights.items() if name not in tied}
+        plain.save_pretrained(output, **({"state_dict": whole} if sharded else {}))
         if tokenizer is not None:
             tokenizer.save_pretrained(output)
         shutil.rmtree(output / "checkpoint", ignore_errors=True)
@@ -184,22 +221,42 @@ def _step(
     """Run one optimiser step; return this process's mean loss."""
     crops = settings.crops(step, len(tokens))
     crops = crops[accelerator.process_index :: accelerator.num_processes]
-    ids = tokens[crops[:, None] + torch.arange(settings.context)].long().to(accelerator.device)
-    batches = ids.split(settings.micro_batch)
-    total = torch.zeros((), device=accelerator.device)
-    by_step = getattr(model.config, "dedup", None) == "step"
-    with accelerator.autocast(), StepBank(model, ids) if by_step else nullcontext():
-        for batch in batches:
+    host = tokens[crops[:, None] + torch.arange(settings.context)].long()
+    device = accelerator.device
+    ids = host.to(device)
+    # Found on the host, distinct ids make nothing wait; padded, they have few shapes.
+    given: list[dict[str, Any]] = [{} for _ in host.split(settings.micro_batch)]
+    if getattr(model.config, "dedup", None) == "micro":
+        for number, batch in enumerate(host.split(settings.micro_batch)):
+            found = distinct_ids(batch, model.config.vocab_size, _PADDING)
+            given[number]["distinct"] = tuple(part.to(device) for part in found)
+    total = torch.zeros((), device=device)
+    with accelerator.autocast(), StepBank(model, ids) if _by_step(model) else nullcontext():
+        for batch, distinct in zip(ids.split(settings.micro_batch), given, strict=True):
             share = len(batch) / len(ids)
-            loss = share * model(input_ids=batch, labels=batch, use_cache=False).loss
+            loss = share * model(input_ids=batch, labels=batch, use_cache=False, **distinct).loss
             loss.backward()
             total += loss.detach()
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not isinstance(model, FSDPModule):
         _average(accelerator, [p.grad for p in model.parameters() if p.grad is not None])
     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total
+
+
+def _by_step(model: Any) -> bool:
+    """Return whether the experts run once a step."""
+    return getattr(model.config, "dedup", None) == "step"
+
+
+def _shard(model: Any) -> None:
+    """Split every layer's parameters over the processes, and then the rest."""
+    # A layer's output is a view, which is right as long as nothing changes it in place.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
 
 
 def _average(accelerator: Accelerator, grads: list[Tensor]) -> None:
@@ -250,19 +307,11 @@ def _check(tokens: Tensor, settings: TrainSettings, processes: int) -> None:
         )
 
 
-def _save(
-    model: Any, optimizer: torch.optim.Optimizer, output: Path, settings: TrainSettings, step: int
-) -> None:
+def _save(state: dict[str, Any], output: Path) -> None:
     """Write a checkpoint, whole or not at all."""
     partial, final, old = (output / name for name in (".checkpoint", "checkpoint", ".old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "settings": asdict(settings),
-    }
     torch.save(state, partial / _STATE)
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -285,8 +334,8 @@ def _resume(
             f"{path.parent} was written with other settings ({', '.join(changed)}); give the same, "
             "another `output`, or `resume=False`."
         )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    set_model_state_dict(model, state["model"], options=_WHOLE)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_WHOLE)
     step: int = state["step"]
     return step
 

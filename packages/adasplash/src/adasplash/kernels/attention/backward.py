@@ -29,8 +29,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .forward import list_blocks, mask_bytes
-from .tiles import aligned, describe, hide, load_tile, padded, roots, store_rows, tiles_for
+from .forward import mask_bytes
+from .tiles import (
+    aligned,
+    describe,
+    hide,
+    list_marked,
+    load_tile,
+    padded,
+    roots,
+    store_rows,
+    tiles_for,
+)
 
 _SIZES = [
     "heads",
@@ -45,7 +55,7 @@ _SIZES = [
 @triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def _queries_kernel(
-    q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, list_ptr, count_ptr,
+    q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, active_ptr, list_ptr,
     dq_ptr, delta_ptr, dalpha_ptr,
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head, scale,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -60,7 +70,7 @@ def _queries_kernel(
     head_kv = head // group
     mask_ptr += batch.to(tl.int64) * stride_mask
     list_ptr += line * n_blocks
-    count = tl.load(count_ptr + line)
+    count = list_marked(active_ptr + line * n_blocks, 1, n_blocks, list_ptr, True)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_base = plane.to(tl.int64) * seq_q
     q = load_tile(q_desc, batch, head, tile * BLOCK_M, BLOCK_M, BLOCK_D)
@@ -143,8 +153,8 @@ def _queries_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def _keys_kernel(
-    q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, delta_ptr, list_ptr, count_ptr,
-    dk_ptr, dv_ptr,
+    q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, active_ptr, list_ptr,
+    delta_ptr, dk_ptr, dv_ptr,
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head, dim_value,
     scale,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -168,14 +178,15 @@ def _keys_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, group):
         head = head_kv * group + member
-        line = ((batch * heads + head) * n_blocks + block).to(tl.int64)
         row_base = (batch * heads + head).to(tl.int64) * seq_q
-        count = tl.load(count_ptr + line)
+        marks = active_ptr + (batch * heads + head).to(tl.int64) * n_tiles * n_blocks + block
+        listed = list_ptr + ((batch * heads + head) * n_blocks + block).to(tl.int64) * n_tiles
+        count = list_marked(marks, n_blocks, n_tiles, listed, False)
         alpha = 1.5 if HALF else tl.load(alpha_ptr + batch * heads + head)
         power = 1.0 / (alpha - 1.0)
         factor = scale * (alpha - 1.0)
         for index in range(0, count):
-            start = tl.load(list_ptr + line * n_tiles + index) * BLOCK_M
+            start = tl.load(listed + index) * BLOCK_M
             rows = start + tl.arange(0, BLOCK_M)
             q = load_tile(q_desc, batch, head, start, BLOCK_M, BLOCK_D)
             do = load_tile(do_desc, batch, head, start, BLOCK_M, BLOCK_DV)
@@ -245,7 +256,8 @@ def launch_backward(
     sources = (
         describe(q, tiles.block_m), describe(k, tiles.block_n),
         describe(v, tiles.block_n), describe(grad, tiles.block_m),
-        mask, q if alpha is None else alpha, tau,
+        mask, q if alpha is None else alpha, tau, active,
+        torch.empty(active.shape, dtype=torch.int32, device=q.device),  # room for the lists
     )  # fmt: skip
     sizes = (
         stride_mask,
@@ -271,11 +283,11 @@ def launch_backward(
         "num_stages": tiles.num_stages,
     }
     _queries_kernel[(n_tiles * batch * heads,)](
-        *sources, *list_blocks(active), dq, delta, dalpha, *sizes, scale,
+        *sources, dq, delta, dalpha, *sizes, scale,
         ALPHA_GRAD=alpha is not None, **common,
     )  # fmt: skip
     _keys_kernel[(n_blocks * batch * heads_kv,)](
-        *sources, delta, *list_blocks(active, columns=True), dk, dv,
+        *sources, delta, dk, dv,
         *sizes, dim_value, scale, **common,
     )  # fmt: skip
     return dq, dk, dv, tau.new_empty(0) if alpha is None else dalpha.sum(-1)

@@ -1,4 +1,4 @@
-"""Forward of alpha-entmax attention in three kernels; the formulas below are those of alpha 1.5.
+"""Forward of alpha-entmax attention in two kernels; the formulas below are those of alpha 1.5.
 
     z_ij = scale / 2 * q_i . k_j        p_ij = relu(z_ij - tau_i) ** 2        o_i = sum_j p_ij v_j
 
@@ -8,8 +8,9 @@ whose scores lie at or below `max - 1` in every row is exactly zero.
 1. *Screen*: one dense pass over the scores keeps the running maximum of every row; a row that meets
    a block above `maximum so far - 1` marks it. The maximum only grows, so no block of the support
    is missed. Keys are taken from the diagonal to the left: recent keys raise it soon.
-2. *List*: the marked blocks of every tile of queries, right to left.
-3. *Solve*: passes over the listed blocks only; the scores of the first few stay in registers. With
+2. *Solve*: every tile of queries lists its marked blocks, right to left, and, where they are few,
+   drops those that the final maximum refutes. Then come passes over the listed blocks only; the
+   scores of the first few stay in registers. With
    A0, A1, A2 the sums of x^2, x and 1 over `x = relu(z - t)`, f(t) = A0 - 1 is decreasing and
    convex, so each pass yields certified bounds: Newton's step is a lower bound (B1), the root for
    the support of t bounds tau from above where f > 0 and from below where f < 0 (B2). The first t
@@ -35,7 +36,18 @@ import triton.language as tl
 
 from fourfold_common import triton_status
 
-from .tiles import Tiles, aligned, describe, hide, load_tile, padded, roots, store_rows, tiles_for
+from .tiles import (
+    Tiles,
+    aligned,
+    describe,
+    hide,
+    list_marked,
+    load_tile,
+    padded,
+    roots,
+    store_rows,
+    tiles_for,
+)
 
 _MAX_PASSES = 20  # 2 to 5 suffice; this bounds the loop where ties slow it down
 _GUESSES = 4
@@ -158,25 +170,17 @@ def _screen_kernel(
     tl.store(top_ptr + plane.to(tl.int64) * seq_q + rows, top, mask=inside)
 
 
-@triton.jit(do_not_specialize=["stride_line", "stride_item", "n_lines", "n_items"])
+@triton.jit
 @no_type_check
-def _list_kernel(
-    marked_ptr, list_ptr, count_ptr, stride_line, stride_item, n_lines, n_items,
-    DESCENDING: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Write the indices of the marked items of one line, and how many they are."""
-    place = tl.program_id(0).to(tl.int64)
-    marked_ptr += place // n_lines * n_lines * n_items + place % n_lines * stride_line
-    list_ptr += place * n_items
-    count = 0
-    for start in range(0, n_items, CHUNK):
-        order = start + tl.arange(0, CHUNK)
-        item = n_items - 1 - order if DESCENDING else order
-        marked = tl.load(marked_ptr + item * stride_item, mask=order < n_items, other=0)
-        marked = marked.to(tl.int32)
-        tl.store(list_ptr + count + tl.cumsum(marked, 0) - marked, item, mask=marked != 0)
-        count += tl.sum(marked, 0)
-    tl.store(count_ptr + place, count)
+def _held_sums(held, t, power, HALF: tl.constexpr, HELD: tl.constexpr):
+    """Return what `_sums` returns, for all blocks in registers together."""
+    x, u = roots(held[0], t[:, None], power, HALF)
+    p, support = x * u, (x > 0.0).to(tl.float32)
+    for part in tl.static_range(1, HELD):
+        x, v = roots(held[part], t[:, None], power, HALF)
+        p, u, support = p + x * v, u + v, support + (x > 0.0).to(tl.float32)
+    total = tl.sum(u, 1)
+    return tl.sum(p, 1), total, tl.sum(support, 1) if HALF else total
 
 
 @triton.jit
@@ -240,10 +244,48 @@ def _improve(t, a0, a1, a2, power, lower, upper, tolerance, HALF: tl.constexpr):
     return tl.where(exact, t, t_next), lower, upper, done | exact
 
 
+@triton.jit
+@no_type_check
+def _shorten(
+    list_ptr, count, q, k_desc, mask_ptr, batch, head, rows, bound, factor,
+    seq_q, seq_k, left, right,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Keep the blocks of the list that rise above the bound of a row; return how many they are.
+
+    The maxima have grown since screening marked these blocks.
+    """
+    kept = 0
+    for index in range(0, count):
+        block = tl.load(list_ptr + index)
+        k = load_tile(k_desc, batch, head, block * BLOCK_N, BLOCK_N, BLOCK_D)
+        z = tl.dot(q, k.T, input_precision="ieee") * factor
+        keys = (block * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+        z = hide(
+            z,
+            rows[:, None],
+            keys,
+            seq_q,
+            seq_k,
+            mask_ptr,
+            left,
+            right,
+            IS_CAUSAL,
+            HAS_MASK,
+            HAS_WINDOW,
+        )
+        needed = ((z <= bound[:, None]) == 0).to(tl.int32)  # true for NaN
+        tl.store(list_ptr + kept, block)  # never beyond what has been read
+        kept += tl.max(tl.max(needed, 1), 0)
+    tl.debug_barrier()  # what follows reads the list in other threads
+    return kept
+
+
 @triton.jit(do_not_specialize=_SIZES)
 @no_type_check
 def _solve_kernel(
-    q_desc, k_desc, v_desc, mask_ptr, alpha_ptr, top_ptr, list_ptr, count_ptr,
+    q_desc, k_desc, v_desc, mask_ptr, alpha_ptr, top_ptr, marked_ptr, list_ptr,
     out_ptr, tau_ptr, active_ptr,
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_value, scale,
     tolerance, max_passes, guesses,
@@ -252,8 +294,9 @@ def _solve_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Write tau and the output of one tile of queries, and mark the blocks that hold weight."""
-    # Two blocks can cross the diagonal and one the end of the keys: the first of the list.
-    ALWAYS: tl.constexpr = HAS_MASK or HAS_WINDOW or (HELD < 2)
+    # The first of the list can cross the diagonal, or the end of the keys.
+    ALWAYS: tl.constexpr = HAS_MASK or HAS_WINDOW or (HELD < BLOCK_M // BLOCK_N + 1)
+    FEW: tl.constexpr = 6  # a list too short to be worth another look
     place = tl.program_id(0)
     plane, tile = place // n_tiles, n_tiles - 1 - place % n_tiles
     line = (plane * n_tiles + tile).to(tl.int64)
@@ -262,7 +305,7 @@ def _solve_kernel(
     mask_ptr += batch.to(tl.int64) * stride_mask
     list_ptr += line * n_blocks
     active_ptr += line * n_blocks
-    count = tl.load(count_ptr + line)
+    count = list_marked(marked_ptr + line * n_blocks, 1, n_blocks, list_ptr, True)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_base = plane.to(tl.int64) * seq_q
     q = load_tile(q_desc, batch, head, tile * BLOCK_M, BLOCK_M, BLOCK_D)
@@ -274,6 +317,15 @@ def _solve_kernel(
         tolerance = tolerance * (1.0 + power)
     empty = top == float("-inf")
     top = tl.where(empty, 0.0, top)
+
+    visible = tl.cdiv(seq_k, BLOCK_N)
+    if IS_CAUSAL:
+        visible = tl.minimum(visible, tl.cdiv((tile + 1) * BLOCK_M + seq_k - seq_q, BLOCK_N))
+    if (count > FEW) & (2 * count <= visible):
+        count = _shorten(
+            list_ptr, count, q, k_desc, mask_ptr, batch, head_kv, rows, top - 1.0, factor,
+            seq_q, seq_k, left, right, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
 
     held = ()
     for part in tl.static_range(HELD):
@@ -308,10 +360,7 @@ def _solve_kernel(
                 highest = tl.maximum(highest, tl.max(held[part], 1))
             t = tl.maximum(highest - tl.exp2(tl.log2(share) / power), lower)
             for _ in range(0, guesses):
-                a0, a1, a2 = _sums(held[0], t, power, HALF)
-                for part in tl.static_range(1, HELD):
-                    b0, b1, b2 = _sums(held[part], t, power, HALF)
-                    a0, a1, a2 = a0 + b0, a1 + b1, a2 + b2
+                a0, a1, a2 = _held_sums(held, t, power, HALF, HELD)
                 t = tl.where(a1 > 0.0, _step(t, a0, share, a1, a2, power, HALF)[0], t)
             t = tl.where((t > lower) & (t < upper), t, lower)
 
@@ -320,9 +369,8 @@ def _solve_kernel(
         a0 = tl.zeros([BLOCK_M], tl.float32)
         a1 = tl.zeros([BLOCK_M], tl.float32)
         a2 = tl.zeros([BLOCK_M], tl.float32)
-        for part in tl.static_range(HELD):
-            b0, b1, b2 = _sums(held[part], t, power, HALF)
-            a0, a1, a2 = a0 + b0, a1 + b1, a2 + b2
+        if HELD > 0:
+            a0, a1, a2 = _held_sums(held, t, power, HALF, HELD)
         for index in range(HELD, count):
             start = tl.load(list_ptr + index) * BLOCK_N
             k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
@@ -420,9 +468,7 @@ def launch_forward(
     q, k, v = aligned(q), aligned(k), aligned(v)
     tiles = tiles_for(q, v)
     top, marked = screen(q, k, key_mask, alpha, scale, is_causal, window, tiles, skip=skip)
-    return solve(
-        q, k, v, key_mask, alpha, top, *list_blocks(marked), scale, is_causal, window, tiles
-    )
+    return solve(q, k, v, key_mask, alpha, top, marked, scale, is_causal, window, tiles)
 
 
 def screen(
@@ -458,28 +504,6 @@ def screen(
     return top, marked
 
 
-def list_blocks(
-    marked: torch.Tensor, *, columns: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return for every row of blocks the marked ones, right to left, and how many they are.
-
-    Shapes depend on shapes only: nothing waits for the device.
-
-    Args:
-        marked: int8 `[batch, heads, n_tiles, n_blocks]`, contiguous.
-        columns: For every column the marked rows instead, top to bottom.
-    """
-    planes, (n_tiles, n_blocks) = marked.shape[:2], marked.shape[2:]
-    lines, items = (n_blocks, n_tiles) if columns else (n_tiles, n_blocks)
-    listed = torch.empty((*planes, lines, items), dtype=torch.int32, device=marked.device)
-    count = torch.empty((*planes, lines), dtype=torch.int32, device=marked.device)
-    _list_kernel[(count.numel(),)](
-        marked, listed, count, 1 if columns else n_blocks, n_blocks if columns else 1, lines, items,
-        DESCENDING=not columns, CHUNK=128, num_warps=1,
-    )  # fmt: skip
-    return listed, count
-
-
 def solve(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -487,8 +511,7 @@ def solve(
     key_mask: torch.Tensor | None,
     alpha: torch.Tensor | None,
     top: torch.Tensor,
-    listed: torch.Tensor,
-    count: torch.Tensor,
+    marked: torch.Tensor,
     scale: float,
     is_causal: bool,
     window: tuple[int, int] | None,
@@ -497,15 +520,16 @@ def solve(
     """Return output, tau and the blocks that hold weight (int8), given the blocks that may."""
     batch, heads, seq_q, dim_head = q.shape
     seq_k, dim_value = v.shape[-2:]
-    n_tiles, n_blocks = listed.shape[-2:]
+    n_tiles, n_blocks = marked.shape[-2:]
     output = torch.empty((batch, heads, seq_q, dim_value), dtype=q.dtype, device=q.device)
     tau = torch.empty_like(top)
-    active = torch.zeros(listed.shape, dtype=torch.int8, device=q.device)
+    listed = torch.empty(marked.shape, dtype=torch.int32, device=q.device)
+    active = torch.zeros_like(marked)
     mask, stride_mask = mask_bytes(key_mask, q)
     bounds = window or (0, 0)
     _solve_kernel[(n_tiles * batch * heads,)](
         describe(q, tiles.block_m), describe(k, tiles.block_n), describe(v, tiles.block_n),
-        mask, q if alpha is None else alpha, top, listed, count, output, tau, active, stride_mask,
+        mask, q if alpha is None else alpha, top, marked, listed, output, tau, active, stride_mask,
         *bounds, heads, heads // k.shape[1], seq_q, seq_k, n_tiles, n_blocks, dim_value, scale,
         _TOLERANCE[q.dtype], _MAX_PASSES, _GUESSES,
         IS_CAUSAL=is_causal, HAS_MASK=key_mask is not None, HAS_WINDOW=window is not None,
@@ -513,7 +537,7 @@ def solve(
         HELD=tiles.held if alpha is None else min(tiles.held, 2),  # powers need registers, too
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
         BLOCK_D=padded(dim_head), BLOCK_DV=padded(dim_value),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.solve_registers,
     )  # fmt: skip
     return output, tau, active
 

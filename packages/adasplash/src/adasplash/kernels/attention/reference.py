@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-from ...entmax import threshold15
 
 _TILE = 128  # query rows at a time
 
@@ -167,3 +166,26 @@ class _Weights(torch.autograd.Function):
         entropy = torch.special.xlogy(p, p)  # p ln p
         grad_alpha = p * (grad - delta) / (alpha - 1.0) - entropy * (grad - delta)
         return grad_scores, (grad_alpha / (alpha - 1.0)).sum_to_size(alpha.shape)
+
+
+def threshold15(z: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows"]:
+    """Return `tau` with `sum(relu(z - tau) ** 2) == 1` for every row, by sorting.
+
+    With the largest k values as support, `tau` solves a quadratic: for their mean and their sum of
+    squared deviations ss, `tau = mean - sqrt((1 - ss) / k)`. The support is the largest k for which
+    `tau` lies below the k-th value. Rows that are `-inf` throughout give `+inf`.
+
+    Args:
+        z: Half the scores, float32 or float64.
+    """
+    top = z.amax(dim=-1, keepdim=True)
+    empty = top == -torch.inf
+    # Values more than 1 below the largest are never in the support: clamping keeps sums finite.
+    ordered = (z - top.masked_fill(empty, 0.0)).clamp_min(-2.0).sort(dim=-1, descending=True)[0]
+    count = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
+    mean = ordered.cumsum(-1) / count
+    deviation = ordered.square().cumsum(-1) - count * mean.square()
+    tau = mean - ((1.0 - deviation) / count).clamp_min(0.0).sqrt()
+    support = (tau <= ordered).sum(-1, keepdim=True).clamp_min(1)
+    found = tau.gather(-1, support - 1) + top
+    return found.masked_fill(empty, torch.inf).squeeze(-1)

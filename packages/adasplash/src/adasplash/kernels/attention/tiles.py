@@ -29,6 +29,7 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     held: int  # blocks whose scores stay in registers while tau is solved for
+    solve_registers: int | None  # of a thread of the solver: fewer let more programs run at once
     screen_m: int  # a tile of the screening pass, multiples of the block
     screen_n: int
     screen_warps: int
@@ -37,14 +38,14 @@ class Tiles(NamedTuple):
 
 # By the padded head size; float32 products need twice the room.
 _HALF = {
-    64: Tiles(64, 64, 4, 3, 4, 128, 128, 4, 3),
-    128: Tiles(64, 64, 4, 2, 4, 64, 128, 4, 3),
-    256: Tiles(64, 32, 8, 2, 0, 64, 64, 4, 2),
+    64: Tiles(64, 64, 4, 3, 2, 168, 128, 128, 4, 3),
+    128: Tiles(64, 64, 4, 2, 4, None, 64, 128, 4, 3),
+    256: Tiles(64, 32, 8, 2, 0, None, 64, 64, 4, 2),
 }
 _FULL = {
-    64: Tiles(64, 32, 8, 2, 0, 64, 32, 8, 2),  # 8 warps: with 4 more registers spill
-    128: Tiles(32, 32, 8, 2, 0, 32, 32, 8, 2),
-    256: Tiles(32, 16, 8, 1, 0, 32, 16, 8, 1),
+    64: Tiles(64, 32, 8, 2, 0, None, 64, 32, 8, 2),  # 8 warps: with 4 more registers spill
+    128: Tiles(32, 32, 8, 2, 0, None, 32, 32, 8, 2),
+    256: Tiles(32, 16, 8, 1, 0, None, 32, 16, 8, 1),
 }
 
 
@@ -93,6 +94,27 @@ def store_rows(x_ptr, x, rows, n_rows, n_dim, BLOCK_D: tl.constexpr):
     inside = (rows[:, None] < n_rows) & (dims[None, :] < n_dim)
     offsets = rows[:, None].to(tl.int64) * n_dim + dims[None, :]
     tl.store(x_ptr + offsets, x.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+@no_type_check
+def list_marked(marked_ptr, stride, n_items, list_ptr, DESCENDING: tl.constexpr):
+    """Write the indices of the marked items of one line; return how many they are.
+
+    Every program lists the blocks that it visits by itself: nothing waits for the device or for
+    another launch.
+    """
+    CHUNK: tl.constexpr = 128
+    count = 0
+    for start in range(0, n_items, CHUNK):
+        order = start + tl.arange(0, CHUNK)
+        item = n_items - 1 - order if DESCENDING else order
+        marked = tl.load(marked_ptr + item.to(tl.int64) * stride, mask=order < n_items, other=0)
+        marked = marked.to(tl.int32)
+        tl.store(list_ptr + count + tl.cumsum(marked, 0) - marked, item, mask=marked != 0)
+        count += tl.sum(marked, 0)
+    tl.debug_barrier()  # other threads read the list
+    return count
 
 
 @triton.jit

@@ -116,6 +116,51 @@ def _combine_kernel(
 
 @triton.jit
 @no_type_check
+def _part(
+    gates,
+    rows,
+    scale_rows,
+    residual_ptr,
+    update_ptr,
+    weight_ptr,
+    codebook_ptr,
+    experts,
+    PART: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # [BLOCK_D], [BLOCK_D]
+    """Sum and norm's weight for the channels of part `PART`, `SIZE` of them."""
+    n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    inside = d < SIZE
+    mask = (n[:, None] < experts) & inside[None, :]  # [BLOCK_N, BLOCK_D]
+    if FORMAT == "nf4":  # a part is one half of the channels: every byte is read whole
+        pairs = tl.load(rows + d[None, :], mask=mask, other=0).to(tl.int32)
+        codes = pairs >> 4 if PART else pairs & 15
+        values = tl.load(codebook_ptr + codes, mask=mask, other=0.0)
+        if BLOCK_SIZE % SIZE == 0:  # one block covers the part
+            scales = tl.load(scale_rows + PART * SIZE // BLOCK_SIZE, mask=n[:, None] < experts)
+        else:
+            blocks = (PART * SIZE + d) // BLOCK_SIZE
+            scales = tl.load(scale_rows + blocks[None, :], mask=mask, other=0.0)
+        values *= scales.to(tl.float32)
+    else:
+        values = _vectors(rows, scale_rows, d, mask, DIM, BLOCK_SIZE, codebook_ptr, FORMAT)
+    c = PART * SIZE + d
+    residual = tl.load(residual_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    update = tl.load(update_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    # Masked gates are zero, but a masked scale is whatever the mask left.
+    values = tl.where(mask, values, 0.0)
+    return residual + update + tl.sum(gates[:, None] * values, axis=0), weight
+
+
+@triton.jit
+@no_type_check
 def _combine_norm_kernel(
     logits_ptr,
     values_ptr,
@@ -134,33 +179,76 @@ def _combine_norm_kernel(
     stride_rt,
     stride_ut,
     experts,
-    dim,
-    block_size,
     eps,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     FORMAT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program computes all channels of one token."""
+    """One program computes all channels of one token; sizes are constants, for cheap indices."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    inside = d < dim
-    mask = (n[:, None] < experts) & inside[None, :]  # [BLOCK_N, BLOCK_D]
-    rows = values_ptr + token * stride_vt + n[:, None] * stride_vn
+    rows = values_ptr + token * stride_vt + n[:, None] * stride_vn  # [BLOCK_N, 1]
     scale_rows = scales_ptr + token * stride_st + n[:, None] * stride_sn
-    # The table's rows come first: they do not depend on the launch just before this one.
-    values = _vectors(rows, scale_rows, d, mask, dim, block_size, codebook_ptr, FORMAT)
     logits = tl.load(logits_ptr + token * stride_lt + n, mask=n < experts, other=float("-inf"))
-    residual = tl.load(residual_ptr + token * stride_rt + d, mask=inside, other=0.0)
-    update = tl.load(update_ptr + token * stride_ut + d, mask=inside, other=0.0)
-    weight = tl.load(weight_ptr + d, mask=inside, other=0.0).to(tl.float32)
     gates = _softmax(logits.to(tl.float32))  # [BLOCK_N]
-    out = residual.to(tl.float32) + update.to(tl.float32) + tl.sum(gates[:, None] * values, axis=0)
-    tl.store(out_ptr + token * dim + d, out.to(out_ptr.dtype.element_ty), mask=inside)
-    inverse = tl.rsqrt(tl.sum(out * out, axis=0) / dim + eps)
-    normed = (out * inverse * weight).to(normed_ptr.dtype.element_ty)
-    tl.store(normed_ptr + token * dim + d, normed, mask=inside)
+    PARTS: tl.constexpr = 2 if FORMAT == "nf4" else 1
+    SIZE: tl.constexpr = DIM // PARTS
+    residual_row = residual_ptr + token * stride_rt
+    update_row = update_ptr + token * stride_ut
+    first, first_weight = _part(
+        gates,
+        rows,
+        scale_rows,
+        residual_row,
+        update_row,
+        weight_ptr,
+        codebook_ptr,
+        experts,
+        0,
+        SIZE,
+        DIM,
+        BLOCK_SIZE,
+        FORMAT,
+        BLOCK_N,
+        BLOCK_D,
+    )
+    squares = tl.sum(first * first, axis=0)
+    if PARTS == 2:
+        second, second_weight = _part(
+            gates,
+            rows,
+            scale_rows,
+            residual_row,
+            update_row,
+            weight_ptr,
+            codebook_ptr,
+            experts,
+            1,
+            SIZE,
+            DIM,
+            BLOCK_SIZE,
+            FORMAT,
+            BLOCK_N,
+            BLOCK_D,
+        )
+        squares += tl.sum(second * second, axis=0)
+    inverse = tl.rsqrt(squares / DIM + eps)
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    out_row = out_ptr + token * DIM + d
+    normed_row = normed_ptr + token * DIM + d
+    kind = out_ptr.dtype.element_ty
+    tl.store(out_row, first.to(kind), mask=d < SIZE)
+    tl.store(normed_row, (first * inverse * first_weight).to(kind), mask=d < SIZE)
+    if PARTS == 2:
+        tl.store(out_row + SIZE, second.to(kind), mask=d < SIZE)
+        tl.store(normed_row + SIZE, (second * inverse * second_weight).to(kind), mask=d < SIZE)
+
+
+def _warps(elements: int) -> int:
+    """Return the warps of a program that adds up so many values."""
+    return 4 if elements <= 4096 else 8 if elements <= 16384 else 16
 
 
 def _form(
@@ -196,7 +284,8 @@ def _launch_norm(
         return out, normed
     values, form, block_size = _form(values, scales, dim)
     scales = logits if scales is None else scales
-    block_n, block_d = triton.next_power_of_2(experts), triton.next_power_of_2(dim)
+    block_n = triton.next_power_of_2(experts)
+    block_d = triton.next_power_of_2(dim // 2 if form == "nf4" else dim)
     _combine_norm_kernel[(tokens,)](
         logits,
         values,
@@ -215,13 +304,13 @@ def _launch_norm(
         residual.stride(0),
         update.stride(0),
         experts,
-        dim,
-        block_size,
         eps,
+        DIM=dim,
+        BLOCK_SIZE=block_size,
         FORMAT=form,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
-        num_warps=4 if block_n * block_d <= 4096 else 8 if block_n * block_d <= 16384 else 16,
+        num_warps=_warps(block_n * triton.next_power_of_2(dim)),
     )
     return out, normed
 

@@ -1,0 +1,46 @@
+"""All randomness of a generation, in one place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Chance:
+    """Draws tokens and coins.
+
+    Args:
+        generator: Source of randomness; PyTorch's global one if missing.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self._generator = generator
+
+    def draw(self, weights: Tensor) -> list[int]:
+        """Return one index for each row of weights, which need not add up to 1."""
+        where = self._generator.device if self._generator is not None else weights.device
+        drawn = torch.multinomial(weights.to(where), 1, generator=self._generator)
+        indices: list[int] = drawn[:, 0].tolist()
+        return indices
+
+    def coins(self, count: int, like: Tensor) -> Tensor:
+        """Return numbers uniform on [0, 1), of the type and on the device of a tensor."""
+        where = self._generator.device if self._generator is not None else like.device
+        coins = torch.rand(count, generator=self._generator, device=where, dtype=like.dtype)
+        return coins.to(like.device)
+
+    def fill(self, noise: Tensor, kind: str) -> None:
+        """Fill a tensor with noise, in place and without waiting for its device.
+
+        Args:
+            noise: Where to put it.
+            kind: `"uniform"` on [0, 1), or `"exponential"` with mean 1.
+        """
+        if kind == "uniform":
+            noise.uniform_(generator=self._generator)
+        else:
+            noise.exponential_(generator=self._generator)
+
+    def serves(self, device: torch.device) -> bool:
+        """Return whether noise can be made on a device."""
+        return self._generator is None or self._generator.device.type == device.type

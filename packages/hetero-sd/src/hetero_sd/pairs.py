@@ -1,0 +1,140 @@
+"""Models and prompts for the command line: from local folders, or those of this package."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models and their tokenizers.
+
+    Attributes:
+        name: What the target is called in reports.
+        target: The target.
+        drafter: The drafter.
+        target_tokenizer: Its tokenizer.
+        drafter_tokenizer: Its tokenizer.
+        notes: What the user should know.
+    """
+
+    name: str
+    target: Any
+    drafter: Any
+    target_tokenizer: Any
+    drafter_tokenizer: Any
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def parts(self) -> tuple[Any, Any, Any, Any]:
+        """The arguments of `HeteroSpeculativeDecoder`."""
+        return self.target, self.drafter, self.target_tokenizer, self.drafter_tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a local folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def load_pair(
+    target: Path | None,
+    drafter: Path | None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    small: bool = False,
+) -> Pair:
+    """Return a pair from two folders, or the package's own where none is given.
+
+    Args:
+        target: Folder of the target, as `save_pretrained` writes it.
+        drafter: Folder of the drafter.
+        dtype: A type, or `"auto"`: bfloat16 on CUDA devices, else float32.
+        device: A device, or `"auto"`.
+        small: Of the package's own, use the small target even where SmolLM2 is installed.
+
+    Raises:
+        ValueError: Only one folder is given, or the type or device is not there.
+    """
+    from fourfold_common import pick_device, pick_dtype
+
+    if (target is None) != (drafter is None):
+        raise ValueError("give both `--target` and `--drafter`, or neither for the demo's models.")
+    place, _ = pick_device(device)
+    kind = pick_dtype(dtype, place)[0] if dtype != "auto" else torch.float32
+    if dtype == "auto" and place.type == "cuda":
+        kind = torch.bfloat16
+    if target is None or drafter is None:
+        from .demo.run import load_model, load_target
+
+        name, model, tokenizer, notes = load_target(small)
+        other, other_tokenizer = load_model("drafter")
+    else:
+        from transformers import AutoModelForCausalLM
+
+        name, notes = target.resolve().name, []
+        model, other = (
+            AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+            for folder in (target, drafter)
+        )
+        tokenizer, other_tokenizer = load_tokenizer(target), load_tokenizer(drafter)
+    model, other = model.to(place, kind), other.to(place, kind)
+    return Pair(name, model, other, tokenizer, other_tokenizer, notes)
+
+
+def prompt_ids(tokenizer: Any, text: str, chat: bool) -> torch.Tensor:
+    """Return a prompt's ids, shape `(1, length)`.
+
+    Args:
+        tokenizer: The target's.
+        text: The prompt.
+        chat: Whether to ask it in the tokenizer's chat template.
+    """
+    if chat:
+        from .demo.run import chat_ids
+
+        return chat_ids(tokenizer, text)
+    return torch.tensor([tokenizer(text)["input_ids"]])
+
+
+def read_prompts(path: Path, limit: int | None = None) -> list[str]:
+    """Return the prompts of a file of JSON lines (plain or .gz), or of text lines.
+
+    A line is an object with `prompt`, or with `turns`, of which the first is taken, as in
+    Spec-Bench.
+
+    Args:
+        path: The file.
+        limit: Most prompts to take, spread evenly over the file.
+
+    Raises:
+        ValueError: There is none, or a line has neither field.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        lines = [line for line in file if line.strip()]
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if ".jsonl" not in path.name:
+            prompts.append(line.rstrip("\n"))
+            continue
+        try:
+            entry = json.loads(line)
+            prompts.append(entry["prompt"] if "prompt" in entry else entry["turns"][0])
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise ValueError(
+                f"line {number} of {path.name} must be an object with `prompt` or `turns`."
+            ) from None
+    if not prompts:
+        raise ValueError(f"{path.name} holds no prompt.")
+    if limit is not None and limit < len(prompts):
+        prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
+    return prompts

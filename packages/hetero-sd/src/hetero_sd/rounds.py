@@ -1,0 +1,375 @@
+"""Rounds of draft and verification over a batch of rows, each at its own pace."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .acceptance import verify_greedy
+from .chance import Chance
+from .context import DrafterMemory
+from .control import PLAIN, Arm, Bandit, Fixed
+from .drafting import Certain, Draft, Method, Situation
+from .graphs import WIDTHS, GraphRound
+from .processors import Processors
+from .runners import Runner
+
+_logger = logging.getLogger(__name__)
+WIDEST = WIDTHS[-1]  # Tokens of a row that a graph takes.
+
+
+@dataclass
+class Stats:
+    """What one generation did.
+
+    Attributes:
+        rounds: Draft-and-verify rounds; each is one forward pass of the target.
+        row_rounds: The same, counted once for each row that took part.
+        drafted: Tokens the drafter drafted.
+        proposed: Target tokens proposed.
+        accepted: Proposals accepted.
+        by_position: For each position in a draft, how often it was proposed and accepted.
+        generated: New tokens, of all rows.
+        seconds: Time spent, in seconds: `draft`, `verify`, `text` (tokens of one kind into the
+            other) and `total`.
+        arms: Rounds by method and lookahead, such as `{"tli 3": 20, "plain 0": 2}`.
+    """
+
+    rounds: int = 0
+    row_rounds: int = 0
+    drafted: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    by_position: list[tuple[int, int]] = field(default_factory=list)
+    generated: int = 0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"draft": 0.0, "verify": 0.0, "text": 0.0, "total": 0.0}
+    )
+    arms: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def acceptance(self) -> float:
+        """Share of proposals accepted, in [0, 1]; 0 where nothing was proposed."""
+        return self.accepted / self.proposed if self.proposed else 0.0
+
+    @property
+    def block_efficiency(self) -> float:
+        """New tokens of a row for each forward pass of the target; plain decoding has 1."""
+        return self.generated / self.row_rounds if self.row_rounds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens a second, prompt included."""
+        total = self.seconds["total"]
+        return self.generated / total if total else 0.0
+
+    def count(self, proposed: int, accepted: int) -> None:
+        """Take note of one row's round."""
+        self.row_rounds += 1
+        self.proposed += proposed
+        self.accepted += accepted
+        while len(self.by_position) < proposed:
+            self.by_position.append((0, 0))
+        for place in range(proposed):
+            tried, kept = self.by_position[place]
+            self.by_position[place] = tried + 1, kept + (place < accepted)
+
+
+@dataclass
+class Row:
+    """One sequence of the batch.
+
+    Attributes:
+        place: Its row in the output.
+        padding: What stands before its prompt, as logits processors and criteria see it.
+        ids: Target ids, prompt included.
+        prompt: Length of the prompt.
+        told: Target tokens that the drafter's context holds.
+        ended: Whether nothing comes after its last token.
+    """
+
+    place: int
+    padding: list[int]
+    ids: list[int]
+    prompt: int
+    told: int = 0
+    ended: bool = False
+
+    @property
+    def new(self) -> list[int]:
+        """The new tokens."""
+        return self.ids[self.prompt :]
+
+    @property
+    def history(self) -> list[int]:
+        """What processors see."""
+        return self.padding + self.ids
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a generation is to do, beside its rows.
+
+    Attributes:
+        processors: Logits processors.
+        stops: Returns whether a row ends with its last token, for each criterion.
+        eos: Tokens that end a row.
+        max_new_tokens: Most new tokens of a row.
+        chance: Randomness.
+        clock: Seconds on some clock that only moves on.
+    """
+
+    processors: Processors
+    stops: Sequence[Callable[[Row], bool]]
+    eos: frozenset[int]
+    max_new_tokens: int
+    chance: Chance
+    clock: Callable[[], float] = time.perf_counter
+
+
+class Rounds:
+    """A generation: the rows, the target, the drafter and the counts.
+
+    Args:
+        rows: The sequences.
+        target: Runner of the target, with a row for each.
+        memory: The drafter, with a row for each.
+        methods: Drafting methods by name.
+        policy: Chooses method and lookahead of each round.
+        request: What is to be done.
+        whole: Does rounds of TLI and of plain decoding as a whole; nothing does if missing.
+        at_end: Called when no more rounds will come.
+    """
+
+    def __init__(
+        self,
+        rows: list[Row],
+        target: Runner,
+        memory: DrafterMemory,
+        methods: dict[str, Method],
+        policy: Fixed | Bandit,
+        request: Request,
+        whole: GraphRound | None = None,
+        at_end: Callable[[], None] | None = None,
+    ) -> None:
+        self.rows = rows
+        self.stats = Stats()
+        self._target = target
+        self._memory = memory
+        self._methods = methods
+        self._policy = policy
+        self._request = request
+        self._whole = whole
+        self._at_end = at_end
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        begun = self._request.clock()
+        try:
+            yield
+        finally:
+            self.stats.seconds[what] += self._request.clock() - begun
+
+    def run(self) -> Iterator[list[tuple[Row, list[int]]]]:
+        """Yield the new tokens of each row after each round, until all rows have ended."""
+        try:
+            with torch.no_grad():
+                yield from self._run()
+        finally:
+            if self._at_end is not None:
+                self._at_end()
+
+    def _run(self) -> Iterator[list[tuple[Row, list[int]]]]:
+        clock = self._request.clock
+        first = True
+        while self.rows:
+            begun, setup = clock(), self._setup_seconds()
+            if first:
+                # The prompt goes through the target alone: it says nothing about any arm.
+                arm = PLAIN if isinstance(self._policy, Bandit) else self._policy.choose()
+            else:
+                arm = self._policy.choose()
+            if first and self._policy.hopeful:
+                self._read_prompt()
+            new = self._round(arm)
+            seconds = clock() - begun
+            # What is done once says nothing about an arm.
+            seconds -= self._setup_seconds() - setup
+            self.stats.seconds["total"] += seconds
+            if not first:
+                self._policy.learn(arm, sum(len(tokens) for _, tokens in new), seconds)
+            first = False
+            yield new
+
+    def _round(self, arm: Arm) -> list[tuple[Row, list[int]]]:
+        name = f"{arm.method} {arm.lookahead}"
+        self.stats.arms[name] = self.stats.arms.get(name, 0) + 1
+        if self._whole is not None and self._fits(arm):
+            new = self._play(arm)
+        else:
+            drafts: list[Draft] = [Certain() for _ in self.rows]
+            if arm.lookahead:
+                drafts = self._draft(arm)
+            new = self._verify(drafts)
+        self.stats.rounds += 1
+        self.stats.generated += sum(map(len, new))
+        result = list(zip(self.rows, new, strict=True))
+        alive = [i for i, row in enumerate(self.rows) if not row.ended]
+        if len(alive) < len(self.rows):
+            self.rows = [self.rows[i] for i in alive]
+            if alive:
+                self._target.select(alive)
+                self._memory.select(alive)
+        return result
+
+    def _setup_seconds(self) -> float:
+        return 0.0 if self._whole is None else self._whole.setup_seconds
+
+    def _fits(self, arm: Arm) -> bool:
+        if arm.method not in ("plain", "tli", "standard") or arm.lookahead >= WIDEST:
+            return False
+        pairs = zip(self.rows, self._target.lengths, strict=True)
+        return all(len(row.ids) == length + 1 for row, length in pairs)
+
+    def _play(self, arm: Arm) -> list[list[int]]:
+        """Do a round as a whole."""
+        request, memory = self._request, self._memory
+        assert self._whole is not None
+        rooms = [0 for _ in self.rows]
+        feeds: list[list[int]] = [[] for _ in self.rows]
+        if arm.lookahead:
+            self._tell()
+            left = [request.max_new_tokens - len(row.ids) + row.prompt - 1 for row in self.rows]
+            rooms = [min(room, arm.lookahead) for room in left]
+            with self._timed("text"):
+                feeds = memory.missing([arm.lookahead if room else 0 for room in rooms])
+            rooms = [room if feed else 0 for room, feed in zip(rooms, feeds, strict=True)]
+        with self._timed("verify"):
+            pending = [row.ids[-1] for row in self.rows]
+            lookahead = arm.lookahead if any(feeds) else 0
+            try:
+                done = self._whole.play(pending, feeds, rooms, lookahead, request.chance)
+            except RuntimeError as error:
+                _logger.debug("no CUDA graphs: %s", error)
+                self._whole = None
+                memory.crop(memory.lengths)
+                return self._verify([Certain() for _ in self.rows])
+        memory.note(done.fed)
+        new: list[list[int]] = []
+        everything = zip(self.rows, done.proposed, done.accepted, done.following, strict=True)
+        for row, proposed, accepted, following in everything:
+            self.stats.drafted += arm.lookahead if proposed else 0
+            self.stats.count(len(proposed), accepted)
+            new.append(self._append(row, [*proposed[:accepted], following]))
+        return new
+
+    def _tell(self) -> None:
+        """Let the drafter's contexts know what has been settled."""
+        with self._timed("text"):
+            for row, context in zip(self.rows, self._memory.contexts, strict=True):
+                context.extend(row.ids[row.told :])
+                row.told = len(row.ids)
+
+    def _read_prompt(self) -> None:
+        """Let the drafter read the prompt, so that its first draft costs what every draft does."""
+        self._tell()
+        feeds = self._memory.missing([1 for _ in self.rows])
+        if any(feeds):
+            with self._timed("draft"):
+                self._memory.feed([feed[:-1] for feed in feeds], keep=[0 for _ in feeds])
+
+    def _draft(self, arm: Arm) -> list[Draft]:
+        request = self._request
+        self._tell()
+        plain = request.processors.by_score
+        now = Situation(
+            memory=self._memory,
+            processors=request.processors,
+            chance=request.chance,
+            histories=[[] if plain else row.history for row in self.rows],
+            rows=[row.place for row in self.rows],
+            recent=[row.ids[-8:] for row in self.rows],
+            rooms=[request.max_new_tokens - len(row.ids) + row.prompt - 1 for row in self.rows],
+            lookahead=arm.lookahead,
+        )
+        with self._timed("draft"):
+            drafts, drafted = self._methods[arm.method].draft(now)
+        self.stats.drafted += drafted
+        return drafts
+
+    def _verify(self, drafts: list[Draft]) -> list[list[int]]:
+        """Run the target over the proposals and return the tokens that it settles."""
+        with self._timed("verify"):
+            feeds = [
+                row.ids[held:] + draft.tokens
+                for row, held, draft in zip(self.rows, self._target.lengths, drafts, strict=True)
+            ]
+            logits = self._target.extend(feeds, [len(draft.tokens) + 1 for draft in drafts])
+            settled = self._settle(logits, drafts)
+            new: list[list[int]] = []
+            keep: list[int] = []
+            for row, draft, (accepted, following) in zip(self.rows, drafts, settled, strict=True):
+                self.stats.count(len(draft.tokens), accepted)
+                keep.append(len(row.ids) + accepted)
+                new.append(self._append(row, [*draft.tokens[:accepted], following]))
+            self._target.crop(keep)
+        return new
+
+    def _settle(self, logits: list[Tensor], drafts: list[Draft]) -> list[tuple[int, int]]:
+        """Return for each row how many proposals are accepted, and the token after them."""
+        process, chance = self._request.processors, self._request.chance
+        if not process.empty:
+            logits = [
+                process(rows, row.history + draft.tokens if not process.by_score else (), row.place)
+                for rows, row, draft in zip(logits, self.rows, drafts, strict=True)
+            ]
+        if process.greedy:
+            _check_finite(logits)
+            best = torch.cat([rows.argmax(dim=1) for rows in logits]).cpu()
+            choices = best.split([len(rows) for rows in logits])
+            return [
+                verify_greedy(choice, torch.tensor(draft.tokens, dtype=torch.long))
+                for choice, draft in zip(choices, drafts, strict=True)
+            ]
+        settled = []
+        for rows, draft in zip(logits, drafts, strict=True):
+            p = rows.softmax(dim=1)
+            _check_finite([p])
+            accepted, law = draft.judge(p, chance)
+            settled.append((accepted, chance.draw(law[None])[0]))
+        return settled
+
+    def _append(self, row: Row, tokens: list[int]) -> list[int]:
+        """Append tokens to a row up to the first that ends it, and return those appended."""
+        request = self._request
+        taken = 0
+        for token in tokens:
+            row.ids.append(token)
+            taken += 1
+            full = len(row.ids) - row.prompt >= request.max_new_tokens
+            if full or token in request.eos or any(stop(row) for stop in request.stops):
+                row.ended = True
+                break
+        return tokens[:taken]
+
+
+def _check_finite(rows: Sequence[Tensor]) -> None:
+    if any(bool(r.isnan().any()) for r in rows):
+        raise ValueError("`target` gave logits that are no numbers.")
+
+
+def stop_by(criterion: Any, device: torch.device) -> Callable[[Row], bool]:
+    """Return a function that asks a criterion of `transformers` about a row."""
+
+    def stop(row: Row) -> bool:
+        ids = torch.tensor([row.history], device=device)
+        return bool(torch.as_tensor(criterion(ids, None)).any())
+
+    return stop

@@ -1,0 +1,176 @@
+"""A check of a pair of models: is what the decoder writes the target's own?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decoder import HeteroSpeculativeDecoder
+from .drafting import Drawn
+from .pairs import Pair
+
+_WIDTHS = 4.5  # Standard deviations of Pearson's statistic that count as chance.
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        kind: `"greedy"`, `"sampled"` or `"control"`, which has to fail.
+        method: Drafting method.
+        lookahead: Tokens drafted a round.
+        passed: Whether it went as it must.
+        detail: What was found.
+    """
+
+    kind: str
+    method: str
+    lookahead: int
+    passed: bool
+    detail: str
+
+
+def verify_pair(
+    pair: Pair,
+    prompts: Sequence[Tensor],
+    *,
+    methods: Sequence[str] = ("tli", "slem", "slrs"),
+    lookaheads: Sequence[int] = (1, 4),
+    tokens: int = 32,
+    draws: int = 400,
+    seed: int = 0,
+) -> list[Check]:
+    """Return what the comparisons with the target alone found.
+
+    Greedy output is compared token for token with transformers' `generate`. In half precision,
+    where passes of other widths round otherwise, a first difference passes if the target finds both
+    tokens equally good up to that rounding. Sampled first tokens are compared with the target's
+    law by Pearson's statistic, and so is a control with wrong drafter probabilities, which must
+    fail.
+
+    Args:
+        pair: The models.
+        prompts: Target ids of each prompt, shape `(1, length)`.
+        methods: Methods to check.
+        lookaheads: Lookaheads to check.
+        tokens: New tokens of each prompt.
+        draws: Samples for each statistic; 0 for none.
+        seed: Seed of the samples.
+    """
+    checks = []
+    wanted = [_alone(pair.target, ids, tokens) for ids in prompts]
+    for method in methods:
+        for lookahead in lookaheads:
+            dec = HeteroSpeculativeDecoder(*pair.parts, method=method, lookahead=lookahead)
+            checks.append(_greedy(dec, prompts, wanted, tokens))
+        if draws:
+            checks.append(_sampled(dec, prompts[0], draws, seed, "sampled"))
+    if draws and "tli" in methods:
+        dec = HeteroSpeculativeDecoder(
+            *pair.parts, method="tli", lookahead=1, verification="token", backend="eager"
+        )
+        _spoil(dec)
+        checks.append(_sampled(dec, prompts[0], draws, seed, "control"))
+    return checks
+
+
+def _alone(target: Any, ids: Tensor, tokens: int) -> list[int]:
+    ids = ids.to(target.device)
+    made = target.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+    )
+    new: list[int] = made[0, ids.shape[1] :].tolist()
+    return new
+
+
+def _greedy(
+    dec: HeteroSpeculativeDecoder, prompts: Sequence[Tensor], wanted: list[list[int]], tokens: int
+) -> Check:
+    same, near, worst = 0, 0, 0.0
+    for ids, right in zip(prompts, wanted, strict=True):
+        found = dec.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False).new_tokens
+        if found == right:
+            same += 1
+            continue
+        gap = _gap(dec.target, ids, found, right)
+        worst = max(worst, gap)
+        near += gap < _rounding(dec.target)
+    detail = f"{same} of {len(prompts)} prompts identical"
+    if same < len(prompts):
+        detail += f", {near} more at a tie; largest gap {worst:.2g} of the logits' range"
+    passed = same + near == len(prompts)
+    return Check("greedy", str(dec.method), int(dec.lookahead), passed, detail)
+
+
+@torch.no_grad()
+def _gap(target: Any, ids: Tensor, found: list[int], right: list[int]) -> float:
+    """Return how much worse the first differing token is, in ranges of the logits."""
+    pairs = zip(found, right, strict=False)
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if place is None:
+        return float("inf")
+    history = torch.cat([ids, torch.tensor([right[:place]], dtype=ids.dtype)], dim=1)
+    logits = target(history.to(target.device)).logits[0, -1].float()
+    spread = float(logits.max() - logits.mean())
+    return abs(float(logits[found[place]] - logits[right[place]])) / spread
+
+
+def _rounding(target: Any) -> float:
+    dtype = next(target.parameters()).dtype
+    return 2e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-5
+
+
+@torch.no_grad()
+def _sampled(dec: HeteroSpeculativeDecoder, ids: Tensor, draws: int, seed: int, kind: str) -> Check:
+    target = dec.target
+    logits = target(ids.to(target.device)).logits[0, -1].double().cpu()
+    best = logits.topk(min(50, len(logits)))
+    law = torch.zeros_like(logits)
+    law[best.indices] = best.values.softmax(-1)
+    generator = torch.Generator(target.device).manual_seed(seed)
+    counts = torch.zeros_like(law)
+    rows = min(draws, 64)
+    for start in range(0, draws, rows):
+        batch = ids.expand(min(rows, draws - start), -1)
+        made = dec.generate(
+            input_ids=batch,
+            max_new_tokens=2,
+            do_sample=True,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,
+            generator=generator,
+        )
+        for tokens in made.tokens:
+            counts[tokens[0]] += 1
+    expected = law * draws
+    large = expected >= 5
+    cells = torch.cat([expected[large], expected[~large].sum()[None]])
+    seen = torch.cat([counts[large], counts[~large].sum()[None]])
+    seen, cells = seen[cells > 1e-9], cells[cells > 1e-9]
+    statistic = float(((seen - cells) ** 2 / cells).sum())
+    freedom = max(len(cells) - 1, 1)
+    fits = statistic < freedom + _WIDTHS * (2 * freedom) ** 0.5 and not bool(counts[law == 0].any())
+    detail = f"statistic {statistic:.1f} at {freedom} degrees of freedom, {draws} draws"
+    return Check(kind, str(dec.method), int(dec.lookahead), fits == (kind != "control"), detail)
+
+
+def _spoil(dec: HeteroSpeculativeDecoder) -> None:
+    """Report that every drafter probability belongs to another token."""
+    honest = dec._shared.draft
+
+    def draft(now: Any) -> Any:
+        drafts, count = honest(now)
+        spoiled = [
+            dataclasses.replace(d, laws=d.laws.roll(1, dims=1)) if isinstance(d, Drawn) else d
+            for d in drafts
+        ]
+        return spoiled, count
+
+    dec._shared.draft = draft  # type: ignore[method-assign]

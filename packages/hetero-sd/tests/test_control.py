@@ -1,0 +1,133 @@
+"""The choice of method and lookahead, on a clock of our own."""
+
+import functools
+import itertools
+import random
+
+import pytest
+
+from hetero_sd import HeteroSpeculativeDecoder, decoder, rounds
+from hetero_sd.control import LADDER, PLAIN, Arm, Bandit
+from hetero_sd.testing import make_model
+
+
+class World:
+    """A target whose pass takes 1 s and a drafter with some cost and acceptance."""
+
+    def __init__(self, cost, acceptance, seed=0, noise=0.1):
+        self.cost, self.acceptance, self.noise = cost, acceptance, noise
+        self.draw = random.Random(seed)
+        self.now = self.tokens = 0.0
+
+    def play(self, bandit, rounds):
+        for _ in range(rounds):
+            arm = bandit.choose()
+            tokens = 1
+            while tokens <= arm.lookahead and self.draw.random() < self.acceptance[arm.method]:
+                tokens += 1
+            seconds = (1 + self.cost * arm.lookahead) * self.draw.lognormvariate(0, self.noise)
+            bandit.learn(arm, tokens, seconds)
+            self.now += seconds
+            self.tokens += tokens
+        return self.tokens / self.now
+
+    def rate(self, arm):
+        a = self.acceptance[arm.method]
+        return (1 - a ** (arm.lookahead + 1)) / (1 - a) / (1 + self.cost * arm.lookahead)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_useless_drafter_costs_at_most_three_hundredths(seed):
+    world = World(0.5, {"plain": 0.0, "tli": 0.02, "slem": 0.05}, seed, noise=0.05)
+    bandit = Bandit(["tli", "slem"])
+    assert world.play(bandit, 1000) > 0.97
+    assert set(bandit.history) != {PLAIN}, "it must have tried"
+
+
+@pytest.mark.parametrize(("cost", "acceptance"), [(0.05, 0.8), (0.1, 0.6), (0.2, 0.9)])
+def test_a_good_drafter_is_found_with_its_lookahead(cost, acceptance):
+    chances = {"plain": 0.0, "slem": 0.5 * acceptance, "tli": acceptance}
+    world = World(cost, chances, seed=1)
+    best = max(world.rate(Arm("tli", step)) for step in LADDER)
+    world.play(bandit := Bandit(["slem", "tli"]), 300)
+    world.now = world.tokens = 0
+    assert world.play(bandit, 500) > 0.75 * best > 1.2
+
+
+def test_it_notices_when_the_text_changes():
+    world = World(0.2, {"plain": 0.0, "tli": 0.9})
+    bandit = Bandit(["tli"])
+    world.play(bandit, 200)
+    assert bandit.history[-50:].count(PLAIN) < 15
+    world.acceptance["tli"] = 0.0
+    world.play(bandit, 200)
+    assert bandit.history[-50:].count(PLAIN) > 40
+    world.acceptance["tli"] = 0.9
+    world.play(bandit, 400)
+    assert bandit.history[-50:].count(PLAIN) < 15
+
+
+def test_plain_decoding_comes_first_and_is_measured_again():
+    bandit = Bandit(["tli"], [2])
+    world = World(0.01, {"plain": 0.0, "tli": 0.9}, noise=0.0)
+    world.play(bandit, 300)
+    assert bandit.history[0] == PLAIN
+    assert set(bandit.history) == {PLAIN, Arm("tli", 2)}
+    later = [i for i, arm in enumerate(bandit.history) if arm == PLAIN]
+    assert len(later) < 30
+    assert max(b - a for a, b in itertools.pairwise(later)) < 200
+
+
+class Clock:
+    """A clock that each pass of a model moves on."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def _tick(model, clock, seconds):
+    forward = model.forward
+
+    def slow(*arguments, **options):
+        clock.now += seconds
+        return forward(*arguments, **options)
+
+    model.forward = slow
+
+
+@pytest.mark.parametrize(("drafter_seconds", "drafts"), [(0.01, True), (2.0, False)])
+def test_the_decoder_drafts_only_where_that_is_faster(
+    tokenizers, monkeypatch, drafter_seconds, drafts
+):
+    tokenizer = tokenizers["characters"]
+    target, drafter = make_model(tokenizer, 3), make_model(tokenizer, 3)
+    clock = Clock()
+    monkeypatch.setattr(decoder, "Request", functools.partial(rounds.Request, clock=clock))
+    dec = HeteroSpeculativeDecoder(target, drafter, tokenizer, tokenizer, backend="eager")
+    _ = dec._shared
+    _tick(target, clock, 1.0)
+    _tick(drafter.model, clock, drafter_seconds)
+    made = dec.generate("the cat sat", max_new_tokens=150, min_new_tokens=150)
+    share = 1 - made.stats.arms["plain 0"] / made.stats.rounds
+    assert (share > 0.5) == drafts
+    assert made.stats.tokens_per_second > (2 if drafts else 0.93)
+    alone = HeteroSpeculativeDecoder(target, drafter, tokenizer, tokenizer, lookahead=0)
+    assert (
+        alone.generate("the cat sat", max_new_tokens=150, min_new_tokens=150).tokens == made.tokens
+    )
+
+
+def test_what_was_learned_lasts_from_call_to_call(tokenizers):
+    tokenizer = tokenizers["characters"]
+    model = make_model(tokenizer, 3)
+    dec = HeteroSpeculativeDecoder(model, model, tokenizer, tokenizer)
+    dec.generate("the cat", max_new_tokens=20)
+    policy = dec._policy(True)
+    known = len(policy.history)
+    dec.generate("the cat", max_new_tokens=20)
+    assert dec._policy(True) is policy
+    assert len(policy.history) > known
+    assert dec._policy(False) is not policy
