@@ -69,8 +69,16 @@ def first_call(family, pipe):
     return seen[0]
 
 
-@pytest.mark.parametrize(("name", "config"), VARIANTS, ids=IDS)
-def test_concept_outputs_equal_the_masked_stock_model(name, config, monkeypatch):
+SINGLE = ("flux", "flux2", "longcat", "bria")
+CASES = [
+    *((name, config, False) for name, config in VARIANTS), *((name, {}, True) for name in SINGLE)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "single"), CASES, ids=[*IDS, *(f"{name}-single" for name in SINGLE)]
+)
+def test_concept_outputs_equal_the_masked_stock_model(name, config, single, monkeypatch):
     family = FAMILIES[name]
     pipe = family.build(**config)
     model, adapter = pipe.transformer, adapter_for(pipe.transformer)
@@ -85,7 +93,8 @@ def test_concept_outputs_equal_the_masked_stock_model(name, config, monkeypatch)
     batch = len(arguments["encoder_hidden_states"])
     pipe._guidance_scale = 1.0
     with ConceptAttention(
-        pipe, WORDS, concept_embeds=EMBEDS, layers="all", vectors=["concept_output", "image_output"]
+        pipe, WORDS, concept_embeds=EMBEDS, layers="all", single_stream=single,
+        vectors=["concept_output", "image_output"],
     ) as observer, torch.no_grad():  # fmt: skip
         model(**arguments)
     with torch.no_grad():
@@ -113,9 +122,11 @@ def test_concept_outputs_equal_the_masked_stock_model(name, config, monkeypatch)
             embedder.pos_embedding = F.pad(table, pad)
             embedder._get_positional_embeddings = lambda *a, **k: F.pad(find(*a, **k), pad)
         text_first = not name.startswith(("sd3", "hunyuan"))
-        dense = Dense(monkeypatch, adapter, model, starts, text_first, extend=not whole)
+        dense = Dense(
+            monkeypatch, adapter, model, starts, text_first, extend=not whole, single_stream=single
+        )
         model(**arguments)
-    assert len(dense.outputs) == 3
+    assert len(dense.outputs) == 3 + single
     for layer, expected in enumerate(dense.outputs):
         ours = observer.vectors("concept_output", layer=layer)
         assert (ours - expected).abs().max() < ORACLE_ERROR
@@ -270,6 +281,7 @@ def test_prompt_attention_is_what_the_model_computed(name, config, monkeypatch):
     with ConceptAttention(
         pipe, WORDS, concept_embeds=EMBEDS, layers="all", store="layers",
         space="prompt_attention", prompt_tokens=spots, kernels="torch",
+        single_stream=name in SINGLE,
     ) as observer, torch.no_grad():  # fmt: skip
         monkeypatch.setattr(F, "scaled_dot_product_attention", record)
         pipe.transformer(**arguments)
@@ -279,7 +291,7 @@ def test_prompt_attention_is_what_the_model_computed(name, config, monkeypatch):
     # The model's own joint attentions: all tokens at once, in the order of its layers.
     joint = [pair for pair in seen if pair[0].shape[2] == text + patches]
     image_first = name.startswith(("sd3", "hunyuan"))
-    for layer in range(3):
+    for layer in range(3 + (name in SINGLE)):
         query, key = joint[layer]
         words, places = (slice(patches, None), slice(0, patches))
         if not image_first:
@@ -290,3 +302,32 @@ def test_prompt_attention_is_what_the_model_computed(name, config, monkeypatch):
         ours = maps.select(layers=[layer]).values.flatten(2)
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
     assert batch == len(maps.values)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("fused", [False, True])
+def test_single_stream_layers_are_bit_identical(name, fused):
+    family = FAMILIES[name]
+    pipe = family.build(num_single_layers=2)
+    if fused:
+        if not hasattr(pipe.transformer, "fuse_qkv_projections"):
+            pytest.skip("diffusers cannot fuse this family")
+        pipe.transformer.fuse_qkv_projections()
+    guided = bool(family.guidance)
+    plain = family.run(pipe, guided)
+    with ConceptAttention(
+        pipe, WORDS, concept_embeds=EMBEDS, layers="all", single_stream=True, store="layers",
+        space=["output", "prompt_attention"], prompt_tokens=[[0], [1, 2], [4]],
+    ) as observer:  # fmt: skip
+        seen = family.run(pipe, guided)
+    assert torch.equal(plain, seen)
+    maps = observer.heatmaps()
+    assert [layer for layer, _ in maps.keys] == [0, 1, 2, 3, 4]
+    assert set(maps.coverage.values()) == {1.0}
+    assert maps.values.shape[2:] == family.grid
+    assert observer.heatmaps(space="prompt_attention").raw.shape == maps.raw.shape
+
+
+def test_families_without_single_stream_mode_say_so():
+    with pytest.raises(ValueError, match="CogVideoX has no single-stream mode yet"):
+        ConceptAttention(FAMILIES["cogvideox"].build(), WORDS, single_stream=True)

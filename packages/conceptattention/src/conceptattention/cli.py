@@ -341,6 +341,100 @@ def video(
     click.echo(maps.save(output / "maps.npz"))
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in _words(text))
+    except ValueError:
+        raise ValueError(f"`--noise` must be numbers separated by commas; got {text!r}.") from None
+
+
+@main.command("eval")
+@_MODEL
+@click.option(
+    "--dataset",
+    required=True,
+    help="imagenet-segmentation, voc, camvid, ccp, folder, or scenes of the demo model.",
+)
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=Path(),
+    help="The data set's folder.",
+)
+@click.option("--split", default=None, help="Part of the data set, such as val or val-single.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["binary", "multiclass"]),
+    default="binary",
+    show_default=True,
+    help="Every class by its mean threshold, or the strongest concept of every pixel.",
+)
+@click.option(
+    "--spaces", default="output,cross_attention,value", show_default=True,
+    help="Also prompt_attention.",
+)  # fmt: skip
+@click.option("--noise", default="0.5", show_default=True, help="Levels, separated by commas.")
+@click.option("--layers", default="default", show_default=True, help="default, all or last:N.")
+@click.option("--each-layer", is_flag=True, help="Score every layer by itself too.")
+@click.option("--ablate", is_flag=True, help="Repeat without self-attention of the concepts.")
+@click.option(
+    "--samples", default=1, show_default=True, type=click.IntRange(1), help="Noise draws."
+)
+@click.option("--size", type=click.IntRange(1), help="Side of the pictures; kept by default.")
+@click.option(
+    "--score-size", type=click.IntRange(1),
+    help="Side of the compared masks: 224 for binary, the map's grid for multiclass.",
+)  # fmt: skip
+@click.option("--limit", type=click.IntRange(1), help="Only the first pictures.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("evaluation"),
+    show_default=True,
+    help="Folder of the run; a run that was interrupted goes on from it.",
+)
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+@_DEVICE
+def evaluate(
+    model: str, dataset: str, root: Path, split: str | None, protocol: Any, spaces: str,
+    noise: str, layers: str, each_layer: bool, ablate: bool, samples: int, size: int | None,
+    score_size: int | None, limit: int | None, seed: int, output: Path, progress: bool,
+    device: str,
+) -> None:  # fmt: skip
+    """Score maps on a segmentation data set, also under `accelerate launch`."""
+    import os
+
+    from .datasets import load_dataset
+    from .harness import Settings, to_markdown
+    from .harness import evaluate as run
+
+    names: Any = tuple(_words(spaces))
+    settings = Settings(
+        protocol=protocol,
+        spaces=names,
+        noise=_numbers(noise),
+        self_attention=(True, False) if ablate else (True,),
+        layers=layers,
+        each_layer=each_layer,
+        samples=samples,
+        seed=seed,
+        size=size,
+        score_size=224 if score_size is None and protocol == "binary" else score_size,
+    )
+    pictures = load_dataset(dataset, root, split)
+    if device == "auto" and "LOCAL_RANK" in os.environ:
+        import torch
+
+        if torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    pipe = _load(model, device)
+    result = run(pipe, pictures, output, settings, limit=limit, progress=progress)
+    if result["rows"]:
+        click.echo(to_markdown(result["rows"]))
+        click.echo(f"{result['pictures']} pictures; results.json and results.md are in {output}.")
+
+
 @main.command()
 def models() -> None:
     """List the model families that can be observed."""

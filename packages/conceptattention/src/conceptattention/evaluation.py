@@ -53,24 +53,22 @@ class Confusion:
     @property
     def accuracy(self) -> float:
         """Share of pixels that are right."""
-        return float(self.counts.diag().sum() / self.counts.sum())
+        return float(_pooled(self.counts.double(), "accuracy"))
 
     @property
     def iou(self) -> Float[Tensor, " classes"]:
         """Intersection over union of each class; NaN for classes never seen nor predicted."""
-        counts = self.counts.double()
-        hits = counts.diag()
-        return (hits / (counts.sum(0) + counts.sum(1) - hits)).float()
+        return _ious(self.counts.double()).float()
 
     @property
     def miou(self) -> float:
         """Mean of `iou` over the classes that occur."""
-        return float(self.iou.nanmean())
+        return float(_pooled(self.counts.double(), "miou"))
 
     @property
     def fg_iou(self) -> float:
         """Mean of `iou` over the classes that occur, without class 0."""
-        return float(self.iou[1:].nanmean())
+        return float(_pooled(self.counts.double(), "fg_iou"))
 
     @property
     def miou_paper(self) -> float:
@@ -78,7 +76,7 @@ class Confusion:
 
         It stacks masks with their complements, after which both classes' IoU equal this number.
         """
-        return self.accuracy / (2 - self.accuracy)
+        return float(_pooled(self.counts.double(), "miou_paper"))
 
 
 def average_precision(scores: Float[Tensor, "*pixels"], target: Bool[Tensor, "*pixels"]) -> float:
@@ -137,11 +135,24 @@ def bootstrap_interval(
     if samples < 2 or not len(confusions):
         raise ValueError(f"`samples` must be at least 2 and images present; got {samples}.")
     generator = torch.Generator().manual_seed(seed)
-    values = []
-    for _ in range(samples):
-        rows = torch.randint(len(confusions), (len(confusions),), generator=generator)
-        pooled = Confusion(confusions.shape[-1])
-        pooled.counts = confusions[rows].sum(0)
-        values.append(float(getattr(pooled, metric)))
-    low, high = torch.tensor(values).quantile(torch.tensor([0.025, 0.975])).tolist()
+    images = len(confusions)
+    draws = torch.randint(images, (samples, images), generator=generator)
+    times = torch.zeros(samples, images, dtype=torch.float64)  # each image was drawn
+    times.scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
+    pooled = (times @ confusions.flatten(1).double()).unflatten(1, confusions.shape[1:])
+    values = _pooled(pooled, metric)
+    low, high = values.quantile(values.new_tensor([0.025, 0.975])).tolist()
     return low, high
+
+
+def _ious(counts: Float[Tensor, "*sets classes classes"]) -> Float[Tensor, "*sets classes"]:
+    hits = counts.diagonal(dim1=-2, dim2=-1)
+    return hits / (counts.sum(-1) + counts.sum(-2) - hits)
+
+
+def _pooled(counts: Float[Tensor, "*sets classes classes"], metric: str) -> Float[Tensor, "*sets"]:
+    """Return a metric of each pooled matrix of counts."""
+    if metric in ("miou", "fg_iou"):
+        return _ious(counts)[..., metric == "fg_iou" :].nanmean(-1)
+    accuracy = counts.diagonal(dim1=-2, dim2=-1).sum(-1) / counts.sum((-2, -1))
+    return accuracy if metric == "accuracy" else accuracy / (2 - accuracy)

@@ -81,6 +81,9 @@ class ConceptAttention:
             standard deviation of each image's scores.
         reduce: Order of reduction of the maps, as in `ConceptMaps.with_reduce`.
         self_attention: Let concepts attend to each other too, as the paper does.
+        single_stream: Carry concepts on through the single-stream layers, numbered after the
+            dual-stream ones, beyond the paper: Flux.1, Flux.2, LongCat-Image,
+            Bria.
         token: Which token of a word stands for it: "first" (the paper), "mean", "last", or "auto":
             "first" for words of one token, else "mean".
         vectors: Names of vectors to keep for `vectors`, on the model's device.
@@ -111,6 +114,7 @@ class ConceptAttention:
         temperature: Temperature = 1.0,
         reduce: Reduce = "softmax_mean",
         self_attention: bool = True,
+        single_stream: bool = False,
         token: Token = "auto",
         vectors: Sequence[Vector] = (),
         prompt: str | Sequence[str] | None = None,
@@ -139,6 +143,8 @@ class ConceptAttention:
         self.pipe = pipe
         self.model: nn.Module = transformer
         self.blocks = self.adapter.blocks(transformer)
+        if single_stream:
+            self.blocks = [*self.blocks, *self.adapter.single_blocks(transformer)]
         self.layers = self._select_layers(layers)
         self.steps = steps
         check_steps(steps)
@@ -257,6 +263,7 @@ class ConceptAttention:
         self._busy = False
         self._next = 0
         self._rows = slice(0, None)
+        self._text = 0
         self._stream: Tensor | None = None
         self._temb: Tensor | None = None
         self._taps: dict[int, dict[str, Tensor]] = defaultdict(dict)
@@ -317,6 +324,7 @@ class ConceptAttention:
                 )
             embeds = embeds.repeat_interleave(batch // len(embeds), dim=0)
             self._rows = slice(len(output) - batch, None)
+            self._text = output.shape[1]
             call = self._conditional(run.call, len(output))
             self._stream = self.adapter.start(self.model, call, embeds)
             self._temb = self.adapter.temb(self.model, call)
@@ -364,8 +372,9 @@ class ConceptAttention:
             if stream is not None and temb is not None:
                 with self._aside():
                     taps = {name: tap[self._rows] for name, tap in taps.items()}
-                    image = self.adapter.image_side(block, taps, kwargs)
-                    self._observe(block, image, stream, temb, kwargs, taps.get("prompt"))
+                    given = {**kwargs, "text_tokens": self._text}
+                    image = self.adapter.image_side(block, taps, given)
+                    self._observe(block, image, stream, temb, given, taps.get("prompt"))
             self._next = block.index + 1
             if self.stop_early and block.index == self.layers[-1]:
                 raise StopForward

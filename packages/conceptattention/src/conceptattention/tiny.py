@@ -180,6 +180,13 @@ FAMILIES = {
          **HEADS, **ROPE},
         off={"guidance_scale": 1.0}, guidance={"guidance_scale": 4.0}, vae=tiny_vae, grid=(16, 24),
     ),
+    "cogview4": Family(
+        "CogView4Pipeline", "CogView4Transformer2DModel",
+        {"in_channels": 4, "out_channels": 4, "num_layers": 3, "text_embed_dim": TEXT,
+         "time_embed_dim": 8, "condition_dim": 4, "pos_embed_max_size": 16,
+         "rope_axes_dim": (16, 16), **HEADS},
+        off={"guidance_scale": 1.0}, guidance={"guidance_scale": 5.0},
+    ),
     "hunyuan-image": Family(
         "HunyuanImagePipeline", "HunyuanImageTransformer2DModel",
         {"in_channels": 4, "out_channels": 4, "num_layers": 3, "num_single_layers": 1,
@@ -207,6 +214,7 @@ class Dense:
         starts: Tensor,
         text_first: bool,
         extend: bool = True,
+        single_stream: bool = False,
     ) -> None:
         self.outputs: list[Tensor] = []
         self.count, self.model = starts.shape[1], model
@@ -240,5 +248,7 @@ class Dense:
             return torch.cat([starts, output], dim=1)
 
         self.layers = len(adapter.blocks(model))
+        if single_stream:
+            self.layers += len(adapter.single_blocks(model))
         monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
         self.handle = adapter.seed(model).register_forward_hook(insert)

@@ -96,6 +96,10 @@ class Adapter(ABC):
     def blocks(self, model: nn.Module) -> list[Block]:
         """Return the layers in the order they run."""
 
+    def single_blocks(self, model: nn.Module) -> list[Block]:
+        """Return the single-stream layers after `blocks`, numbered on from them."""
+        raise ValueError(f"`single_stream`: {self.family} has no single-stream mode yet.")
+
     @abstractmethod
     def default_layers(self, model: nn.Module) -> Sequence[int]:
         """Return the layers that the maps average by default."""
@@ -135,7 +139,8 @@ class Adapter(ABC):
         Args:
             block: The layer.
             taps: What the taps of the layer saw.
-            arguments: Keyword arguments of the attention module's call.
+            arguments: Keyword arguments of the attention module's call, and "text_tokens", the
+                length of the prompt.
         """
 
     def prompt_taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
@@ -226,6 +231,7 @@ def known_adapters() -> list[Adapter]:
     """Return every adapter, in the order in which they are asked."""
     from .chroma import ChromaAdapter
     from .cogvideox import CogVideoXAdapter
+    from .cogview4 import CogView4Adapter
     from .flux import FluxAdapter
     from .flux2 import Flux2Adapter
     from .flux_like import BriaAdapter, LongCatAdapter, OvisAdapter
@@ -236,7 +242,7 @@ def known_adapters() -> list[Adapter]:
     return [
         *_ADAPTERS, FluxAdapter(), Flux2Adapter(), SD3Adapter(), CogVideoXAdapter(),
         QwenImageAdapter(), ChromaAdapter(), HunyuanVideoAdapter(), HunyuanImageAdapter(),
-        LongCatAdapter(), OvisAdapter(), BriaAdapter(),
+        LongCatAdapter(), OvisAdapter(), BriaAdapter(), CogView4Adapter(),
     ]  # fmt: skip
 
 

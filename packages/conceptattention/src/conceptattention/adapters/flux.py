@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .base import Call, Encoded, execution_device
-from .joint import JointAdapter, Token, word_vectors
+from .joint import Token, word_vectors
+from .single import SingleStreamAdapter
 
 
-class FluxAdapter(JointAdapter):
+class FluxAdapter(SingleStreamAdapter):
     """Reads diffusers' `FluxTransformer2DModel`."""
 
     family = "Flux.1"

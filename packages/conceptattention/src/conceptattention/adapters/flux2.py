@@ -4,16 +4,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from .base import Block, Call, Encoded, execution_device
-from .joint import JointAdapter, Token, word_vectors
+from .base import Block, Call, Encoded, ImageSide, execution_device
+from .joint import Token, word_vectors
+from .single import SingleStreamAdapter
 
 
-class Flux2Adapter(JointAdapter):
+class Flux2Adapter(SingleStreamAdapter):
     """Reads diffusers' `Flux2Transformer2DModel`."""
 
     family = "Flux.2"
@@ -40,9 +42,59 @@ class Flux2Adapter(JointAdapter):
         time, guidance = call.arguments["timestep"], call.arguments.get("guidance")
         guidance = None if guidance is None else guidance.to(dtype) * 1000
         embedded = parts.time_guidance_embed(time.to(dtype) * 1000, guidance)
-        return parts.double_stream_modulation_txt(embedded)  # type: ignore[no-any-return]
+        shared = (parts.double_stream_modulation_txt, parts.single_stream_modulation)
+        return torch.cat([modulation(embedded) for modulation in shared], dim=-1)
+
+    def taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
+        if not self.is_single(block):
+            return super().taps(block)
+        attn: Any = block.attention  # its projections are fused with the feed-forward's
+        return {
+            "keys": (attn.norm_k, "output"),
+            "values": (attn.to_qkv_mlp_proj, "output"),
+            "outputs": (attn.to_out, "input"),
+        }
+
+    def image_side(
+        self, block: Block, taps: Mapping[str, Tensor], arguments: Mapping[str, Any]
+    ) -> ImageSide:
+        if not self.is_single(block):
+            return super().image_side(block, taps, arguments)
+        text: int = arguments["text_tokens"]
+        attn: Any = block.attention
+        width = attn.inner_dim
+        keys, rotary = self.rotate(taps["keys"][:, text:], arguments)
+        values = taps["values"][:, text:, 2 * width : 3 * width].unflatten(-1, (attn.heads, -1))
+        outputs = taps["outputs"][:, text:, :width]
+        return ImageSide(keys.transpose(1, 2), values.transpose(1, 2), outputs, rotary)
 
     def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
         module: Any = block.module
-        shift, scale, *state = temb[:, None].chunk(6, dim=-1)
+        parts = temb[:, None].chunk(9, dim=-1)  # six of the dual-stream blocks, then three
+        if self.is_single(block):
+            shift, scale, gate = parts[6:]
+            attn, normed = module.attn, (1 + scale) * module.norm(concepts) + shift
+            widths = [3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor]
+            qkv, inner = attn.to_qkv_mlp_proj(normed).split(widths, dim=-1)
+            return qkv, (gate, inner)  # one projection for attention and feed-forward
+        shift, scale, *state = parts[:6]
         return (1 + scale) * module.norm1_context(concepts) + shift, state
+
+    def qkv(
+        self, block: Block, concepts: Tensor, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.is_single(block):
+            return super().qkv(block, concepts, arguments)
+        attn: Any = block.attention
+        qkv = concepts.chunk(3, dim=-1)  # `pre` projected them
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in qkv)
+        return attn.norm_q(q), attn.norm_k(k), v
+
+    def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
+        if not self.is_single(block):
+            return super().post(block, concepts, outputs, state)
+        attn: Any = block.attention
+        gate, inner = state
+        inner = attn.mlp_act_fn(inner)
+        concepts = concepts + gate * attn.to_out(torch.cat([outputs, inner], dim=-1))
+        return concepts.clip(-65504, 65504) if concepts.dtype == torch.float16 else concepts

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from .base import Call, Encoded, execution_device
 from .joint import JointAdapter, Token, word_vectors
+from .single import SingleStreamAdapter
 
 
-class LongCatAdapter(JointAdapter):
+class LongCatAdapter(SingleStreamAdapter):
     """Reads diffusers' `LongCatImageTransformer2DModel`."""
 
     family = "LongCat-Image"
@@ -50,7 +51,7 @@ class OvisAdapter(JointAdapter):
         return parts.timestep_embedder(times.to(dtype))  # type: ignore[no-any-return]
 
 
-class BriaAdapter(JointAdapter):
+class BriaAdapter(SingleStreamAdapter):
     """Reads diffusers' `BriaTransformer2DModel`; not its guidance-distilled form."""
 
     family = "Bria"

@@ -182,13 +182,13 @@ def word_vectors(
         token: As in `ConceptAttention`; "auto" is "last" for causal encoders.
         causal: Whether later tokens know earlier ones only.
         start: Position of a word's first token; 0 when None.
-        end: Position after a word's last token, instead of `start`.
+        end: Position after a word's last token, instead of `start`; 0 for the end of the row.
     """
     rows = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
     vectors = []
     for row, line in zip(rows, states, strict=True):
         count = max(len(row), 1)
-        first = start or 0 if end is None else end % len(line) - count
+        first = start or 0 if end is None else (end % len(line) or len(line)) - count
         content = line[first : first + count]
         rule = token if token != "auto" else "last" if causal else "mean"
         vectors.append({"first": content[0], "mean": content.mean(0), "last": content[-1]}[rule])

@@ -1,0 +1,100 @@
+"""Single-stream blocks of the Flux kind: text and picture share all weights in one sequence."""
+
+# ruff: noqa: D102 (`Adapter` documents the methods)
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.concept import reference
+from .base import Block, ImageSide
+from .joint import JointAdapter
+
+
+class SingleStreamAdapter(JointAdapter):
+    """Carries concepts on through the single-stream blocks after the dual ones, text first."""
+
+    def single_blocks(self, model: nn.Module) -> list[Block]:
+        found: Any = model.single_transformer_blocks
+        first = len(self.blocks(model))
+        return [
+            Block(first + i, f"single_transformer_blocks.{i}", block, block.attn)
+            for i, block in enumerate(found)
+        ]
+
+    def is_single(self, block: Block) -> bool:
+        """Return whether the layer is one of `single_blocks`."""
+        return block.name.startswith("single")
+
+    def taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
+        if not self.is_single(block):
+            return super().taps(block)
+        attn: Any = block.attention
+        values = attn.to_qkv if attn.fused_projections else attn.to_v
+        return {
+            "keys": (attn.norm_k, "output"),
+            "values": (values, "output"),
+            "outputs": (attn, "output"),
+        }
+
+    def image_side(
+        self, block: Block, taps: Mapping[str, Tensor], arguments: Mapping[str, Any]
+    ) -> ImageSide:
+        if not self.is_single(block):
+            return super().image_side(block, taps, arguments)
+        text: int = arguments["text_tokens"]
+        keys, rotary = self.rotate(taps["keys"][:, text:], arguments)
+        values = taps["values"][:, text:]
+        if block.attention.fused_projections:
+            values = values.chunk(3, -1)[2]
+        values = values.unflatten(-1, (block.attention.heads, -1))
+        outputs = taps["outputs"][:, text:]
+        return ImageSide(keys.transpose(1, 2), values.transpose(1, 2), outputs, rotary)
+
+    def prompt_taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
+        if not self.is_single(block):
+            return super().prompt_taps(block)
+        norm: Any = block.attention.norm_q
+        return {"prompt": (norm, "output")}
+
+    def prompt_queries(
+        self, block: Block, tap: Tensor, arguments: Mapping[str, Any], patches: int
+    ) -> Tensor:
+        if not self.is_single(block):
+            return super().prompt_queries(block, tap, arguments, patches)
+        text: int = arguments["text_tokens"]
+        rotary = (part[:text] for part in arguments["image_rotary_emb"])
+        return reference.rotate(tap[:, :text].transpose(1, 2), *rotary)
+
+    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
+        if not self.is_single(block):
+            return super().pre(block, concepts, temb)
+        module: Any = block.module
+        normed, gate = module.norm(concepts, emb=temb)
+        return normed, (normed, gate[:, None])
+
+    def qkv(
+        self, block: Block, concepts: Tensor, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.is_single(block):
+            return super().qkv(block, concepts, arguments)
+        attn: Any = block.attention
+        if attn.fused_projections:
+            q, k, v = attn.to_qkv(concepts).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.to_q(concepts), attn.to_k(concepts), attn.to_v(concepts)
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        return attn.norm_q(q), attn.norm_k(k), v
+
+    def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
+        if not self.is_single(block):
+            return super().post(block, concepts, outputs, state)
+        module: Any = block.module
+        normed, gate = state
+        inner = module.act_mlp(module.proj_mlp(normed))
+        concepts = concepts + gate * module.proj_out(torch.cat([outputs, inner], dim=2))
+        return concepts.clip(-65504, 65504) if concepts.dtype == torch.float16 else concepts

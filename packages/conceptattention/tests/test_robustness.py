@@ -1,0 +1,149 @@
+"""What users do to a transformer before or while it is observed: the images stay the same bits."""
+
+import diffusers
+import pytest
+import torch
+
+from conceptattention import ConceptAttention, segment
+from conceptattention.testing import tiny_flux
+from conceptattention.tiny import FAMILIES, TEXT, normal
+
+WORDS = ["a", "b", "c"]
+SETTINGS = {"concept_embeds": normal(3, TEXT, seed=5), "layers": "all"}
+
+
+def add_lora(model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, target_modules=["to_k", "to_v", "add_q_proj", "add_k_proj", "to_add_out"],
+        init_lora_weights=False,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model.add_adapter(config)
+
+
+def observe(family, pipe, **kwargs):
+    with ConceptAttention(pipe, WORDS, **SETTINGS) as observer:
+        seen = family.run(pipe, **kwargs)
+    return seen, observer.heatmaps()
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_lora_before_and_inside_the_context(name):
+    family = FAMILIES[name]
+    pipe = family.build()
+    _, without = observe(family, pipe)
+    with ConceptAttention(pipe, WORDS, **SETTINGS) as observer:
+        add_lora(pipe.transformer)
+        inside = family.run(pipe)
+    plain = family.run(pipe)
+    seen, maps = observe(family, pipe)
+    assert torch.equal(plain, seen)
+    assert torch.equal(plain, inside)
+    assert torch.equal(maps.values, observer.heatmaps().values)
+    assert maps.counts == [6]
+    assert not torch.allclose(maps.values, without.values)  # text weights changed too
+
+
+def float8(model):
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+
+
+def group_offload(model):
+    diffusers.hooks.apply_group_offloading(
+        model, onload_device=torch.device("cpu"), offload_type="block_level",
+        num_blocks_per_group=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [float8, group_offload])
+@pytest.mark.parametrize("name", ["flux", "sd3", "cogvideox"])
+def test_changed_storage_of_weights(name, change):
+    family = FAMILIES[name]
+    pipe = family.build()
+    change(pipe.transformer)
+    plain = family.run(pipe)
+    seen, maps = observe(family, pipe)
+    assert torch.equal(plain, seen)
+    assert maps.counts == [6]
+    assert set(maps.coverage.values()) == {1.0}
+
+
+def test_segment_with_float8_weights():
+    pipe = tiny_flux()
+    float8(pipe.transformer)
+    picture = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    maps = segment(pipe, picture, ["cat", "sky"], "a cat")
+    assert maps.values.shape == (1, 2, 4, 6)
+
+
+def pyramid(pipe):
+    return diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 2000),
+        spatial_attention_block_identifiers=("transformer_blocks",),
+        current_timestep_callback=lambda: pipe._current_timestep,
+    )
+
+
+CACHES = {
+    "pyramid": pyramid,
+    "taylor": lambda pipe: diffusers.TaylorSeerCacheConfig(cache_interval=2),
+    "first block": lambda pipe: diffusers.FirstBlockCacheConfig(threshold=10.0),
+    "mag": lambda pipe: diffusers.MagCacheConfig(
+        threshold=10.0, num_inference_steps=6, max_skip_steps=2, mag_ratios=torch.ones(6)
+    ),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_caches_change_coverage_and_nothing_else(cache):
+    family = FAMILIES["flux"]
+
+    def run(observed):
+        pipe = family.build()
+        pipe.transformer.enable_cache(CACHES[cache](pipe))
+        if not observed:
+            return family.run(pipe, num_inference_steps=6), None
+        return observe(family, pipe, num_inference_steps=6)
+
+    (plain, _), (seen, maps) = run(False), run(True)
+    assert torch.equal(plain, seen)
+    assert maps.coverage[0] > 0
+    assert min(maps.coverage.values()) < 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_compiled_blocks_are_refused_before_and_heard_inside():
+    family = FAMILIES["flux"]
+    pipe = family.build()
+    with ConceptAttention(pipe, WORDS, **SETTINGS) as observer:
+        pipe.transformer.compile_repeated_blocks(backend="eager")
+        seen = family.run(pipe)
+    maps = observer.heatmaps()
+    plain = family.run(pipe)
+    assert torch.equal(plain, seen)
+    assert torch.equal(maps.values, observe(family, family.build())[1].values)
+    with pytest.raises(RuntimeError, match="compiled before it was observed"):
+        ConceptAttention(pipe, WORDS, **SETTINGS)
+
+
+def test_bitsandbytes_weights():
+    bnb = pytest.importorskip("bitsandbytes")
+    family = FAMILIES["flux"]
+    pipe = family.build()
+    for module in list(pipe.transformer.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                linear = bnb.nn.Linear8bitLt(
+                    child.in_features, child.out_features, child.bias is not None,
+                    has_fp16_weights=False,
+                )  # fmt: skip
+                linear.load_state_dict(child.state_dict())
+                setattr(module, name, linear)
+    plain = family.run(pipe)
+    seen, maps = observe(family, pipe)
+    assert torch.equal(plain, seen)
+    assert maps.counts == [6]
