@@ -359,7 +359,12 @@ def bench(
         assisted=assisted,
         compiled=compiled,
         seed=seed,
-        command=f"hetero-sd bench --batch {batch} --tokens {tokens} --repeats {repeats}",
+        command=(
+            f"hetero-sd bench --dtype {dtype} --methods {','.join(methods)} "
+            f"--lookaheads {','.join(map(str, lookaheads))} "
+            f"--temperatures {','.join(f'{t:g}' for t in temperatures)} --batch {batch} "
+            f"--limit {limit} --tokens {tokens} --repeats {repeats}"
+        ),
         progress=progress,
     )
     click.echo(json.dumps(results.cases, indent=1) if as_json else results.to_markdown())
