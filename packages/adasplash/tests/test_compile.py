@@ -4,6 +4,9 @@ import subprocess
 import sys
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adasplash import adasplash
 
 _CODE = """
 import torch
@@ -44,3 +47,28 @@ def test_one_graph_for_all_lengths_and_the_same_gradients(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     done = subprocess.run([sys.executable, "-c", _CODE], capture_output=True, text=True)
     assert done.stdout.strip() == "compiled", done.stderr[-2000:]
+
+
+class _Watch(TorchDispatchMode):
+    """Keep the names of the operators of this package."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "adasplash":
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_operators_and_changes_no_bit(device):
+    leaves = [torch.randn(1, 2, 20, 16, device=device, requires_grad=True) for _ in range(3)]
+    want = adasplash(*leaves, backend="triton")
+    wanted = torch.autograd.grad(want.square().sum(), leaves)
+    with _Watch() as watch:
+        found = adasplash(*leaves, backend="triton")
+        grads = torch.autograd.grad(found.square().sum(), leaves)
+    assert watch.seen == ["adasplash::attention_forward", "adasplash::attention_backward"]
+    assert torch.equal(found, want)
+    assert all(torch.equal(x, y) for x, y in zip(grads, wanted, strict=True))

@@ -280,7 +280,7 @@ def launch_backward(
         "BLOCK_D": padded(dim_head),
         "BLOCK_DV": padded(dim_value),
         "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
+        "num_stages": tiles.back_stages,
     }
     _queries_kernel[(n_tiles * batch * heads,)](
         *sources, dq, delta, dalpha, *sizes, scale,

@@ -137,10 +137,12 @@ def adasplash(
 def _run(*inputs: Any) -> Tensor:
     """Return the output of the operator, past the dispatcher where nobody listens there.
 
-    On the way through it an operator spends as long as its kernels take on short sequences.
+    On the way through it an operator spends as long as its kernels take on short sequences. Traces,
+    dispatch modes (FLOP counters, selective checkpointing) and subclasses of tensors listen.
     """
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in inputs[:3])
     listened = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-    output: Tensor = _forward(*inputs)[0] if listened else _Eager.apply(*inputs)[0]
+    output: Tensor = _Eager.apply(*inputs)[0] if plain and not listened else _forward(*inputs)[0]
     return output
 
 

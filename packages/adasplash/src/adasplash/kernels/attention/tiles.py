@@ -34,18 +34,19 @@ class Tiles(NamedTuple):
     screen_n: int
     screen_warps: int
     screen_stages: int
+    back_stages: int
 
 
 # By the padded head size; float32 products need twice the room.
 _HALF = {
-    64: Tiles(64, 64, 4, 3, 2, 168, 128, 128, 4, 3),
-    128: Tiles(64, 64, 4, 2, 4, None, 64, 128, 4, 3),
-    256: Tiles(64, 32, 8, 2, 0, None, 64, 64, 4, 2),
+    64: Tiles(64, 64, 4, 3, 2, 168, 128, 128, 4, 3, 2),
+    128: Tiles(64, 64, 4, 2, 4, None, 64, 128, 4, 3, 2),
+    256: Tiles(64, 32, 8, 2, 0, None, 64, 64, 4, 2, 2),
 }
 _FULL = {
-    64: Tiles(64, 32, 8, 2, 0, None, 64, 32, 8, 2),  # 8 warps: with 4 more registers spill
-    128: Tiles(32, 32, 8, 2, 0, None, 32, 32, 8, 2),
-    256: Tiles(32, 16, 8, 1, 0, None, 32, 16, 8, 1),
+    64: Tiles(64, 32, 8, 2, 0, None, 64, 32, 8, 2, 2),  # 8 warps: with 4 more registers spill
+    128: Tiles(32, 32, 8, 2, 0, None, 32, 32, 8, 2, 2),
+    256: Tiles(32, 16, 8, 1, 0, None, 32, 16, 8, 1, 1),
 }
 
 
