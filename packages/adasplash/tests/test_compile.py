@@ -72,3 +72,54 @@ def test_a_dispatch_mode_sees_the_operators_and_changes_no_bit(device):
     assert watch.seen == ["adasplash::attention_forward", "adasplash::attention_backward"]
     assert torch.equal(found, want)
     assert all(torch.equal(x, y) for x, y in zip(grads, wanted, strict=True))
+
+
+def test_flops_are_counted_as_those_of_dense_attention(device):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+    from torch.utils.flop_counter import FlopCounterMode
+
+    leaves = [torch.randn(1, 2, 20, 16, device=device, requires_grad=True) for _ in range(3)]
+    counts = []
+    for attend in (
+        lambda: adasplash(*leaves, backend="triton"),
+        lambda: scaled_dot_product_attention(*leaves, is_causal=True),
+    ):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+            output = attend()
+        with FlopCounterMode(display=False) as backward:
+            output.sum().backward()
+        counts.append((forward.get_total_flops(), backward.get_total_flops()))
+    ours, dense = counts
+    assert ours[0] == dense[0] == 2 * 2 * 20 * 20 * 32
+    assert ours[1] == dense[1] + dense[0] // 2  # the scores are computed again
+
+
+def test_selective_checkpointing_keeps_the_output(device):
+    from torch.utils.checkpoint import (
+        CheckpointPolicy,
+        checkpoint,
+        create_selective_checkpoint_contexts,
+    )
+
+    runs = []
+
+    def policy(context, op, *args, **kwargs):
+        if op == torch.ops.adasplash.attention_forward.default and not context.is_recompute:
+            runs.append(op)
+        keep = op == torch.ops.adasplash.attention_forward.default
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    leaves = [torch.randn(1, 2, 20, 16, device=device, requires_grad=True) for _ in range(3)]
+
+    def block(q, k, v):
+        return adasplash(2 * q, k, v, backend="triton").square()
+
+    want = torch.autograd.grad(block(*leaves).sum(), leaves)
+    output = checkpoint(
+        block, *leaves, use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(policy),
+    )  # fmt: skip
+    found = torch.autograd.grad(output.sum(), leaves)
+    assert len(runs) == 1
+    assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))

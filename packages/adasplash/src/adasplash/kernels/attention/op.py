@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.flop_counter import register_flop_formula
 
 from fourfold_common import triton_status
 
@@ -414,12 +415,27 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]
 
 
 def _gradients(backward: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    alpha = ctx.saved_tensors[4]
-    dq, dk, dv, dalpha = backward(grad, *ctx.saved_tensors, *ctx.settings)
-    return dq, dk, dv, None, None if alpha is None else dalpha, None, None, None, None
+    saved = ctx.saved_tensors  # once: checkpointing recomputes them
+    dq, dk, dv, dalpha = backward(grad, *saved, *ctx.settings)
+    return dq, dk, dv, None, None if saved[4] is None else dalpha, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+# Counted like torch's own attention, as if every block held weight: shapes do not tell which do.
+@register_flop_formula(torch.ops.adasplash.attention_forward)  # type: ignore[untyped-decorator]
+def _forward_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """Return the operations of q k^T and p v, from shapes."""
+    batch, heads, seq_q, dim = q
+    return int(2 * batch * heads * seq_q * k[2] * (dim + v[3]))
+
+
+@register_flop_formula(torch.ops.adasplash.attention_backward)  # type: ignore[untyped-decorator]
+def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """Return the operations of q k^T again, dP, dV, dQ and dK, from shapes."""
+    batch, heads, seq_q, dim = q
+    return int(2 * batch * heads * seq_q * k[2] * (3 * dim + 2 * v[3]))
 
 
 class _Eager(torch.autograd.Function):
