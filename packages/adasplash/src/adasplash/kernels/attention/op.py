@@ -424,6 +424,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 # Counted like torch's own attention, as if every block held weight: shapes do not tell which do.
+# Registered on import: a counter copies the table of formulas when it is made.
 @register_flop_formula(torch.ops.adasplash.attention_forward)  # type: ignore[untyped-decorator]
 def _forward_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     """Return the operations of q k^T and p v, from shapes."""
