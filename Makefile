@@ -30,7 +30,7 @@ setup: $(VENV)/.ready  ## make .venv with the five packages and all tools
 $(VENV)/.ready: $(REQUIREMENTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c ci/constraints.txt -r ci/requirements-dev.txt \
-	  -e packages/common -e packages/adasplash[test,bench,demo] -e packages/hetero-sd[test,bench,demo] \
+	  -e packages/common -e packages/adasplash[test,bench,demo] -e packages/hetero-sd[test,bench,demo,serve] \
 	  -e packages/conceptattention[test,bench,demo] -e packages/mole[test,bench,demo]
 	@touch $@
 

@@ -340,11 +340,22 @@ class HeteroSpeculativeDecoder:
         row = rounds.rows[0]
         shown = ""
         for _ in rounds.run():
-            whole = row.new[: _whole(self.mapping.target_bytes, row.new, row.ended)]
-            text = self.target_tokenizer.decode(whole, skip_special_tokens=True)
+            text = self.text_of(row.new, row.ended)
             if text.startswith(shown) and len(text) > len(shown):
                 yield text[len(shown) :]
                 shown = text
+
+    def text_of(self, tokens: list[int], ended: bool = True) -> str:
+        """Return the text of target tokens without special ones.
+
+        Args:
+            tokens: New tokens of a row.
+            ended: Whether no more will come; else the last tokens are left out where their bytes
+                are no whole characters yet.
+        """
+        whole = tokens[: _whole(self.mapping.target_bytes, tokens, ended)]
+        text: str = self.target_tokenizer.decode(whole, skip_special_tokens=True)
+        return text
 
     def as_custom_generate(
         self, *, streamer: Any = None, generator: torch.Generator | None = None
@@ -380,6 +391,33 @@ class HeteroSpeculativeDecoder:
         return decode
 
     # ------------------------------------------------------------------------- requests
+    def start(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        input_ids: Int[Tensor, "batch length"] | None = None,
+        attention_mask: Int[Tensor, "batch length"] | None = None,
+        messages: Sequence[Any] | None = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> Rounds:
+        """Return a generation that waits to be run, round by round: `for _ in rounds.run()`.
+
+        Its `rows` are in the order of the prompts. Several may take turns in one thread.
+
+        Args:
+            prompts: As for `generate`.
+            input_ids: As for `generate`.
+            attention_mask: As for `generate`.
+            messages: As for `generate`.
+            generator: As for `generate`.
+            **options: As for `generate`.
+
+        Raises:
+            ValueError: As for `generate`.
+        """
+        return self._start(prompts, input_ids, attention_mask, messages, generator, options)[0]
+
     def _start(
         self,
         prompts: str | Sequence[str] | None,

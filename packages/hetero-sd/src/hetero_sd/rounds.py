@@ -70,6 +70,14 @@ class Stats:
         total = self.seconds["total"]
         return self.generated / total if total else 0.0
 
+    def add(self, other: Stats) -> None:
+        """Add another generation's counts, positions left out."""
+        for name in ("rounds", "row_rounds", "drafted", "proposed", "accepted", "generated"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for mine, theirs in ((self.seconds, other.seconds), (self.arms, other.arms)):
+            for key, value in theirs.items():
+                mine[key] = mine.get(key, 0) + value  # type: ignore[assignment]
+
     def count(self, proposed: int, accepted: int) -> None:
         """Take note of one row's round."""
         self.row_rounds += 1

@@ -56,6 +56,14 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
 
+# The form of SmolLM2's chats in the small target's own marks.
+_CHAT_TEMPLATE = (
+    "{% if messages[0].role != 'system' %}<s>system\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face</s>\n{% endif %}{% for message in messages %}<s>{{ message.role }}\n"
+    "{{ message.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
 def load_model(name: str) -> tuple[Any, Any]:
     """Return one of the shipped models, `"target"` or `"drafter"`, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -68,7 +76,10 @@ def load_model(name: str) -> tuple[Any, Any]:
         if not (folder / "model.safetensors").is_file():
             raise FileNotFoundError(f"the package's {name} is missing: no weights in {folder}")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return model.eval(), AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if name == "target":
+            tokenizer.chat_template = _CHAT_TEMPLATE
+        return model.eval(), tokenizer
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
@@ -101,21 +112,10 @@ def load_target(embedded: bool = False) -> tuple[str, Any, Any, list[str]]:
 
 
 def chat_ids(tokenizer: Any, question: str) -> torch.Tensor:
-    """Return the ids of a chat with one question, shape `(1, length)`.
-
-    A target without a chat template gets the same chat in `<s>` and `</s>`.
-    """
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": question}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-    else:
-        system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-        ids = tokenizer(f"<s>system\n{system}</s>\n<s>user\n{question}</s>\n<s>assistant\n")[
-            "input_ids"
-        ]
-    return torch.tensor([list(ids)])
+    """Return the ids of a chat with one question, shape `(1, length)`."""
+    messages = [{"role": "user", "content": question}]
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return torch.tensor([list(chat["input_ids"])])
 
 
 @torch.no_grad()
