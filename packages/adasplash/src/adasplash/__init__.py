@@ -5,6 +5,17 @@ on the public package index.
 """
 
 from .__about__ import __version__
+from .compat import (
+    adasplash2,
+    adasplash_no_block_mask,
+    adasplash_v1,
+    adasplash_v2,
+    triton_entmax,
+    triton_entmax15,
+    triton_entmax_v1,
+    triton_entmax_v2,
+    triton_sparsemax,
+)
 from .integration import load_alpha, register_with_transformers, set_alpha
 from .kernels.attention import adasplash
 from .kernels.decode import PageStats, adasplash_decode, page_stats
@@ -24,7 +35,11 @@ __all__ = [
     "SparsemaxLoss",
     "__version__",
     "adasplash",
+    "adasplash2",
     "adasplash_decode",
+    "adasplash_no_block_mask",
+    "adasplash_v1",
+    "adasplash_v2",
     "entmax",
     "entmax15",
     "entmax_loss",
@@ -33,4 +48,9 @@ __all__ = [
     "register_with_transformers",
     "set_alpha",
     "sparsemax",
+    "triton_entmax",
+    "triton_entmax15",
+    "triton_entmax_v1",
+    "triton_entmax_v2",
+    "triton_sparsemax",
 ]

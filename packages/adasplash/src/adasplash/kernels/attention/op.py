@@ -29,6 +29,8 @@ def adasplash(
     | Float[Tensor, "tokens_k heads_kv dim_value"],
     alpha: float | Tensor = 1.5,
     is_causal: bool = True,
+    varlen: Int[Tensor, " batch"] | None = None,
+    niter: int | None = None,
     *,
     scale: float | None = None,
     window: tuple[int, int] | None = None,
@@ -61,6 +63,9 @@ def adasplash(
         alpha: 1 (softmax) to 2 (sparsemax); or a tensor of shape `[]`, `[heads]` or
             `[batch, heads]` with values above 1, up to 2.
         is_causal: Row i sees keys up to `i + seq_k - seq_q` (aligned at the last).
+        varlen: Length of every sequence, where padding follows it; rows of padding give zeros.
+        niter: Has no effect: thresholds are always solved to rounding. It stands where the paper's
+            own package has it.
         scale: Factor of the scores; `dim_head ** -0.5` if None.
         window: How many keys to the left and right of its own position a row sees; -1 for all.
         alibi_slopes: The distance to a key times the slope of the head is taken off the score;
@@ -90,7 +95,17 @@ def adasplash(
             "alibi_slopes": alibi_slopes, "attn_bias": attn_bias, "softcap": softcap,
             "dropout_p": dropout_p, "key_padding_mask": key_padding_mask, "backend": backend,
         }  # fmt: skip
+        if varlen is not None:
+            raise ValueError("`varlen` cannot go with `cu_seqlens_q`; leave one of them out.")
         return _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, shared)
+    if varlen is not None:
+        shown = _shown(q, k, varlen, key_padding_mask)
+        output = adasplash(
+            q, k, v, alpha, is_causal, scale=scale, window=window, alibi_slopes=alibi_slopes,
+            attn_bias=attn_bias, softcap=softcap, dropout_p=dropout_p, key_padding_mask=shown,
+            backend=backend,
+        )  # fmt: skip
+        return output.masked_fill(~_within(q, varlen)[:, None, :, None], 0.0)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -133,6 +148,28 @@ def adasplash(
     far = q.shape[2] + k.shape[2]
     sides = (-1, -1) if window is None else [far if side < 0 else side for side in window]
     return _run(q, k, v, mask, alphas, factor, is_causal, *sides)
+
+
+def _within(x: Tensor, lengths: Tensor) -> Tensor:
+    """Return which places come before the end of their sequence, `[batch, seq]`."""
+    return torch.arange(x.shape[2], device=x.device) < lengths.to(x.device)[:, None]
+
+
+def _shown(q: Tensor, k: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the key padding mask of sequences of some lengths."""
+    if q.ndim != 4 or k.ndim != 4 or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            "`varlen` needs as many queries as keys, `[batch, heads, seq, dim_head]`; got "
+            f"{tuple(q.shape)} and {tuple(k.shape)}."
+        )
+    if lengths.shape != (q.shape[0],):
+        raise ValueError(
+            f"`varlen` must have shape {(q.shape[0],)}, a length for each sequence; got "
+            f"{tuple(lengths.shape)}."
+        )
+    if mask is not None:
+        raise ValueError("`key_padding_mask` cannot go with `varlen`; leave one of them out.")
+    return _within(k, lengths)
 
 
 def _run(*inputs: Any) -> Tensor:
