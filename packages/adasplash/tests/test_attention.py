@@ -1,5 +1,7 @@
 """Attention against the float64 oracle, for the reference and for the kernels."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -219,3 +221,27 @@ def test_every_dtype_and_head_size_on_the_gpu(dtype, dim):
     found = _run(q, k, v, "triton", grad)
     for x, y in zip(found, oracle_attention(q, k, v, True, grad=grad), strict=True):
         assert relative_error(x, y) < budget
+
+
+@pytest.mark.parametrize("listened", [False, True])
+def test_second_derivatives_of_the_kernels_are_refused(listened, device):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, k, v = random_inputs(1, 2, 1, 20, 20, 16, device=device)
+    q.requires_grad_()
+
+    def twice(backend):
+        loss = adasplash(q, k, v, backend=backend).square().sum()
+        (once,) = torch.autograd.grad(loss, q, create_graph=True)
+        return once.detach(), torch.autograd.grad(once.sum(), q)
+
+    mode = FlopCounterMode(display=False) if listened else nullcontext()
+    with mode, pytest.raises(NotImplementedError, match="no second derivatives; use `backend='ref"):
+        twice("triton")
+    assert twice("reference")[1][0].isfinite().all()
+
+
+def test_tensors_without_memory_have_shapes():
+    """As accelerate and transformers make models before they load them."""
+    q, k, v = (x.to("meta") for x in random_inputs(1, 2, 1, 20, 20, 16, 24))
+    assert adasplash(q, k, v).shape == (1, 2, 20, 24)

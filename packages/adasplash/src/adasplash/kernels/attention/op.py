@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
@@ -106,8 +105,9 @@ def adasplash(
             backend=backend,
         )  # fmt: skip
         return output.masked_fill(~_within(q, varlen)[:, None, :, None], 0.0)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, scale, key_padding_mask)
     _check_options(q, k, alpha, window, alibi_slopes, attn_bias, softcap, dropout_p)
@@ -453,7 +453,10 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]
 
 def _gradients(backward: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: checkpointing recomputes them
-    dq, dk, dv, dalpha = backward(grad, *saved, *ctx.settings)
+    made = backward(grad, *saved, *ctx.settings)
+    if torch.is_grad_enabled():  # the graph goes on: somebody may differentiate twice
+        made = _NoSecond.apply(len(made), *made, grad, *saved[:3], saved[4])
+    dq, dk, dv, dalpha = made
     return dq, dk, dv, None, None if saved[4] is None else dalpha, None, None, None, None
 
 
@@ -476,6 +479,20 @@ def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> in
     return int(2 * batch * heads * seq_q * k[2] * (3 * dim + 2 * v[3]))
 
 
+class _NoSecond(torch.autograd.Function):
+    """Gradients that refuse to be differentiated, and say why."""
+
+    @staticmethod
+    def forward(ctx: Any, made: int, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in inputs[:made])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "the kernels of `adasplash` have no second derivatives; use `backend='reference'`."
+        )
+
+
 class _Eager(torch.autograd.Function):
     """The operator without the dispatcher."""
 
@@ -486,6 +503,5 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         return _gradients(_launch_backward, ctx, grad)
