@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conceptattention import Adapter, ConceptAttention, preset, register_adapter, segment
-from conceptattention.observer import resolve_steps
+from conceptattention.selection import resolve_steps
 from conceptattention.testing import (
     ORACLE_ERROR,
     dense_concept_outputs,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from .adapters import Block, Call, ImageSide, adapter_for
 from .kernels.concept import concept_attention, reference, usable
 from .maps import ConceptMaps, Reduce
 from .scores import Normalize, RunningMean, Temperature, check_temperature
+from .selection import Selection, check_concepts, check_steps, resolve_steps, select_layers
 
 _logger = logging.getLogger(__name__)
 _logger.addHandler(logging.NullHandler())
@@ -33,8 +33,6 @@ Store = Literal["mean", "layers", "steps", "all"]
 Token = Literal["auto", "first", "mean", "last"]
 Vector = Literal["concept_output", "image_output", "concept_query", "image_key", "concept_value"]
 Kernels = Literal["auto", "torch", "triton"]
-Selection = str | int | float | slice | Sequence[int | float]
-MAX_CONCEPTS = 512
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -145,7 +143,9 @@ class ConceptAttention:
         self.blocks = self.adapter.blocks(transformer)
         if single_stream:
             self.blocks = [*self.blocks, *self.adapter.single_blocks(transformer)]
-        self.layers = self._select_layers(layers)
+        self.layers = select_layers(
+            layers, len(self.blocks), self.adapter.default_layers(transformer)
+        )
         self.steps = steps
         check_steps(steps)
         self.store, self.normalize, self.reduce = store, normalize, reduce
@@ -584,19 +584,6 @@ class ConceptAttention:
             )
         return embeds[None]
 
-    def _select_layers(self, layers: Selection) -> tuple[int, ...]:
-        count = len(self.blocks)
-        if layers == "default":
-            return tuple(self.adapter.default_layers(self.model))
-        if isinstance(layers, str) and layers.startswith("last:") and layers[5:].isdigit():
-            layers = slice(max(count - int(layers[5:]), 0), None)
-        chosen = resolve("layers", layers, count)
-        if not chosen:
-            raise ValueError(
-                f"`layers` must select at least one of {count} layers; got {layers!r}."
-            )
-        return tuple(sorted(chosen))
-
 
 def _flat(heads: Tensor) -> Tensor:
     """Return (batch, tokens, heads * dim_head) from (batch, heads, tokens, dim_head)."""
@@ -605,38 +592,6 @@ def _flat(heads: Tensor) -> Tensor:
 
 def _per_row(value: Any, batch: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
-
-
-def check_concepts(
-    concepts: Sequence[str] | Sequence[Sequence[str]],
-) -> tuple[str, ...] | tuple[tuple[str, ...], ...]:
-    """Return the concepts as tuples.
-
-    Raises:
-        TypeError: Not a sequence of strings or of sequences of strings.
-        ValueError: Empty, repeated, too many, or lists of unequal length.
-    """
-    if isinstance(concepts, str) or not isinstance(concepts, Sequence):
-        raise TypeError(f"`concepts` must be a list of words; got {concepts!r}.")
-    if not concepts:
-        raise ValueError("`concepts` must hold at least one word; got none.")
-    if not isinstance(concepts[0], str) and isinstance(concepts[0], Sequence):
-        lists = tuple(check_concepts(row) for row in concepts)  # type: ignore[arg-type]
-        lengths = [len(row) for row in lists]
-        if len(set(lengths)) > 1:
-            raise ValueError(f"`concepts` must hold lists of one length; got lengths {lengths}.")
-        return lists  # type: ignore[return-value]
-    for word in concepts:
-        if not isinstance(word, str):
-            raise TypeError(f"`concepts` must hold strings; got {word!r}.")
-        if not word.strip():
-            raise ValueError(f"`concepts` must hold words; got {word!r}.")
-    repeated = [word for word in dict.fromkeys(concepts) if list(concepts).count(word) > 1]
-    if repeated:
-        raise ValueError(f"`concepts` must differ from each other; got {repeated[0]!r} twice.")
-    if len(concepts) > MAX_CONCEPTS:
-        raise ValueError(f"`concepts` must hold at most {MAX_CONCEPTS} words; got {len(concepts)}.")
-    return tuple(str(word) for word in concepts)
 
 
 def assert_ready(model: nn.Module) -> None:
@@ -658,44 +613,3 @@ def assert_ready(model: nn.Module) -> None:
             "`pipe.transformer` runs with context or tensor parallelism, which is not supported; "
             "observe a transformer on one device."
         )
-
-
-def check_steps(steps: Selection) -> None:
-    """Check a selection of steps as far as it can be checked before the run."""
-    if isinstance(steps, str) and steps != "all":
-        raise ValueError(f"`steps` must be 'all', an index, a slice or indices; got {steps!r}.")
-    if not isinstance(steps, (str, int, float, slice)) and not list(steps):
-        raise ValueError("`steps` must select at least one step; got none.")
-
-
-def resolve_steps(steps: Selection, total: int) -> set[int]:
-    """Return the selected steps of a run of `total` steps."""
-    return resolve("steps", steps, total)
-
-
-def resolve(name: str, selection: Selection, total: int) -> set[int]:
-    """Return a selection as indices.
-
-    Raises:
-        ValueError: It selects an index out of range, or is of no known form.
-    """
-    if isinstance(selection, str):
-        if selection == "all":
-            return set(range(total))
-        raise ValueError(f"`{name}` must be 'all', indices or a slice; got {selection!r}.")
-    if isinstance(selection, slice):
-        start, stop = (
-            math.ceil(bound * total) if isinstance(bound, float) else bound
-            for bound in (selection.start, selection.stop)
-        )
-        return set(range(total)[start : stop : selection.step])
-    chosen = set()
-    for index in [selection] if isinstance(selection, (int, float)) else selection:
-        if isinstance(index, float):
-            if not 0 <= index <= 1:
-                raise ValueError(f"`{name}` as shares must be between 0 and 1; got {index}.")
-            index = min(int(index * total), total - 1)
-        if not -total <= index < total:
-            raise ValueError(f"`{name}` must be between {-total} and {total - 1}; got {index}.")
-        chosen.add(index % total)
-    return chosen

@@ -8,6 +8,7 @@ import mmap
 import os
 import warnings
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -64,7 +65,7 @@ class _Ready:
         return self._take()
 
 
-class _Store:
+class _Store(ABC):
     """What all stores share: checks, and fetching at once for those that cannot overlap.
 
     Args:
@@ -89,9 +90,9 @@ class _Store:
         found = LutRows.from_bytes(self.read(ids.flatten()), self.meta)
         return _Ready(lambda: found)
 
+    @abstractmethod
     def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
         """Return whole rows as they are on disk, on the ids' device."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Let go of files and memory; the store cannot be used any more."""
