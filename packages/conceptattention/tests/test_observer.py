@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conceptattention import Adapter, ConceptAttention, preset, register_adapter, segment
-from conceptattention.observer import resolve_steps
+from conceptattention.selection import resolve
 from conceptattention.testing import (
     ORACLE_ERROR,
     dense_concept_outputs,
@@ -321,7 +321,7 @@ def test_reading_errors(flux):
         generate(flux)
     with pytest.raises(ValueError, match="`space` must be one of the recorded"):
         observer.heatmaps(space="value")
-    with pytest.raises(ValueError, match="`run` must be below 1; got 4"):
+    with pytest.raises(ValueError, match="`run` must be between -1 and 0; got 4"):
         observer.heatmaps(run=4)
     with pytest.raises(ValueError, match="was not kept; kept: nothing"):
         observer.vectors("concept_output", layer=0)
@@ -444,11 +444,11 @@ def test_prompt_tokens_out_of_range(flux):
 
 
 def test_fractions_select_steps():
-    assert resolve_steps(slice(0.7, -1), 10) == {7, 8}
-    assert resolve_steps(slice(0.25, 0.5), 10) == {3, 4}
-    assert resolve_steps([0.0, 0.5, 1.0], 4) == {0, 2, 3}
+    assert resolve("steps", slice(0.7, -1), 10) == {7, 8}
+    assert resolve("steps", slice(0.25, 0.5), 10) == {3, 4}
+    assert resolve("steps", [0.0, 0.5, 1.0], 4) == {0, 2, 3}
     with pytest.raises(ValueError, match="`steps` as shares must be between 0 and 1"):
-        resolve_steps(1.5, 10)
+        resolve("steps", 1.5, 10)
 
 
 def test_automatic_temperature_is_the_spread_of_the_scores(flux):

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from .datasets import Dataset, Sample
 from .evaluation import Confusion, ap_paper, average_precision, bootstrap_interval
 from .maps import ConceptMaps, Reduce
-from .observer import Selection, Space
 from .segmentation import segment
+from .selection import Selection
+from .stream import Space
 
 Protocol = Literal["binary", "multiclass"]
 METRICS: tuple[Literal["accuracy", "miou", "fg_iou", "miou_paper"], ...] = (

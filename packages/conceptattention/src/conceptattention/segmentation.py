@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .adapters.base import execution_device
 from .maps import ConceptMaps
-from .observer import ConceptAttention, StopForward
+from .observer import ConceptAttention
+from .runs import StopForward
 
 
 def segment(
@@ -67,9 +68,9 @@ def segment(
     if "prompt_attention" in ((space,) if isinstance(space, str) else space):
         settings.setdefault("prompt", None if "prompt_tokens" in settings else prompts)
     observer = ConceptAttention(pipe, concepts, **settings)
-    observer.direct = True
+    observer.router.direct = True
     # An exception leaves offloading half done, so offloaded models run to their end.
-    observer.stop_early = not any(hasattr(m, "_hf_hook") for m in pipe.transformer.modules())
+    observer.router.stop_early = not any(hasattr(m, "_hf_hook") for m in pipe.transformer.modules())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad(), observer:
         pixels = pixels.to(execution_device(pipe), pipe.transformer.dtype)

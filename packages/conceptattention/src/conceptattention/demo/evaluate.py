@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from ..evaluation import Confusion
 from ..maps import ConceptMaps
-from ..observer import Selection
 from ..segmentation import segment
+from ..selection import Selection
 from .model import PIXELS, DemoPipeline, encode_tokens
 from .scenes import BACKGROUNDS, ITEMS, LABELS, VOCABULARY, Scenes, patchify, sample_scenes
 
