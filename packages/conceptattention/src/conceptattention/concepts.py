@@ -165,8 +165,13 @@ class PromptWords:
             device: Where the matrix is wanted.
 
         Raises:
-            ValueError: A position is out of range.
+            ValueError: Prompts do not fit the batch, or a position is out of range.
         """
+        if batch % len(self.spots):
+            raise ValueError(
+                f"`prompt` has {len(self.spots)} texts, one per image; "
+                f"got a batch of {batch} images."
+            )
         shape = (batch, len(self.spots[0]), tokens)
         shares = self._shares
         if shares is not None and shares.shape == shape and shares.device == device:

@@ -146,6 +146,12 @@ class Router:
         return True
 
     def _length(self, run: Run) -> int:
-        """Return the number of steps of a run."""
-        length = 0 if run.timesteps is None else len(run.timesteps)
+        """Return the number of steps of a run.
+
+        Pipelines that start from a picture use the end of the scheduler's list alone, and say how
+        many of its entries they use.
+        """
+        listed = 0 if run.timesteps is None else len(run.timesteps)
+        used = getattr(self.pipe, "_num_timesteps", None)
+        length = used if isinstance(used, int) and 0 < used <= listed else listed
         return max(run.step + 1, length)
