@@ -430,7 +430,7 @@ def evaluate(
             device = f"cuda:{os.environ['LOCAL_RANK']}"
     pipe = _load(model, device)
     result = run(pipe, pictures, output, settings, limit=limit, progress=progress)
-    if result["rows"]:
+    if int(os.environ.get("RANK", "0")) == 0:
         click.echo(to_markdown(result["rows"]))
         click.echo(f"{result['pictures']} pictures; results.json and results.md are in {output}.")
 
