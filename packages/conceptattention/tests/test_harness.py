@@ -158,6 +158,9 @@ def test_counts_by_hand(monkeypatch):
     assert found[0]["counts"] == [[0, 0, 3], [0, 1, 1], [1, 0, 1], [1, 1, 3]]
     assert found[0]["ap"] == pytest.approx((3 * 3 / 4 + 1 * 4 / 8) / 4)
     assert found[1]["counts"] == [[0, 0, 4], [1, 0, 1], [1, 1, 3]]
+    (row,) = harness.table([found], 2)  # both classes of the picture count
+    assert row["accuracy"] == pytest.approx((6 + 7) / 16)
+    assert row["fg_iou"] == pytest.approx((3 + 3) / (5 + 4))
     several = Settings("multiclass", ("output",), ("raw",), score_size=None)
     (found,) = harness.score(None, Two(Path()), 0, several)
     assert given[-1][0] == ["fish", "box", "grass"]

@@ -133,3 +133,36 @@ def test_prompts_and_vectors_that_do_not_fit_the_batch(flux):
         observer,
     ):
         generate(flux)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["on entering", "in a forward pass"])
+def test_an_attachment_that_fails_half_way_leaves_no_hook(flux, monkeypatch, inside):
+    def hooks():
+        return sum(
+            len(module._forward_hooks) + len(module._forward_pre_hooks)
+            for module in flux.transformer.modules()
+        )
+
+    observer = ConceptAttention(flux, WORDS, layers="all")
+    taps = type(observer.adapter).taps
+
+    def fails(self, block):
+        if block.index == 2:
+            raise AttributeError("to_k")
+        return taps(self, block)
+
+    def observe():
+        if not inside:
+            monkeypatch.setattr(type(observer.adapter), "taps", fails)
+        with observer:
+            monkeypatch.setattr(type(observer.adapter), "taps", fails)
+            generate(flux)
+
+    before = hooks()
+    with pytest.raises(AttributeError, match="to_k"):
+        observe()
+    monkeypatch.undo()
+    assert hooks() == before
+    with ConceptAttention(flux, WORDS) as again:
+        generate(flux)
+    assert set(again.heatmaps().coverage.values()) == {1.0}

@@ -72,10 +72,7 @@ def segment(
     observer = ConceptAttention(pipe, concepts, **settings)
     observer.router.direct = True
     # An exception leaves offloading half done, so offloaded models run to their end.
-    observer.router.stop_early = not any(
-        hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
-        for module in pipe.transformer.modules()
-    )
+    observer.router.stop_early = not any(map(_offloaded, pipe.transformer.modules()))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad(), _uncached(pipe.transformer), observer:
         device, dtype = execution_device(pipe), pipe.transformer.dtype
@@ -91,6 +88,12 @@ def segment(
                 pipe.transformer(**arguments, return_dict=False)
     maps = {space: observer.heatmaps(space=cast(Any, space)) for space in observer.spaces}
     return maps if len(maps) > 1 else maps[observer.spaces[0]]
+
+
+def _offloaded(module: Any) -> bool:
+    """Return whether accelerate or diffusers moves the module's weights around its forward pass."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return hasattr(module, "_hf_hook") or "group_offloading" in getattr(registry, "hooks", ())
 
 
 @contextmanager
