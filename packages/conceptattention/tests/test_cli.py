@@ -86,3 +86,12 @@ def test_video_refuses_picture_models(small, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 2
     assert "makes pictures, not videos" in result.output
+
+
+def test_generate_writes_videos_of_words_with_slashes(tmp_path):
+    result = run(
+        "generate", "--model", "tiny-video", "--prompt", "a cat", "--concepts", "cat/dog, sky",
+        "--steps", "1", "--device", "cpu", "--output", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"cat-dog.gif", "sky.gif", "maps.npz"}

@@ -89,6 +89,17 @@ def test_bootstrap_interval_holds_the_pooled_value():
     assert low == pytest.approx(high)
 
 
+def test_draws_without_a_class_do_not_count():
+    counts = torch.zeros(3, 2, 2, dtype=torch.int64)
+    counts[0] = torch.tensor([[4, 1], [1, 2]])  # the only picture with class 1
+    counts[1:, 0, 0] = 5
+    pooled = Confusion(2)
+    pooled.counts = counts.sum(0)
+    # Drawn once, twice or three times, that picture alone decides; without it nothing is defined.
+    assert pooled.fg_iou == 0.5
+    assert bootstrap_interval(counts, "fg_iou", samples=100) == (0.5, 0.5)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_errors_of_the_new_metrics():
     with pytest.raises(ValueError, match="`target` must hold at least one pixel"):

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import socket
@@ -157,6 +158,9 @@ def test_counts_by_hand(monkeypatch):
     assert found[0]["counts"] == [[0, 0, 3], [0, 1, 1], [1, 0, 1], [1, 1, 3]]
     assert found[0]["ap"] == pytest.approx((3 * 3 / 4 + 1 * 4 / 8) / 4)
     assert found[1]["counts"] == [[0, 0, 4], [1, 0, 1], [1, 1, 3]]
+    (row,) = harness.table([found], 2)  # both classes of the picture count
+    assert row["accuracy"] == pytest.approx((6 + 7) / 16)
+    assert row["fg_iou"] == pytest.approx((3 + 3) / (5 + 4))
     several = Settings("multiclass", ("output",), ("raw",), score_size=None)
     (found,) = harness.score(None, Two(Path()), 0, several)
     assert given[-1][0] == ["fish", "box", "grass"]
@@ -199,6 +203,51 @@ def test_an_interrupted_run_goes_on(demo_pipe, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds a run with other settings"):
         evaluate(demo_pipe, data, tmp_path / "cut", Settings(), progress=False)
     assert not [path for path in (tmp_path / "cut").rglob("*.tmp")]
+
+
+def test_damaged_counts_are_made_again_and_whole_ones_kept(demo_pipe, tmp_path, monkeypatch):
+    data = make_folder(tmp_path / "data")
+    settings = Settings(spaces=("output",), reduces=("raw",), size=64, score_size=16)
+    whole = evaluate(demo_pipe, data, tmp_path / "run", settings, progress=False)
+    files = sorted((tmp_path / "run/samples").glob("*.json"))
+    files[0].write_text("")
+    files[2].write_text(files[2].read_text()[:-7])
+    real, seen = harness.score, []
+
+    def watched(pipe, dataset, index, settings):
+        seen.append(index)
+        return real(pipe, dataset, index, settings)
+
+    monkeypatch.setattr(harness, "score", watched)
+    again = evaluate(demo_pipe, data, tmp_path / "run", settings, progress=False)
+    assert seen == [0, 2]
+    assert again == whole
+
+
+def test_processes_share_what_is_missing(demo_pipe, tmp_path, monkeypatch):
+    """Process 1 of 2 had finished its pictures so far: what is left is shared by both."""
+    data = make_folder(tmp_path / "data", 6)
+    monkeypatch.setattr(harness, "_wait", lambda world: None)
+    done = {0: [], 1: []}
+    for rank in done:
+        output = tmp_path / f"run{rank}"
+        (output / "samples").mkdir(parents=True)
+        for index in (1, 3):
+            (output / f"samples/{harness._file_name(data.ids[index])}.json").write_text("[]")
+        monkeypatch.setattr(harness, "_place", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(
+            harness, "score", lambda *given, rank=rank: done[rank].append(given[2]) or []
+        )
+        with contextlib.suppress(FileNotFoundError):  # process 0 misses the other's files
+            evaluate(demo_pipe, data, output, progress=False)
+    assert done == {0: [0, 4], 1: [2, 5]}
+
+
+def test_another_folder_of_the_same_kind_is_refused(demo_pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "score", lambda *_: [])
+    evaluate(demo_pipe, make_folder(tmp_path / "a"), tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="holds a run with other folder"):
+        evaluate(demo_pipe, make_folder(tmp_path / "b"), tmp_path / "run", progress=False)
 
 
 def test_eval_command(demo_pipe, tmp_path, monkeypatch):
@@ -244,6 +293,11 @@ def test_two_processes_equal_one(demo_pipe, tmp_path):
     settings = Settings(noise=(0.5,), size=64, score_size=16)
     data = load_dataset("folder", tmp_path / "data")
     evaluate(demo_pipe, data, tmp_path / "one", settings, progress=False)
+    # The run of two goes on from one that broke: one picture done, one cut short.
+    (tmp_path / "two/samples").mkdir(parents=True)
+    done, cut, _ = sorted((tmp_path / "one/samples").iterdir())
+    for path, text in ((done, done.read_text()), (cut, cut.read_text()[:30])):
+        (tmp_path / "two/samples" / path.name).write_text(text)
     running = []
     for rank in range(2):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}

@@ -1,3 +1,5 @@
+import contextlib
+import dataclasses
 import importlib.util
 
 import numpy as np
@@ -77,6 +79,24 @@ def test_pictures():
     assert torch.equal(joint.argmax(), each.argmax())
 
 
+@pytest.mark.parametrize("shape", [(2, 5), (5, 2)])
+def test_overlays_of_non_square_pictures_keep_their_place(shape):
+    """One hot cell of the grid colours its own rectangle of the picture."""
+    height, width = shape
+    for row, column in ((0, width - 1), (height - 1, 0)):
+        raw = torch.zeros(1, 1, 2, height, width)
+        raw[0, 0, 0, row, column] = 1.0
+        maps = ConceptMaps(raw, raw, ("cat", "sky"), [(-1, -1)], [1], {0: 1.0})
+        picture = Image.new("RGB", (20 * width + 3, 20 * height - 3))
+        over = maps["cat"].overlay(picture, alpha=1.0)
+        assert over.size == picture.size
+        bright = np.asarray(over.convert("L")).astype(int)
+        found = np.argwhere(bright > 120)  # the middle of the ramp
+        assert len(found) > 100
+        middle = found.mean(0) / bright.shape * (height, width)
+        assert np.allclose(middle, (row + 0.5, column + 0.5), atol=0.35)
+
+
 def test_save_and_load_round_trip(tmp_path):
     maps = make().with_reduce("mean_softmax", 2.0)
     path = maps.save(tmp_path / "new" / "maps.npz")
@@ -86,6 +106,10 @@ def test_save_and_load_round_trip(tmp_path):
     assert (again.concepts, again.keys, again.counts) == (maps.concepts, maps.keys, maps.counts)
     assert again.coverage == maps.coverage
     assert [p.name for p in path.parent.iterdir()] == ["maps.npz"]
+    auto = dataclasses.replace(maps, temperature="auto", space="value", keys=[(3, 0), (4, 1)])
+    again = ConceptMaps.load(auto.save(tmp_path / "auto"))  # any name, written as given
+    assert (again.temperature, again.space, again.reduce) == ("auto", "value", "mean_softmax")
+    assert torch.equal(again.select(layers=[4], steps=[1]).values, auto.select(layers=[4]).values)
     lists = make(names=(("a", "b", "c"), ("d", "e", "f")))
     assert ConceptMaps.load(lists.save(tmp_path / "l.npz")).names(1) == ("d", "e", "f")
 
@@ -97,6 +121,19 @@ def test_load_refuses_other_and_truncated_files(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="must name a file written by"):
             ConceptMaps.load(path)
+    for place in range(40, len(whole) - 100, 20):  # damaged anywhere: never another exception
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            ConceptMaps.load(path)
+    with open(path, "wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(ValueError, match="must name a file written by"):
+        ConceptMaps.load(path)
+    np.savez(path, raw=np.zeros(3), soft=np.zeros(3), meta="{}")
+    with pytest.raises(ValueError, match="must name a file written by"):
+        ConceptMaps.load(path)
     with pytest.raises(FileNotFoundError):
         ConceptMaps.load(tmp_path / "missing.npz")
 
@@ -109,6 +146,10 @@ def test_errors():
         (
             lambda: maps.with_reduce("raw", -1.0),
             "`temperature` must be above 0 or 'auto'; got -1.0",
+        ),
+        (
+            lambda: maps.with_reduce("softmax_mean", 2.0),
+            "`temperature` can only be changed for reduce='mean_softmax'; got 2.0",
         ),
         (lambda: maps.select(steps=[0]), "`steps` were averaged while recording"),
         (lambda: maps.select(layers=[4]), r"`layers` must be among \[0, 1\]; got \[4\]"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conceptattention import Adapter, ConceptAttention, preset, register_adapter, segment
-from conceptattention.selection import resolve_steps
+from conceptattention.selection import resolve
 from conceptattention.testing import (
     ORACLE_ERROR,
     dense_concept_outputs,
@@ -321,7 +321,7 @@ def test_reading_errors(flux):
         generate(flux)
     with pytest.raises(ValueError, match="`space` must be one of the recorded"):
         observer.heatmaps(space="value")
-    with pytest.raises(ValueError, match="`run` must be below 1; got 4"):
+    with pytest.raises(ValueError, match="`run` must be between -1 and 0; got 4"):
         observer.heatmaps(run=4)
     with pytest.raises(ValueError, match="was not kept; kept: nothing"):
         observer.vectors("concept_output", layer=0)
@@ -337,6 +337,7 @@ def test_scores_that_overflow_are_reported(flux):
 
 def test_segment_stops_early_and_averages_samples(flux):
     image = torch.rand(2, 3, 19, 34, generator=torch.Generator().manual_seed(0))
+    generate(flux)  # leaves diffusers' own records on the model, which mean no offloading
     ran = []
     handle = flux.transformer.single_transformer_blocks[0].register_forward_hook(
         lambda *_: ran.append(1)
@@ -344,13 +345,49 @@ def test_segment_stops_early_and_averages_samples(flux):
     maps = segment(flux, image, CONCEPTS, ["a cat", "a dog"], t=0.4, samples=3)
     handle.remove()
     assert not ran
-    assert maps.values.shape == (2, 3, 4, 8)  # 19 x 34 pixels are cut to 16 x 32
+    assert maps.values.shape == (2, 3, 4, 8)  # 19 x 34 pixels are scaled to 16 x 32
     assert maps.counts == [3 * len(maps.coverage)]
     again = segment(flux, image, CONCEPTS, ["a cat", "a dog"], t=0.4, samples=3)
     assert torch.equal(maps.values, again.values)
     other = segment(flux, image, CONCEPTS, ["a cat", "a dog"], t=0.4, samples=3, seed=1)
     assert not torch.equal(maps.values, other.values)
     assert hooks(flux) == 0
+
+
+@pytest.mark.parametrize("kind", ["tensor", "picture"])
+def test_segment_maps_cover_the_whole_picture(flux, kind, monkeypatch):
+    """Sizes that are no whole number of patches are scaled, not cut: maps keep their place."""
+    from PIL import Image
+
+    picture = Image.new("RGB", (38, 19))
+    picture.paste("white", (34, 0, 38, 19))  # cut to 36 x 16, half of the stripe would be gone
+    given = picture
+    if kind == "tensor":
+        given = torch.zeros(1, 3, 19, 38)
+        given[..., 34:] = 1
+    seen = []
+    adapter = type(ConceptAttention(flux, ["cat"]).adapter)
+    encode = adapter.encode_image
+    monkeypatch.setattr(
+        adapter, "encode_image", lambda self, pipe, x: seen.append(x) or encode(self, pipe, x)
+    )
+    segment(flux, given, ["cat", "sky"])
+    (pixels,) = seen
+    assert pixels.shape == (1, 3, 16, 36)
+    share = float((pixels[0] / 2 + 0.5).mean())
+    assert share == pytest.approx(4 / 38, rel=0.02)
+
+
+@pytest.mark.parametrize("wide", ["vae", "transformer"])
+def test_segment_with_parts_of_two_types(wide):
+    pipe = tiny_flux()
+    image = torch.rand(1, 3, 16, 32, generator=torch.Generator().manual_seed(0))
+    expected = segment(pipe, image, CONCEPTS)
+    narrow = ("vae",) if wide == "transformer" else ("transformer", "text_encoder_2")
+    for name in narrow:
+        getattr(pipe, name).to(torch.bfloat16)
+    maps = segment(pipe, image, CONCEPTS)
+    assert (maps.values - expected.values).abs().max() < 0.05
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -364,6 +401,10 @@ def test_segment_errors(flux):
         ({"samples": 0}, "`samples` must be at least 1; got 0"),
         ({"prompt": ["a", "b"]}, "`prompt` must be one text or 1 of them"),
         ({"steps": [0]}, "`steps` has no meaning"),
+        (
+            {"image": image[:0]},
+            r"\(batch, 3, height, width\); got \(0, 3, 16, 16\)",
+        ),
         ({"image": image[0]}, r"must have shape \(batch, 3, height, width\); got \(3, 16, 16\)"),
         ({"image": 2 * image + 1}, "colours between 0 and 1"),
         ({"image": image[..., :2]}, "at least 4 pixels high and wide"),
@@ -444,11 +485,11 @@ def test_prompt_tokens_out_of_range(flux):
 
 
 def test_fractions_select_steps():
-    assert resolve_steps(slice(0.7, -1), 10) == {7, 8}
-    assert resolve_steps(slice(0.25, 0.5), 10) == {3, 4}
-    assert resolve_steps([0.0, 0.5, 1.0], 4) == {0, 2, 3}
+    assert resolve("steps", slice(0.7, -1), 10) == {7, 8}
+    assert resolve("steps", slice(0.25, 0.5), 10) == {3, 4}
+    assert resolve("steps", [0.0, 0.5, 1.0], 4) == {0, 2, 3}
     with pytest.raises(ValueError, match="`steps` as shares must be between 0 and 1"):
-        resolve_steps(1.5, 10)
+        resolve("steps", 1.5, 10)
 
 
 def test_automatic_temperature_is_the_spread_of_the_scores(flux):

@@ -114,6 +114,37 @@ def test_caches_change_coverage_and_nothing_else(cache):
     assert min(maps.coverage.values()) < 1.0
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_segment_neither_uses_nor_leaves_a_cache(cache):
+    pipe = tiny_flux()
+    picture = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    settings = {"layers": "all", "samples": 2}
+    expected = segment(pipe, picture, ["cat", "sky"], **settings)
+
+    def generate():
+        return pipe(
+            "a cat", height=16, width=24, num_inference_steps=6, max_sequence_length=16,
+            output_type="pt", generator=torch.Generator().manual_seed(0),
+        ).images  # fmt: skip
+
+    pipe.transformer.enable_cache(CACHES[cache](pipe))
+    before = generate()
+    maps = segment(pipe, picture, ["cat", "sky"], **settings)
+    assert torch.equal(maps.values, expected.values)
+    assert set(maps.coverage.values()) == {1.0}
+    assert pipe.transformer.is_cache_enabled
+    assert torch.equal(before, generate())
+
+
+def test_segment_runs_group_offloaded_models_to_their_end():
+    pipe = tiny_flux()
+    group_offload(pipe.transformer)
+    ran = []
+    pipe.transformer.norm_out.register_forward_hook(lambda *_: ran.append(1))
+    segment(pipe, torch.rand(1, 3, 16, 24), ["cat", "sky"])
+    assert ran
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_compiled_blocks_are_refused_before_and_heard_inside():

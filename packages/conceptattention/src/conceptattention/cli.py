@@ -191,6 +191,11 @@ def _load(model: str, device: str) -> Any:
     return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(place)
 
 
+def _file_name(word: str) -> str:
+    """Return a word without characters that folders give a meaning."""
+    return "".join(c if c.isalnum() else "-" for c in word)
+
+
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
@@ -223,7 +228,7 @@ def generate(
     if maps.raw.ndim == 6:
         frames = result.frames[0]
         for name in maps.names():
-            click.echo(maps[name].to_video(output / f"{name}.gif", frames))
+            click.echo(maps[name].to_video(output / f"{_file_name(name)}.gif", frames))
     else:
         picture = result.images[0]
         picture.save(output / "image.png")
@@ -331,7 +336,7 @@ def video(
     click.echo(maps.to_video(output / f"maps.{ending}", made, fps=fps))
     for name in maps.names():
         drawn = maps[name].frames(made)
-        place = output / "".join(c if c.isalnum() else "-" for c in name)
+        place = output / _file_name(name)
         click.echo(write_video(place.with_suffix(f".{ending}"), drawn, fps))
         if pictures:
             place.mkdir(parents=True, exist_ok=True)
@@ -430,7 +435,7 @@ def evaluate(
             device = f"cuda:{os.environ['LOCAL_RANK']}"
     pipe = _load(model, device)
     result = run(pipe, pictures, output, settings, limit=limit, progress=progress)
-    if result["rows"]:
+    if int(os.environ.get("RANK", "0")) == 0:
         click.echo(to_markdown(result["rows"]))
         click.echo(f"{result['pictures']} pictures; results.json and results.md are in {output}.")
 

@@ -60,6 +60,7 @@ class Dataset(ABC):
     name: ClassVar[str]
     layout: ClassVar[str]  # what the folder must hold
     splits: ClassVar[tuple[str, ...]] = ("val",)
+    reads_folder: ClassVar[bool] = True
     classes: int
     background: tuple[str, ...] = ()  # words whose region counts as class 0
 
@@ -228,6 +229,7 @@ class HeldOutScenes(Dataset):
 
     name = "scenes"
     layout = "nothing"
+    reads_folder = False
     splits = ("500", "100", "20")
 
     def find(self) -> list[str]:

@@ -123,6 +123,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return the 95 % interval of a pooled metric when images are drawn again with replacement.
 
+    Draws in which the metric is not defined, as no class of it occurs, do not count.
+
     Args:
         confusions: One matrix of counts per image, as `Confusion.counts`.
         metric: Name of a property of `Confusion`.
@@ -141,7 +143,7 @@ def bootstrap_interval(
     times.scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
     pooled = (times @ confusions.flatten(1).double()).unflatten(1, confusions.shape[1:])
     values = _pooled(pooled, metric)
-    low, high = values.quantile(values.new_tensor([0.025, 0.975])).tolist()
+    low, high = values.nanquantile(values.new_tensor([0.025, 0.975])).tolist()
     return low, high
 
 

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -17,9 +18,9 @@ from tqdm.auto import tqdm
 from .datasets import Dataset, Sample
 from .evaluation import Confusion, ap_paper, average_precision, bootstrap_interval
 from .maps import ConceptMaps, Reduce
-from .observer import Space
 from .segmentation import segment
 from .selection import Selection
+from .stream import Space
 
 Protocol = Literal["binary", "multiclass"]
 METRICS: tuple[Literal["accuracy", "miou", "fg_iou", "miou_paper"], ...] = (
@@ -94,8 +95,8 @@ def evaluate(
     """Score maps on a data set and return the table, which is also written as JSON and Markdown.
 
     Every picture's counts are one file, written whole or not at all: an interrupted run goes on
-    where it stopped, and processes started by `accelerate launch` share the pictures. The result
-    does not depend on their number.
+    where it stopped, and processes started by `accelerate launch` share the pictures that are
+    missing. The result does not depend on their number.
 
     Args:
         pipe: A pipeline whose pictures `segment` can encode.
@@ -116,24 +117,22 @@ def evaluate(
     head = {
         "dataset": dataset.name,
         "split": dataset.split,
+        "folder": str(dataset.root.resolve()) if dataset.reads_folder else None,
         "model": type(pipe).__name__,
         "weights": str(getattr(pipe, "name_or_path", "") or ""),
         "settings": json.loads(json.dumps(asdict(settings), default=str)),
     }
     _check_head(output / "settings.json", head)
-    mine = range(rank, count, world)
-    with tqdm(mine, desc=dataset.name, disable=not progress or rank > 0) as bar:
+    files = [folder / f"{_file_name(dataset.ids[index])}.json" for index in range(count)]
+    missing = [index for index, path in enumerate(files) if _stored(path) is None]
+    _wait(world)  # every process has the same list before the first writes
+    with tqdm(missing[rank::world], desc=dataset.name, disable=not progress or rank > 0) as bar:
         for index in bar:
-            path = folder / f"{_file_name(dataset.ids[index])}.json"
-            if not path.exists():
-                write_text(path, json.dumps(list(score(pipe, dataset, index, settings))))
+            write_text(files[index], json.dumps(list(score(pipe, dataset, index, settings))))
     _wait(world)
     rows: list[dict[str, Any]] = []
     if rank == 0:
-        found = [
-            json.loads((folder / f"{_file_name(dataset.ids[i])}.json").read_text())
-            for i in range(count)
-        ]
+        found = [json.loads(path.read_text()) for path in files]
         rows = table(found, 2 if settings.protocol == "binary" else dataset.classes)
         result = {**head, "pictures": count, "rows": rows}
         write_text(output / "results.json", json.dumps(result, indent=1))
@@ -373,13 +372,22 @@ def _file_name(key: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else f"%{ord(c):x}" for c in key)
 
 
+def _stored(path: Path) -> Any:
+    """Return a picture's counts; None where there are none or the file is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def _place() -> tuple[int, int]:
     """Return this process's number and the number of processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     from accelerate import PartialState
 
-    state = PartialState()
+    # Processes meet only when all are done, and pictures differ: the usual ten minutes are short.
+    state = PartialState(timeout=timedelta(days=1))
     return int(state.process_index), int(state.num_processes)
 
 

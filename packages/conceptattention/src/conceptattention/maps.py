@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -285,10 +286,10 @@ class ConceptMaps:
         Args:
             reduce: "softmax_mean", "mean_softmax" or "raw".
             temperature: Of "mean_softmax"; unchanged when None, and "auto" for the standard
-                deviation of each image's scores.
+                deviation of each image's scores. That of "softmax_mean" is fixed while recording.
 
         Raises:
-            ValueError: An argument is out of range.
+            ValueError: An argument is out of range, or `temperature` has no meaning.
         """
         if reduce not in ("softmax_mean", "mean_softmax", "raw"):
             raise ValueError(
@@ -296,6 +297,11 @@ class ConceptMaps:
             )
         if temperature is not None:
             check_temperature(temperature)
+            if reduce != "mean_softmax":
+                raise ValueError(
+                    "`temperature` can only be changed for reduce='mean_softmax'; "
+                    f"got {temperature!r} for {reduce!r}. Give it to `ConceptAttention` instead."
+                )
         return replace(self, reduce=reduce, temperature=temperature or self.temperature)
 
     def select(
@@ -477,7 +483,7 @@ class ConceptMaps:
         """Return the maps that `save` wrote.
 
         Raises:
-            ValueError: The file is no such file, or cut short.
+            ValueError: The file is no such file, cut short, or damaged.
             OSError: It cannot be read.
         """
         import numpy as np
@@ -486,22 +492,25 @@ class ConceptMaps:
             with np.load(path, allow_pickle=False) as stored:
                 meta = json.loads(str(stored["meta"]))
                 raw, soft = (torch.from_numpy(stored[name]) for name in ("raw", "soft"))
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            words: Any = tuple(w if isinstance(w, str) else tuple(w) for w in meta["concepts"])
+            return cls(
+                raw=raw,
+                soft=soft,
+                concepts=words,
+                keys=[(layer, step) for layer, step in meta["keys"]],
+                counts=meta["counts"],
+                coverage={int(layer): share for layer, share in meta["coverage"].items()},
+                space=meta["space"],
+                temperature=meta["temperature"],
+                reduce=meta["reduce"],
+            )
+        except (
+            ValueError, KeyError, TypeError, EOFError, NotImplementedError,
+            zipfile.BadZipFile, zlib.error,
+        ) as error:  # fmt: skip
             raise ValueError(
                 f"`path` must name a file written by `ConceptMaps.save`; got {str(path)!r}."
-            ) from None
-        words: Any = tuple(w if isinstance(w, str) else tuple(w) for w in meta["concepts"])
-        return cls(
-            raw=raw,
-            soft=soft,
-            concepts=words,
-            keys=[(layer, step) for layer, step in meta["keys"]],
-            counts=meta["counts"],
-            coverage={int(layer): share for layer, share in meta["coverage"].items()},
-            space=meta["space"],
-            temperature=meta["temperature"],
-            reduce=meta["reduce"],
-        )
+            ) from error
 
 
 def _interpolate(values: Tensor, size: tuple[int, int], mode: str) -> Tensor:

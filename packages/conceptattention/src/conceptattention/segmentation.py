@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .adapters.base import execution_device
 from .maps import ConceptMaps
-from .observer import ConceptAttention, StopForward
+from .observer import ConceptAttention
+from .runs import StopForward
 
 
 def segment(
@@ -33,7 +35,8 @@ def segment(
     Args:
         pipe: A diffusers pipeline whose transformer belongs to a registered family.
         image: A PIL picture, a list of them (one size), or a tensor (batch, 3, height, width) in
-            [0, 1]. Sizes are cut to a multiple of the pipeline's patch size.
+            [0, 1]. It is scaled down to whole patches of the pipeline, so that the maps cover all
+            of it.
         concepts: Words, or one list of words per picture.
         prompt: Caption of the picture, or one per picture; may stay empty.
         t: Noise level, above 0 and at most 1; the paper uses 0.5.
@@ -67,13 +70,14 @@ def segment(
     if "prompt_attention" in ((space,) if isinstance(space, str) else space):
         settings.setdefault("prompt", None if "prompt_tokens" in settings else prompts)
     observer = ConceptAttention(pipe, concepts, **settings)
-    observer.direct = True
+    observer.router.direct = True
     # An exception leaves offloading half done, so offloaded models run to their end.
-    observer.stop_early = not any(hasattr(m, "_hf_hook") for m in pipe.transformer.modules())
+    observer.router.stop_early = not any(map(_offloaded, pipe.transformer.modules()))
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad(), observer:
-        pixels = pixels.to(execution_device(pipe), pipe.transformer.dtype)
-        clean = observer.adapter.encode_image(pipe, pixels)
+    with torch.no_grad(), _uncached(pipe.transformer), observer:
+        device, dtype = execution_device(pipe), pipe.transformer.dtype
+        vae_dtype = getattr(getattr(pipe, "vae", None), "dtype", dtype)  # often wider
+        clean = observer.adapter.encode_image(pipe, pixels.to(device, vae_dtype)).to(dtype)
         patch = 2 * pipe.vae_scale_factor
         grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
         arguments = observer.adapter.arguments(pipe, clean, grid, prompts, t)
@@ -86,15 +90,35 @@ def segment(
     return maps if len(maps) > 1 else maps[observer.spaces[0]]
 
 
+def _offloaded(module: Any) -> bool:
+    """Return whether accelerate or diffusers moves the module's weights around its forward pass."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return hasattr(module, "_hf_hook") or "group_offloading" in getattr(registry, "hooks", ())
+
+
+@contextmanager
+def _uncached(model: Any) -> Iterator[None]:
+    """Switch diffusers' caches off: between single passes there is nothing to take over."""
+    config = getattr(model, "_cache_config", None)
+    if config is None:
+        yield
+        return
+    model.disable_cache()
+    try:
+        yield
+    finally:
+        model.enable_cache(config)
+
+
 def _pixels(pipe: Any, image: Any) -> Tensor:
-    """Return pictures as a tensor (batch, 3, height, width) in [-1, 1], cut to whole patches."""
+    """Return pictures as a tensor (batch, 3, height, width) in [-1, 1], scaled to whole patches."""
     from PIL import Image
 
     patch = 2 * pipe.vae_scale_factor
     if isinstance(image, Image.Image):
         image = [image]
     if isinstance(image, Tensor):
-        if image.ndim != 4 or image.shape[1] != 3:
+        if image.ndim != 4 or image.shape[1] != 3 or not len(image):
             raise ValueError(
                 f"`image` must have shape (batch, 3, height, width); got {tuple(image.shape)}."
             )
@@ -118,4 +142,8 @@ def _pixels(pipe: Any, image: Any) -> Tensor:
             f"`image` must be at least {patch} pixels high and wide; "
             f"got {tuple(pixels.shape[-2:])}."
         )
-    return pixels[..., :height, :width]
+    if (height, width) == tuple(pixels.shape[-2:]):
+        return pixels
+    return F.interpolate(
+        pixels.float(), (height, width), mode="bilinear", align_corners=False, antialias=True
+    )

@@ -1,4 +1,4 @@
-"""What users choose: concepts, layers and steps, checked and turned into indices."""
+"""Selections of layers and steps: words, indices, slices, and shares of a run."""
 
 from __future__ import annotations
 
@@ -6,51 +6,30 @@ import math
 from collections.abc import Sequence
 
 Selection = str | int | float | slice | Sequence[int | float]
-MAX_CONCEPTS = 512
 
 
-def check_concepts(
-    concepts: Sequence[str] | Sequence[Sequence[str]],
-) -> tuple[str, ...] | tuple[tuple[str, ...], ...]:
-    """Return the concepts as tuples.
+def check_steps(steps: Selection) -> None:
+    """Check a selection of steps as far as it can be checked before the run.
 
     Raises:
-        TypeError: Not a sequence of strings or of sequences of strings.
-        ValueError: Empty, repeated, too many, or lists of unequal length.
+        ValueError: It is of no known form, or empty.
     """
-    if isinstance(concepts, str) or not isinstance(concepts, Sequence):
-        raise TypeError(f"`concepts` must be a list of words; got {concepts!r}.")
-    if not concepts:
-        raise ValueError("`concepts` must hold at least one word; got none.")
-    if not isinstance(concepts[0], str) and isinstance(concepts[0], Sequence):
-        lists = tuple(check_concepts(row) for row in concepts)  # type: ignore[arg-type]
-        lengths = [len(row) for row in lists]
-        if len(set(lengths)) > 1:
-            raise ValueError(f"`concepts` must hold lists of one length; got lengths {lengths}.")
-        return lists  # type: ignore[return-value]
-    for word in concepts:
-        if not isinstance(word, str):
-            raise TypeError(f"`concepts` must hold strings; got {word!r}.")
-        if not word.strip():
-            raise ValueError(f"`concepts` must hold words; got {word!r}.")
-    repeated = [word for word in dict.fromkeys(concepts) if list(concepts).count(word) > 1]
-    if repeated:
-        raise ValueError(f"`concepts` must differ from each other; got {repeated[0]!r} twice.")
-    if len(concepts) > MAX_CONCEPTS:
-        raise ValueError(f"`concepts` must hold at most {MAX_CONCEPTS} words; got {len(concepts)}.")
-    return tuple(str(word) for word in concepts)
+    if isinstance(steps, str) and steps != "all":
+        raise ValueError(f"`steps` must be 'all', an index, a slice or indices; got {steps!r}.")
+    if not isinstance(steps, (str, int, float, slice)) and not list(steps):
+        raise ValueError("`steps` must select at least one step; got none.")
 
 
-def select_layers(layers: Selection, count: int, default: Sequence[int]) -> tuple[int, ...]:
-    """Return the selected layers in order.
+def resolve_layers(layers: Selection, count: int, default: Sequence[int]) -> tuple[int, ...]:
+    """Return the selected layers of a model of `count` layers, in order.
 
     Args:
-        layers: As in `ConceptAttention`.
-        count: How many layers there are.
+        layers: "default", "all", "last:N", an index, a slice, or indices.
+        count: Number of layers.
         default: What "default" stands for.
 
     Raises:
-        ValueError: None is selected, or one that is not there.
+        ValueError: It selects no layer or one out of range, or is of no known form.
     """
     if layers == "default":
         return tuple(default)
@@ -62,21 +41,8 @@ def select_layers(layers: Selection, count: int, default: Sequence[int]) -> tupl
     return tuple(sorted(chosen))
 
 
-def check_steps(steps: Selection) -> None:
-    """Check a selection of steps as far as it can be checked before the run."""
-    if isinstance(steps, str) and steps != "all":
-        raise ValueError(f"`steps` must be 'all', an index, a slice or indices; got {steps!r}.")
-    if not isinstance(steps, (str, int, float, slice)) and not list(steps):
-        raise ValueError("`steps` must select at least one step; got none.")
-
-
-def resolve_steps(steps: Selection, total: int) -> set[int]:
-    """Return the selected steps of a run of `total` steps."""
-    return resolve("steps", steps, total)
-
-
 def resolve(name: str, selection: Selection, total: int) -> set[int]:
-    """Return a selection as indices.
+    """Return a selection out of `total` as indices.
 
     Raises:
         ValueError: It selects an index out of range, or is of no known form.

@@ -1,0 +1,247 @@
+"""The concept stream: concept vectors carried beside one forward pass, and their scores."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Adapter, Block, Call, ImageSide
+from .concepts import PromptWords
+from .kernels.concept import concept_attention, reference, usable
+from .scores import Normalize, RunningMean, Temperature
+
+Space = Literal["output", "cross_attention", "prompt_attention", "value"]
+Store = Literal["mean", "layers", "steps", "all"]
+Vector = Literal["concept_output", "image_output", "concept_query", "image_key", "concept_value"]
+Kernels = Literal["auto", "torch", "triton"]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What is recorded of each layer; the arguments are those of `ConceptAttention`."""
+
+    layers: tuple[int, ...]
+    spaces: tuple[str, ...]
+    store: Store
+    normalize: Normalize | None
+    temperature: Temperature
+    self_attention: bool
+    vectors: tuple[Vector, ...]
+    kernels: Kernels
+
+
+@dataclass
+class Record:
+    """What one run of the pipeline has shown: means, vectors, and the steps each layer was seen in.
+
+    Keys of `means` are (space, layer, step), with -1 where all are averaged; keys of `vectors` are
+    (name, layer, step).
+    """
+
+    steps: set[int] = field(default_factory=set)
+    seen: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    means: dict[tuple[str, int, int], RunningMean] = field(default_factory=dict)
+    vectors: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+
+
+class ConceptStream:
+    """The concepts on their way through the layers of one forward pass.
+
+    Args:
+        model: The transformer.
+        adapter: Of its family.
+        call: The forward pass.
+        guided: The batch holds unconditional rows first, then as many conditional ones.
+        embeds: Text vectors of the concepts, (lists, concepts, dim_text).
+        prompt: Where the concepts stand in the prompt, for "prompt_attention".
+        recording: What is recorded.
+        record: Where to.
+        step: Number of the step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        call: Call,
+        guided: bool,
+        embeds: Tensor,
+        prompt: PromptWords | None,
+        recording: Recording,
+        record: Record,
+        step: int,
+    ) -> None:
+        self.model, self.adapter, self.call, self.guided = model, adapter, call, guided
+        self.embeds, self.prompt = embeds, prompt
+        self.recording, self.record, self.step = recording, record, step
+        self.busy = False  # modules run for the concepts: taps on them must not listen
+        self._next = 0
+        self._rows = slice(0, None)
+        self._text = 0
+        self._concepts: Tensor | None = None
+        self._temb: Tensor | None = None
+        self._shares: Tensor | None = None
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Compute without gradients and without hearing our own taps."""
+        self.busy = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.busy = False
+
+    def start(self, inputs: Tensor, text: Tensor) -> None:
+        """Start the stream where the prompt enters the model.
+
+        It waits for this moment since offloading moves the weights inside the forward pass.
+
+        Args:
+            inputs: What went into the text projection.
+            text: What came out, (batch, tokens, dim).
+
+        Raises:
+            ValueError: Lists of concepts, vectors or prompts do not fit the batch.
+        """
+        with self._aside():
+            batch = len(text) // 2 if self.guided else len(text)
+            embeds = self.embeds.to(text.device, inputs.dtype)
+            if batch % len(embeds):
+                raise ValueError(
+                    f"`concepts` has {len(embeds)} lists of words, one per image; "
+                    f"got a batch of {batch} images."
+                )
+            if embeds.shape[-1] != inputs.shape[-1]:
+                raise ValueError(
+                    f"`concept_embeds` must have vectors of length {inputs.shape[-1]}, as the "
+                    f"prompt has; got {embeds.shape[-1]}."
+                )
+            embeds = embeds.repeat_interleave(batch // len(embeds), dim=0)
+            self._rows = slice(len(text) - batch, None)
+            self._text = text.shape[1]
+            call = self._conditional(len(text))
+            self._concepts = self.adapter.start(self.model, call, embeds)
+            self._temb = self.adapter.temb(self.model, call)
+            if self.prompt is not None:
+                self._shares = self.prompt.shares(batch, self._text, text.device)
+
+    def _conditional(self, batch: int) -> Call:
+        """Return the call with the rows of its conditional half alone."""
+        if self._rows.start == 0:
+            return self.call
+        rows = {
+            name: value[self._rows] if _per_row(value, batch) else value
+            for name, value in self.call.arguments.items()
+        }
+        return Call(rows, self.call.config)
+
+    def layer(
+        self, block: Block, taps: Mapping[str, Tensor] | None, arguments: Mapping[str, Any]
+    ) -> None:
+        """Carry the concepts through one layer and record its scores.
+
+        Args:
+            block: The layer.
+            taps: What its taps heard; None where one stayed silent.
+            arguments: Keyword arguments of its attention.
+        """
+        if block.index != self._next or taps is None:
+            # A cache skipped a layer: the concept stream of this pass ends here.
+            self._concepts = None
+        self._next = block.index + 1
+        concepts, temb = self._concepts, self._temb
+        if concepts is None or temb is None or taps is None:
+            return
+        with self._aside():
+            taps = {name: tap[self._rows] for name, tap in taps.items()}
+            given = {**arguments, "text_tokens": self._text}
+            image = self.adapter.image_side(block, taps, given)
+            normed, state = self.adapter.pre(block, concepts, temb)
+            q, k, v = self.adapter.qkv(block, normed, given)
+            triton = self._use_triton(image, q.shape[2])
+            attend = concept_attention if triton else reference.concept_attention
+            own = (k, v) if self.recording.self_attention else (None, None)
+            out = attend(q, own[0], own[1], image.keys, image.values, image.rotary)
+            outputs = out.transpose(1, 2).flatten(2)  # [batch, concepts, dim]
+            if block.index in self.recording.layers:
+                asked = None
+                if self._shares is not None:
+                    patches = image.keys.shape[2]
+                    asked = self.adapter.prompt_queries(block, taps["prompt"], given, patches)
+                self._score(block.index, image, q, v, outputs, asked, triton)
+                self._keep_vectors(block.index, image, q, v, outputs)
+            if block.index < self.recording.layers[-1]:
+                self._concepts = self.adapter.post(block, concepts, outputs, state)
+
+    def _score(
+        self,
+        layer: int,
+        image: ImageSide,
+        q: Tensor,
+        v: Tensor,
+        outputs: Tensor,
+        asked: Tensor | None,
+        triton: bool,
+    ) -> None:
+        """Add the layer's scores in every space to the running means."""
+        recording, record = self.recording, self.record
+        record.seen[layer].add(self.step)
+        for space in recording.spaces:
+            scale, ours, theirs = 1.0, outputs, image.outputs
+            if space == "value":
+                ours, theirs = _flat(v), _flat(image.values)
+            elif space != "output":
+                ours, theirs = _flat(q), _flat(image.rotated)
+                if space == "prompt_attention" and asked is not None and self._shares is not None:
+                    ours = self._shares.to(asked.dtype) @ _flat(asked)
+                scale = 1 / (q.shape[1] * q.shape[-1] ** 0.5)  # mean over heads
+            key = (
+                space,
+                layer if recording.store in ("layers", "all") else -1,
+                self.step if recording.store in ("steps", "all") else -1,
+            )
+            mean = record.means.setdefault(key, RunningMean())
+            mean.add_vectors(
+                ours, theirs, recording.normalize, recording.temperature, scale, triton=triton
+            )
+
+    def _keep_vectors(
+        self, layer: int, image: ImageSide, q: Tensor, v: Tensor, outputs: Tensor
+    ) -> None:
+        known = {
+            "concept_output": outputs, "image_output": image.outputs, "concept_query": q,
+            "concept_value": v,
+        }  # fmt: skip
+        for name in self.recording.vectors:
+            vector = image.rotated if name == "image_key" else known[name]
+            self.record.vectors[name, layer, self.step] = vector.detach().clone()
+
+    def _use_triton(self, image: ImageSide, concepts: int) -> bool:
+        """Return whether the kernels run; "auto" means on CUDA wherever they can.
+
+        Raises:
+            ValueError: They were asked for and cannot run.
+        """
+        kernels = self.recording.kernels
+        if kernels == "torch" or (kernels == "auto" and not image.keys.is_cuda):
+            return False
+        reason = usable(image.keys, concepts)
+        if reason is not None and kernels == "triton":
+            raise ValueError(f"`kernels='triton'` cannot run here: {reason}.")
+        return reason is None
+
+
+def _flat(heads: Tensor) -> Tensor:
+    """Return (batch, tokens, heads * dim_head) from (batch, heads, tokens, dim_head)."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _per_row(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
