@@ -6,6 +6,7 @@ them and returns a ticket, whose `rows` the model takes when it needs them.
 
 import mmap
 import os
+import shutil
 import threading
 import warnings
 import weakref
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ..kernels.gather import gather
 from .errors import LutChecksumError, LutIdError, LutTruncatedError
-from .format import DATA_FILE, HEADER_BYTES, LutMeta, LutRows
+from .format import DATA_FILE, HEADER_BYTES, META_FILE, LutMeta, LutRows
 
 _PIECE = 64 * 1024  # bytes of one direct read: longer rows are read in several at a time
 _DIRECT_ALIGNMENT = 4096
@@ -553,6 +554,30 @@ def verify_lut(path: str | Path) -> LutMeta:
     return meta
 
 
+def copy_lut(source: str | Path, target: str | Path) -> None:
+    """Put a table's files into another folder, as links where the file system has them.
+
+    Links are safe: a table's files are never changed, only replaced.
+
+    Args:
+        source: Folder that holds `lut.json`.
+        target: Folder to write; made if missing.
+    """
+    source, target = Path(source), Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    if target.samefile(source):
+        return
+    (target / META_FILE).unlink(missing_ok=True)  # the description comes last
+    for name in (DATA_FILE, META_FILE):
+        origin, partial = (source / name).resolve(), target / f"{name}.tmp"
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(origin, partial)
+        except OSError:
+            shutil.copyfile(origin, partial)
+        partial.replace(target / name)
+
+
 def _check_length(folder: Path, meta: LutMeta) -> None:
     """Raise an error if the data file is missing or has the wrong length."""
     path = folder / DATA_FILE
@@ -585,6 +610,7 @@ __all__ = [
     "MmapStore",
     "PinnedStore",
     "Ticket",
+    "copy_lut",
     "open_lut",
     "verify_lut",
 ]
