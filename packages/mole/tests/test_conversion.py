@@ -1,6 +1,7 @@
 """Conversion: the table form is the expert form, and a kill at any moment costs nothing."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,11 +93,25 @@ def test_table_is_outside_the_state_dict(make_mole, tmp_path):
     lost = {n for n in model.state_dict() if ".lookup." in n and ".router." not in n}
     assert names == set(model.state_dict()) - lost
     assert table.lm_head.weight is table.model.embed_tokens.weight
-    # Saved again, it still names the table.
-    table.save_pretrained(tmp_path / "again")
-    (tmp_path / "lut").rename(tmp_path / "again" / "lut")
-    again = MoleForCausalLM.from_pretrained(tmp_path / "again")
-    assert again.lut.meta == table.lut.meta
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_saved_table_form_is_whole(make_mole, tokens, tmp_path, monkeypatch, links):
+    def refuse(*paths):
+        raise OSError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    convert(make_mole(seed=3), tmp_path / "again" / "part", progress=False)  # is replaced
+    convert(make_mole(), tmp_path / "table", progress=False)
+    table = MoleForCausalLM.from_pretrained(tmp_path / "table").eval()
+    for _ in range(2):
+        table.save_pretrained(tmp_path / "again" / "part")
+    table.save_pretrained(tmp_path / "table")  # where it is already
+    shutil.rmtree(tmp_path / "table" / "lut")
+    again = MoleForCausalLM.from_pretrained(tmp_path / "again", subfolder="part").eval()
+    assert verify(tmp_path / "again" / "part" / "lut") == table.lut.meta
+    assert torch.equal(logits(again, tokens), logits(table, tokens))
 
 
 def test_bfloat16_model_is_converted_in_float32(make_mole, tmp_path):
@@ -203,6 +218,53 @@ conversion.convert(model, sys.argv[2], chunk=7, progress=False)
     assert table_bytes(target) == table_bytes(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("step", range(3))
+def test_a_kill_at_the_very_end_costs_nothing(make_mole, tmp_path, monkeypatch, step):
+    model, path = make_mole(), type(tmp_path)
+    convert(model, tmp_path / "whole", chunk=7, progress=False)
+    convert(make_mole(seed=3), tmp_path / "new", progress=False)  # is replaced
+    with monkeypatch.context() as patch:
+        # Unlinking the journal, moving the old table away, giving the new one its name.
+        called, real = [], {"unlink": path.unlink, "rename": path.rename}
+
+        def dying(name):
+            def call(self, *rest, **options):
+                if ".lut" in str(self) or self.name == "lut":
+                    called.append(name)
+                    if len(called) > step:
+                        raise Interrupted
+                return real[name](self, *rest, **options)
+
+            return call
+
+        for name in real:
+            patch.setattr(path, name, dying(name))
+        with pytest.raises(Interrupted):
+            convert(model, tmp_path / "new", chunk=7, progress=False)
+        assert called == ["unlink", "rename", "rename"][: step + 1]
+    monkeypatch.setattr(module, "expert_values", None)  # nothing is computed again
+    convert(model, tmp_path / "new", chunk=7, progress=False)
+    assert table_bytes(tmp_path / "new") == table_bytes(tmp_path / "whole")
+    assert not list((tmp_path / "new").glob(".*"))
+
+
+def test_an_old_table_does_not_stay_behind(make_mole, tmp_path):
+    model = make_mole()
+    convert(model, tmp_path, progress=False)
+    shutil.copytree(tmp_path / "lut", tmp_path / ".lut.old")  # killed before it was removed
+    convert(model, tmp_path, progress=False)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_same_weights_in_other_experts_are_another_table(make_mole, tmp_path):
+    four, two = make_mole(), make_mole(num_lookup_experts=2, lookup_intermediate_size=96)
+    ours = {name: value for name, value in four.state_dict().items() if "router" not in name}
+    two.load_state_dict(ours, strict=False)
+    for model in (four, two):
+        convert(model, tmp_path, progress=False)
+        assert verify(tmp_path / "lut", model).experts == model.config.num_lookup_experts
+
+
 def test_changed_weights_begin_anew_and_replace_the_table(make_mole, tmp_path, monkeypatch):
     convert(make_mole(), tmp_path, progress=False)
     before = table_bytes(tmp_path)
@@ -247,6 +309,12 @@ def test_bad_arguments_are_named(make_mole, make_config, tmp_path, our_checks_on
     assert not (tmp_path / "a").exists()
     convert(model, tmp_path / "table", progress=False)
     table = MoleForCausalLM.from_pretrained(tmp_path / "table")
+    with pytest.raises(ValueError, match="must have lookup experts in at least one layer"):
+        convert(make_mole(lookup_layers=[]), tmp_path / "b")
+    adapted = make_mole()
+    adapted._hf_peft_config_loaded = True  # as transformers marks it
+    with pytest.raises(ValueError, match="must have no adapters beside its weights"):
+        convert(adapted, tmp_path / "b")
     with pytest.raises(ValueError, match="this one is in table form already"):
         convert(table, tmp_path / "b")
     with pytest.raises(ValueError, match="`open_lut` needs a model with `lookup_form` 'table'"):

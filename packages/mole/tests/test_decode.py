@@ -73,6 +73,8 @@ def test_bad_arguments_are_named(make_config, make_mole, tokens):
         Decoder(MoeForCausalLM(make_config("moe")), 1, 8)
     with pytest.raises(ValueError, match="must be in table form with an open table"):
         Decoder(make_mole(), 1, 8)
+    with pytest.raises(ValueError, match="`captured` needs a model on a GPU; this one is on cpu"):
+        Decoder(DenseForCausalLM(make_config("dense")), 1, 8, captured=True)
     decoder = Decoder(DenseForCausalLM(make_config("dense")).to(DEVICE), 3, 12)
     with pytest.raises(ValueError, match="`prompts` must have 3 rows of 1 to 11 ids; got 2 of 11"):
         decoder.generate(tokens, 1)

@@ -73,3 +73,16 @@ def test_left_padded_prompts_of_different_lengths(forms):
             pad_token_id=0,
         )
         assert row[-8:].tolist() == alone[0, -8:].tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}])
+def test_embeddings_as_prompt_come_with_their_ids(forms, tokens, options):
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | options
+    for model in forms:
+        embeddings = model.get_input_embeddings()(tokens)
+        expected = model.generate(tokens, **options)[:, tokens.shape[1] :]
+        found = model.generate(inputs_embeds=embeddings, lookup_ids=tokens, **options)
+        assert torch.equal(found, expected)
+        for one in ({"inputs_embeds": embeddings}, {"inputs": tokens, "lookup_ids": tokens}):
+            with pytest.raises(ValueError, match="`lookup_ids` and `inputs_embeds` must be given"):
+                model.generate(**one, **options)

@@ -1,6 +1,11 @@
 """The table's format and stores: what is written is what is read, and damage is noticed."""
 
+import gc
 import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from mole import LutStore, convert, open_lut, verify
+from mole import Decoder, LutStore, MoleForCausalLM, convert, open_lut, verify
 from mole.lut import (
     FORMATS,
     STORES,
@@ -205,6 +210,23 @@ def test_descriptions_that_cannot_be_read_are_refused(fp16, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"crcs": []}, "`crcs` must have a checksum for each of 9 chunks; got 0"),
+        ({"crcs": 5}, "`crcs` must have a checksum for each of 9 chunks; got 5"),
+        ({"chunk": 0}, "`chunk` must be a number of at least 1; got 0"),
+        ({"vocab": "60"}, "`vocab` must be a number of at least 1; got '60'"),
+        ({"format": ["fp16"]}, r"has format \['fp16'\]; known are fp32"),
+    ],
+)
+def test_a_damaged_description_is_not_taken_for_an_intact_table(fp16, change, message):
+    path = fp16 / "lut.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(LutVersionError, match=message):
+        verify(fp16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"vocab_size": 61}, "`vocab` 61 as the model does; got 60"),
         ({"lookup_layers": [0]}, "`layers` 1 as the model does; got 3"),
         ({"num_lookup_experts": 2}, "`experts` 2 as the model does; got 4"),
@@ -276,8 +298,6 @@ def test_disk_reads_long_rows_in_pieces(make_mole, tmp_path):
 
 
 def test_refused_direct_reads_warn_and_work(fp16, monkeypatch):
-    import os
-
     monkeypatch.setattr(os, "O_DIRECT", 1 << 40, raising=False)
     real = os.open
 
@@ -309,6 +329,99 @@ def test_cache_keeps_what_is_used(fp16):
         assert (store.hits, store.misses) == (hits, misses)
     with pytest.raises(ValueError, match="`capacity` must be at least 1; got 0"):
         CachedStore(open_lut(fp16), capacity=0)
+
+
+@pytest.mark.parametrize("cache", [0, 1, 16])
+@pytest.mark.parametrize("kind", STORES)
+def test_threads_that_share_a_store_get_their_own_rows(fp16, kind, cache):
+    expected = open_lut(fp16).read(torch.arange(60))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        store = open_lut(fp16, store=kind, cache=cache)
+
+        def right(seed):
+            generator = torch.Generator().manual_seed(seed)
+            asked = [torch.randint(0, 60, (6,), generator=generator) for _ in range(40)]
+            return all(torch.equal(store.read(ids), expected[ids]) for ids in asked)
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(right, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+        store.close()
+
+
+@pytest.mark.parametrize("capacity", [1, 4, 7, 60])
+def test_a_cache_never_gives_a_slot_to_two_rows(fp16, capacity):
+    table = open_lut(fp16).read(torch.arange(60))
+    store = CachedStore(open_lut(fp16), capacity)
+    generator = torch.Generator().manual_seed(0)
+    for count in range(1, 60):
+        ids = torch.randint(0, 60, (count % 11 + 1,), generator=generator)
+        assert torch.equal(store.read(ids), table[ids])
+        slots = list(store._slot.values())
+        assert len(set(slots)) == len(slots) <= capacity
+        for row, slot in store._slot.items():
+            assert torch.equal(store._rows[slot], table[row])
+
+
+def test_a_store_that_is_forgotten_closes_its_file(fp16):
+    files = Path("/proc/self/fd")
+    if not files.is_dir():
+        pytest.skip("needs /proc")
+    store = open_lut(fp16, store="disk")
+    opened = os.readlink(files / str(store._file))
+    store.read(torch.arange(9))
+    threads = list(store._pool._threads)
+    del store
+    gc.collect()
+    for thread in threads:
+        thread.join(timeout=10)
+    links = [os.path.realpath(file) for file in files.iterdir()]
+    assert opened not in links
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("end", ["closed", "forgotten"])
+def test_memory_is_unlocked_before_it_is_given_back(fp16, monkeypatch, end):
+    locked, where = [], torch.device("cpu", 0)  # stands for a GPU
+
+    class Runtime:
+        def cudaHostRegister(self, address, size, flags):
+            locked.append(address)
+            return 0
+
+        def cudaHostUnregister(self, address):
+            locked.remove(address)
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    store = open_lut(fp16, store="pinned")
+    for _ in range(2):
+        store.lock(where)
+    assert locked == [store.table.data_ptr()]
+    with pytest.raises(ValueError, match="`ids` must be on cpu:0, the store's; got cpu:1"):
+        store.lock(torch.device("cpu", 1))
+    if end == "closed":
+        store.close()
+        with pytest.raises(ValueError, match="was closed"):
+            store.lock(where)
+    del store
+    gc.collect()
+    assert locked == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", STORES)
+def test_a_model_may_move_to_the_gpu_after_its_table_was_opened(fp16, tokens, kind):
+    model = MoleForCausalLM.from_pretrained(fp16.parent, lut_store=kind).eval()
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens, **options)
+    tokens = tokens.cuda()
+    assert torch.equal(model.cuda().generate(tokens, **options).cpu(), expected)
+    assert torch.equal(Decoder(model, 2, 24).generate(tokens, 8).cpu(), expected)
 
 
 @pytest.mark.gpu

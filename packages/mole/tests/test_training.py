@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from mole import MoleForCausalLM
-from mole.training import TrainSettings, load_tokens, train
+from mole.training import TrainSettings, load_tokens, loop, train
 
 SETTINGS = {"steps": 4, "batch": 4, "micro_batch": 2, "context": 8, "lr": 1e-2}
 
@@ -55,8 +55,74 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(make_mole, text, tmp_p
     assert not (tmp_path / "parts" / "checkpoint").exists()
 
 
+def test_dropout_is_the_same_after_an_interruption(make_mole, text, tmp_path):
+    settings, found = TrainSettings(**SETTINGS), []
+    for folder, stops in (("whole", [None]), ("parts", [2, None])):
+        for stop in stops:
+            torch.manual_seed(len(found) + 7)  # what happened before does not matter
+            model = make_mole(attention_dropout=0.5)
+            train(model, text, tmp_path / folder, settings, stop_after=stop, progress=False)
+        found.append(model)
+    assert_same(found[1], found[0], rtol=0, atol=0)
+    plain = run(make_mole, text, tmp_path / "plain")
+    assert not torch.equal(plain.lm_head.weight, found[0].lm_head.weight)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["computing", "writing", "naming"])
+def test_a_kill_costs_no_more_than_the_steps_since_the_checkpoint(
+    make_mole, text, tmp_path, monkeypatch, moment
+):
+    whole = run(make_mole, text, tmp_path / "whole", save_every=2, log_every=1)
+    target = {
+        "computing": (loop, "_step"),
+        "writing": (torch, "save"),
+        "naming": (type(tmp_path), "replace"),
+    }[moment]
+    real, calls = getattr(*target), []
+
+    def dying(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == (4 if moment == "computing" else 2):
+            raise Killed
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(*target, dying)
+    every = 2 if moment == "computing" else 1
+    with pytest.raises(Killed):
+        run(make_mole, text, tmp_path / "parts", save_every=every, log_every=1)
+    with open(tmp_path / "parts" / "training_log.jsonl", "a") as log:
+        log.write('{"step": 9, "lo')  # torn
+    monkeypatch.setattr(*target, real)
+    state = torch.load(tmp_path / "parts" / "checkpoint" / "training_state.pt")
+    assert state["step"] == (2 if moment == "computing" else 1)
+    resumed = run(make_mole, text, tmp_path / "parts", save_every=2, log_every=1)
+    assert_same(resumed, whole, rtol=0, atol=0)
+    for folder in ("whole", "parts"):
+        lines = [json.loads(x) for x in (tmp_path / folder / "training_log.jsonl").open()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_run_from_the_beginning_has_a_log_of_its_own(make_mole, text, tmp_path):
+    for _ in range(2):
+        run(make_mole, text, tmp_path, log_every=2, resume=False)
+    assert len((tmp_path / "training_log.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_broken_model_does_not_replace_the_checkpoint(make_mole, text, tmp_path):
+    settings = TrainSettings(**(SETTINGS | {"lr": 1e30, "warmup": 1.0, "clip": 1e30}))
+    with pytest.raises(ValueError, match="the loss is nan at step 3; lower `lr`"):
+        train(make_mole(), text, tmp_path, settings, save_every=1, log_every=99, progress=False)
+    assert torch.load(tmp_path / "checkpoint" / "training_state.pt")["step"] == 2
+
+
 def test_other_settings_do_not_resume(make_mole, text, tmp_path):
     run(make_mole, text, tmp_path, stop_after=2)
+    with pytest.raises(ValueError, match=r"other settings \(text\)"):
+        train(make_mole(), text.flip(0), tmp_path, TrainSettings(**SETTINGS))
     with pytest.raises(ValueError, match=r"other settings \(lr\)"):
         train(make_mole(), text, tmp_path, TrainSettings(**(SETTINGS | {"lr": 1.0})))
 
@@ -71,6 +137,25 @@ def test_other_settings_do_not_resume(make_mole, text, tmp_path):
 def test_bad_settings_are_named(make_mole, text, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train(make_mole(), text, tmp_path, TrainSettings(**(SETTINGS | changes)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"save_every": 0}, "must be at least 1; got 0, 10 and None"),
+        ({"log_every": 0}, "must be at least 1; got 500, 0 and None"),
+        ({"stop_after": 0}, "must be at least 1; got 500, 10 and 0"),
+        ({"mixed_precision": "fp16"}, "`mixed_precision` must be 'no' or 'bf16'; got 'fp16'"),
+    ],
+)
+def test_bad_options_are_named(make_mole, text, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(make_mole, text, tmp_path, **options)
+
+
+def test_a_table_is_not_trained(make_mole, text, tmp_path):
+    with pytest.raises(ValueError, match="`model` must be in expert form"):
+        train(make_mole(lookup_form="table"), text, tmp_path, TrainSettings(**SETTINGS))
 
 
 _TWO = """
@@ -177,7 +262,7 @@ class Letters:
 
 def test_text_and_ids_are_read(tmp_path):
     (tmp_path / "a.txt").write_text("abc")
-    (tmp_path / "b.jsonl").write_text('{"text": "de"}\n{"text": "f"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "de"}\n\n{"text": "f"}\n \n')
     numpy.save(tmp_path / "c.npy", numpy.array([9, 8]))
     paths = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.npy")]
     assert load_tokens(paths, 30, Letters()).tolist() == [1, 2, 3, 0, 4, 5, 0, 6, 0, 9, 8]
@@ -185,8 +270,13 @@ def test_text_and_ids_are_read(tmp_path):
         load_tokens(paths[2:], 6)
     with pytest.raises(ValueError, match="`tokenizer` must be given to read text"):
         load_tokens(paths, 30)
-    (tmp_path / "b.jsonl").write_text('{"text": "de"}\n[]\n')
-    with pytest.raises(ValueError, match=r"b\.jsonl, line 2: must be a JSON object"):
-        load_tokens(paths[1:], 30, Letters())
+    for line in ("[]", '{"text": 5}', "{"):
+        (tmp_path / "b.jsonl").write_text('{"text": "de"}\n' + line)
+        with pytest.raises(ValueError, match=r"b\.jsonl, line 2: must be a JSON object"):
+            load_tokens(paths[1:], 30, Letters())
+    for wrong, message in (([1.5, 2], "must hold integers"), ([2**32 + 1], "got 4294967297")):
+        numpy.save(tmp_path / "c.npy", numpy.array(wrong))
+        with pytest.raises(ValueError, match=message):
+            load_tokens(paths[2:], 30)
     with pytest.raises(ValueError, match="at least one file"):
         load_tokens([], 30)

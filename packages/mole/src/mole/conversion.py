@@ -13,6 +13,7 @@ import shutil
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,9 @@ def convert(
 
     Raises:
         TypeError: `model` is no `MoleForCausalLM`.
-        ValueError: It is in table form, its vocabulary was resized, `fmt` is unknown, `chunk` is
-            below 1, or `output` holds a model that is not in table form.
+        ValueError: It is in table form, has no lookup experts or adapters that are not merged, its
+            vocabulary was resized, `fmt` is unknown, `chunk` is below 1, or `output` holds a model
+            that is not in table form.
         LutError: The experts give values that the format cannot hold.
         OSError: The disk is full or not writable.
 
@@ -134,6 +136,10 @@ def plan(model: MoleForCausalLM, fmt: str, chunk: int | None = None) -> LutMeta:
     config = model.config
     if config.lookup_form != "experts":
         raise ValueError("`model` must be in expert form; this one is in table form already.")
+    if not config.lookup_layers:
+        raise ValueError("`model` must have lookup experts in at least one layer; got none.")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("`model` must have no adapters beside its weights; merge them first.")
     if fmt not in FORMATS:
         raise ValueError(f"`fmt` must be one of {', '.join(FORMATS)}; got {fmt!r}.")
     if fmt == "nf4" and config.hidden_size % 2:
@@ -152,7 +158,7 @@ def plan(model: MoleForCausalLM, fmt: str, chunk: int | None = None) -> LutMeta:
         )
     layers, experts = len(config.lookup_layers), config.num_lookup_experts
     if chunk is None:
-        fitting = _CHUNK_BYTES // (4 * max(1, layers) * experts * config.hidden_size)
+        fitting = _CHUNK_BYTES // (4 * layers * experts * config.hidden_size)
         chunk = max(1, min(_CHUNK_IDS, fitting))
     return LutMeta(
         vocab=rows,
@@ -183,27 +189,34 @@ def _write_table(
     model: MoleForCausalLM, meta: LutMeta, output: Path, resume: bool, progress: bool
 ) -> None:
     """Write the table into a hidden folder, then give that folder its name."""
-    final, partial = output / _LUT_FOLDER, output / f".{_LUT_FOLDER}.partial"
-    if resume and _same_table(final, meta):
-        return
-    if not resume:
-        shutil.rmtree(partial, ignore_errors=True)
+    final, partial, old = (
+        output / name for name in (_LUT_FOLDER, f".{_LUT_FOLDER}.partial", f".{_LUT_FOLDER}.old")
+    )
+    if not (resume and _same_table(final, meta)):
+        if not resume:
+            shutil.rmtree(partial, ignore_errors=True)
+        if not _same_table(partial, meta):  # else it was killed when it had all but its name
+            _fill(model, meta, partial, progress)
+        (partial / _JOURNAL).unlink(missing_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fill(model: MoleForCausalLM, meta: LutMeta, partial: Path, progress: bool) -> None:
+    """Write what is missing of a table into its folder, the description last."""
     partial.mkdir(exist_ok=True)
     crcs = _journaled(partial, meta)
     missing = meta.file_bytes - len(crcs) * meta.chunk * meta.row_stride
-    free = shutil.disk_usage(output).free
+    free = shutil.disk_usage(partial).free
     if free < missing:
-        raise OSError(f"the table needs {missing:,} more bytes in {output}; {free:,} are free.")
+        raise OSError(
+            f"the table needs {missing:,} more bytes in {partial.parent}; {free:,} are free."
+        )
     _write_chunks(model, meta, partial, crcs, progress)
-    complete = LutMeta(**{**meta.__dict__, "crcs": tuple(crcs)})
-    complete.save(partial / META_FILE)
-    (partial / _JOURNAL).unlink()
-    old = output / f".{_LUT_FOLDER}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    replace(meta, crcs=tuple(crcs)).save(partial / META_FILE)
 
 
 def _same_table(folder: Path, meta: LutMeta) -> bool:
@@ -212,7 +225,7 @@ def _same_table(folder: Path, meta: LutMeta) -> bool:
         found = verify_lut(folder)
     except LutError:
         return False
-    return (found.fingerprint, found.format) == (meta.fingerprint, meta.format)
+    return replace(found, crcs=(), chunk=meta.chunk) == meta
 
 
 def _journaled(partial: Path, meta: LutMeta) -> list[int]:

@@ -117,7 +117,8 @@ class Decoder:
 
     Raises:
         TypeError: `model` is of another type.
-        ValueError: It is in expert form, or has no table.
+        ValueError: It is in expert form, has no table or gated feed-forward blocks, or `captured`
+            is asked for without a GPU.
     """
 
     def __init__(
@@ -146,6 +147,8 @@ class Decoder:
         self.device, self.dtype = weight.device, weight.dtype
         cuda = self.device.type == "cuda"
         self.captured = cuda if captured is None else captured
+        if self.captured and not cuda:
+            raise ValueError(f"`captured` needs a model on a GPU; this one is on {self.device}.")
         block: Any = _block
         choose: Any = _choose
         if cuda if compiled is None else compiled:
@@ -201,13 +204,21 @@ class Decoder:
         scales = [None] * meta.layers if staged.scales is None else staged.scales.unbind(1)
         found = iter(zip(staged.codes.unbind(1), scales, strict=True))
         self.rows = [None if layer.lookup is None else next(found) for layer in model.layers]
-        self.overlapped = self.device.type == "cuda" and isinstance(
-            self.store, (PinnedStore, DeviceStore)
-        )
+        self.overlapped = self._readable()
         if self.overlapped:
             self.side = torch.cuda.Stream(self.device)
             self.flag = torch.zeros(1, dtype=torch.int32, device=self.device)
             self.spans = self._spans()
+
+    def _readable(self) -> bool:
+        """Return whether a kernel on the model's device can read the table."""
+        if self.device.type != "cuda":
+            return False
+        if isinstance(self.store, PinnedStore):
+            self.store.lock(self.device)
+            return True
+        # A model may have been moved after its table was opened.
+        return isinstance(self.store, DeviceStore) and self.store.table.device == self.device
 
     def _spans(self) -> dict[int, list[tuple[int, int]]]:
         """Return, for the layers that begin a group, the parts of a row the group needs."""

@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .config import DenseConfig, MoeConfig, MoleConfig
 from .kernels.combine import dispatch
 from .lookup import Lookup, Repeats, StepBank, distinct_ids
-from .lut import LutRows, LutStore, open_lut
+from .lut import LutRows, LutStore, copy_lut, open_lut
 
 LayerRows = tuple[Tensor, Tensor | None]
 
@@ -538,6 +538,7 @@ class MoleForCausalLM(_ForCausalLM):
 
     config_class = MoleConfig
     _model_class = MoleModel
+    _lut_folder: Path | None = None
 
     @property
     def lut(self) -> LutStore | None:
@@ -564,18 +565,54 @@ class MoleForCausalLM(_ForCausalLM):
             )
         table = open_lut(path, store=store, device=self.device, cache=cache)
         table.meta.check_fits(self.config)
-        self.model.lut = table
+        self.model.lut, self._lut_folder = table, Path(path)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        lookup_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """Return the inputs of one step; in table form with the rows of its ids.
 
         `generate` may compile the forward pass, but not this: rows are fetched here.
+
+        Args:
+            input_ids: All ids so far.
+            inputs_embeds: Embeddings of the prompt, instead of its ids.
+            lookup_ids: The ids that belong to them.
+            **kwargs: What transformers' method takes.
+
+        Raises:
+            ValueError: Exactly one of `lookup_ids` and `inputs_embeds` is given.
         """
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if (lookup_ids is None) != (inputs_embeds is None):
+            raise ValueError(
+                "`lookup_ids` and `inputs_embeds` must be given together; got one without the "
+                "other."
+            )
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
         ids = inputs.get("input_ids")
+        if inputs.get("inputs_embeds") is not None:
+            ids = inputs["lookup_ids"] = lookup_ids
         if self.lut is not None and ids is not None:
             inputs["lut_rows"] = self.lut.rows(ids)
         return inputs
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save a model; in table form with its table, linked where the file system can.
+
+        Args:
+            save_directory: Folder to write.
+            *args: Passed on to transformers.
+            **kwargs: Passed on to transformers.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self._lut_folder is not None and self.config.lut and kwargs.get("is_main_process", True):
+            copy_lut(self._lut_folder, Path(save_directory) / self.config.lut["path"])
 
     @classmethod
     def from_pretrained(
@@ -584,14 +621,15 @@ class MoleForCausalLM(_ForCausalLM):
         """Load a model; in table form, open the table that its configuration names.
 
         Args:
-            pretrained_model_name_or_path: Folder, or name on the hub.
+            pretrained_model_name_or_path: Folder; or name on the hub, whose table is not fetched
+                (download the whole repository and give its folder).
             *args: Passed on to transformers.
             lut_store: Where the rows are kept, as `mole.open_lut` has it.
             **kwargs: Passed on to transformers.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        folder = Path(str(pretrained_model_name_or_path))
+        folder = Path(str(pretrained_model_name_or_path)) / kwargs.get("subfolder", "")
         if model.config.lookup_form == "table" and model.config.lut and folder.is_dir():
             model.open_lut(folder / model.config.lut["path"], store=lut_store)
         return loaded

@@ -19,6 +19,7 @@ from .stores import (
     LutStore,
     MmapStore,
     PinnedStore,
+    copy_lut,
     open_lut,
     verify_lut,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "LutVersionError",
     "MmapStore",
     "PinnedStore",
+    "copy_lut",
     "open_lut",
     "verify_lut",
 ]

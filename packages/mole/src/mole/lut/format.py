@@ -155,11 +155,23 @@ class LutMeta:
             raise LutVersionError(
                 f"{path} has version {content['version']!r}; this package reads version {VERSION}."
             )
-        if content["format"] not in FORMATS:
+        if content["format"] not in tuple(FORMATS):
             raise LutVersionError(
                 f"{path} has format {content['format']!r}; known are {', '.join(FORMATS)}."
             )
-        return cls(**{name: content[name] for name in names} | {"crcs": tuple(content["crcs"])})
+        for name in ("vocab", "layers", "experts", "dim", "chunk"):
+            if not isinstance(content[name], int) or content[name] < 1:
+                raise LutVersionError(
+                    f"{path}: `{name}` must be a number of at least 1; got {content[name]!r}. "
+                    "Convert the model again."
+                )
+        crcs, chunks = content["crcs"], -(-content["vocab"] // content["chunk"])
+        if not isinstance(crcs, list) or len(crcs) != chunks:
+            raise LutVersionError(
+                f"{path}: `crcs` must have a checksum for each of {chunks} chunks; got "
+                f"{len(crcs) if isinstance(crcs, list) else crcs!r}. Convert the model again."
+            )
+        return cls(**{name: content[name] for name in names} | {"crcs": tuple(crcs)})
 
     def check_fits(self, config: Any) -> None:
         """Raise an error if the table is not that of a model with this configuration.

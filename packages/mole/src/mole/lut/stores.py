@@ -6,13 +6,16 @@ them and returns a ticket, whose `rows` the model takes when it needs them.
 
 import mmap
 import os
+import shutil
+import threading
 import warnings
+import weakref
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Int, UInt8
@@ -20,53 +23,31 @@ from torch import Tensor
 
 from ..kernels.gather import gather
 from .errors import LutChecksumError, LutIdError, LutTruncatedError
-from .format import DATA_FILE, HEADER_BYTES, LutMeta, LutRows
+from .format import DATA_FILE, HEADER_BYTES, META_FILE, LutMeta, LutRows
 
 _PIECE = 64 * 1024  # bytes of one direct read: longer rows are read in several at a time
 _DIRECT_ALIGNMENT = 4096
 
 
-@runtime_checkable
-class Ticket(Protocol):
-    """Rows that are on their way."""
+class Ticket:
+    """Rows that are on their way.
 
-    def rows(self) -> LutRows:
-        """Return the rows; whoever uses them runs after they have arrived."""
-        ...
-
-
-@runtime_checkable
-class LutStore(Protocol):
-    """What a model needs of a lookup table."""
-
-    meta: LutMeta
-
-    def rows(self, ids: Int[Tensor, "*tokens"]) -> LutRows:
-        """Return the rows of the ids, flattened, on the ids' device."""
-        ...
-
-    def prefetch(self, ids: Int[Tensor, "*tokens"]) -> Ticket:
-        """Begin to fetch the rows of the ids."""
-        ...
-
-    def close(self) -> None:
-        """Let go of files and memory; the store cannot be used any more."""
-        ...
-
-
-class _Ready:
-    """A ticket whose rows are computed when asked for."""
+    Args:
+        take: Waits for the rows, if need be, and returns them.
+    """
 
     def __init__(self, take: Callable[[], LutRows]) -> None:
         self._take = take
 
     def rows(self) -> LutRows:
-        """Return the rows."""
+        """Return the rows; whoever uses them runs after they have arrived."""
         return self._take()
 
 
-class _Store(ABC):
-    """What all stores share: checks, and fetching at once for those that cannot overlap.
+class LutStore(ABC):
+    """What a model needs of a lookup table. A store that cannot overlap implements `read` alone.
+
+    Any number of threads may ask for rows at a time.
 
     Args:
         meta: The table's description.
@@ -76,6 +57,10 @@ class _Store(ABC):
         self.meta = meta
         self.closed = False
 
+    @abstractmethod
+    def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
+        """Return whole rows as they are on disk, on the ids' device."""
+
     def rows(self, ids: Int[Tensor, "*tokens"]) -> LutRows:
         """Return the rows of the ids, flattened, on the ids' device.
 
@@ -83,16 +68,12 @@ class _Store(ABC):
             LutIdError: An id is not in the table (checked where that needs no waiting).
             ValueError: The store was closed.
         """
-        return self.prefetch(ids).rows()
+        return LutRows.from_bytes(self.read(ids.flatten()), self.meta)
 
     def prefetch(self, ids: Int[Tensor, "*tokens"]) -> Ticket:
         """Begin to fetch the rows of the ids; the ticket's `rows` returns them."""
-        found = LutRows.from_bytes(self.read(ids.flatten()), self.meta)
-        return _Ready(lambda: found)
-
-    @abstractmethod
-    def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
-        """Return whole rows as they are on disk, on the ids' device."""
+        found = self.rows(ids)
+        return Ticket(lambda: found)
 
     def close(self) -> None:
         """Let go of files and memory; the store cannot be used any more."""
@@ -114,7 +95,7 @@ class _Store(ABC):
             raise ValueError("This lookup table was closed; open it again with `open_lut`.")
 
 
-class _TensorStore(_Store):
+class _TensorStore(LutStore):
     """A store whose rows are a tensor `[vocab, row_stride]`, wherever its memory is.
 
     Args:
@@ -136,15 +117,6 @@ class _TensorStore(_Store):
                 self._host_ids(ids)  # names the id, at no cost while all are right
             raise
         return rows.to(ids.device)
-
-    def rows(self, ids: Int[Tensor, "*tokens"]) -> LutRows:
-        """Return the rows of the ids, flattened, on the ids' device.
-
-        Raises:
-            LutIdError: An id is not in the table (checked where that needs no waiting).
-            ValueError: The store was closed.
-        """
-        return LutRows.from_bytes(self.read(ids.flatten()), self.meta)
 
     def close(self) -> None:
         """Let go of the memory; the store cannot be used any more."""
@@ -197,18 +169,44 @@ class PinnedStore(_TensorStore):
     ) -> None:
         super().__init__(meta, table)
         self.device = torch.device(device)
-        self._registered = 0
+        self._unlock: Callable[[], Any] | None = None
+        self._locking = threading.Lock()
         if self.device.type == "cuda":
-            address, size = table.data_ptr(), table.numel()
-            failed = torch.cuda.cudart().cudaHostRegister(address, size, 0)
-            if int(failed):
-                raise OSError(
-                    f"{size:,} bytes cannot be page-locked (CUDA error {int(failed)}); raise the "
-                    "limit on locked memory (`ulimit -l`), or use the store 'mmap' or 'disk'."
-                )
-            self._registered = address
-            self.stream = torch.cuda.Stream(self.device)
-            self.flag = torch.zeros(1, dtype=torch.int32, device=self.device)
+            self.lock(self.device)
+
+    def lock(self, device: torch.device) -> None:
+        """Page-lock the rows for a GPU, unless they are already.
+
+        Happens by itself, also for a model that was moved to the GPU after its table was opened.
+
+        Raises:
+            ValueError: The rows are locked for another GPU, or the store was closed.
+            OSError: Host memory cannot be page-locked.
+        """
+        self._check_open()
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        with self._locking:
+            if self._unlock is None:
+                self._register(device)
+        if device != self.device:
+            raise ValueError(f"`ids` must be on {self.device}, the store's; got {device}.")
+
+    def _register(self, device: torch.device) -> None:
+        address, size = self.table.data_ptr(), self.table.numel()
+        failed = torch.cuda.cudart().cudaHostRegister(address, size, 0)
+        if int(failed):
+            raise OSError(
+                f"{size:,} bytes cannot be page-locked (CUDA error {int(failed)}); raise the "
+                "limit on locked memory (`ulimit -l`), or use the store 'mmap' or 'disk'."
+            )
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.flag = torch.zeros(1, dtype=torch.int32, device=device)
+        # Memory must not go back to the system while it is locked, so the store's end unlocks it.
+        unlock = weakref.finalize(self, _unlock, device, address, self.table)
+        unlock.atexit = False  # the process's end unlocks all
+        self._unlock = unlock
 
     @classmethod
     def open(cls, folder: str | Path, device: torch.device | str) -> "PinnedStore":
@@ -227,13 +225,13 @@ class PinnedStore(_TensorStore):
 
     def rows(self, ids: Int[Tensor, "*tokens"]) -> LutRows:
         """Return the rows of the ids, flattened, on the ids' device, without waiting."""
-        return self.prefetch(ids).rows()
+        return self.prefetch(ids).rows() if ids.is_cuda else super().rows(ids)
 
     def prefetch(self, ids: Int[Tensor, "*tokens"]) -> Ticket:
         """Begin to fetch the rows of the ids on a stream of its own."""
         if not ids.is_cuda:
             return super().prefetch(ids)
-        self._check_open()
+        self.lock(ids.device)
         current = torch.cuda.current_stream(ids.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -249,7 +247,7 @@ class PinnedStore(_TensorStore):
             out.record_stream(stream)
             return LutRows.from_bytes(out, self.meta)
 
-        return _Ready(take)
+        return Ticket(take)
 
     def check(self) -> None:
         """Raise an error if an unknown id was asked for so far; waits for the device.
@@ -257,7 +255,7 @@ class PinnedStore(_TensorStore):
         Raises:
             LutIdError: An id was not in the table; its row was zeros.
         """
-        if self._registered and self.flag.item():
+        if self._unlock is not None and self.flag.item():
             self.flag.zero_()
             raise LutIdError(
                 f"`ids` must be between 0 and {self.meta.vocab - 1}, the table's last id; some "
@@ -266,14 +264,19 @@ class PinnedStore(_TensorStore):
 
     def close(self) -> None:
         """Unlock and let go of the memory; the store cannot be used any more."""
-        if self._registered:
-            torch.cuda.synchronize(self.device)
-            torch.cuda.cudart().cudaHostUnregister(self._registered)
-            self._registered = 0
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
         super().close()
 
 
-class DiskStore(_Store):
+def _unlock(device: torch.device, address: int, table: Tensor) -> None:
+    """Unlock the memory of a table, which is kept until then."""
+    torch.cuda.synchronize(device)
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
+class DiskStore(LutStore):
     """Rows read from the file past the page cache, many at a time, each distinct id once.
 
     Threads read with `preadv`, which lets others run meanwhile, in pieces of 64 KiB, into aligned
@@ -293,6 +296,7 @@ class DiskStore(_Store):
         self.direct = direct
         self._file = self._open(path) if direct else os.open(path, os.O_RDONLY)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lut")
+        self._release = weakref.finalize(self, _end, self._pool, self._file)
 
     def _open(self, path: Path) -> int:
         """Return a descriptor for direct reads, or a plain one with a warning."""
@@ -340,8 +344,8 @@ class DiskStore(_Store):
 
         if not len(distinct):
             empty = torch.empty(0, stride, dtype=torch.uint8, device=ids.device)
-            return _Ready(lambda: LutRows.from_bytes(empty, self.meta))
-        return _Ready(take)
+            return Ticket(lambda: LutRows.from_bytes(empty, self.meta))
+        return Ticket(take)
 
     def _fill(self, view: memoryview, offset: int) -> None:
         """Fill the view from the file; what lies behind its end stays as it is."""
@@ -360,15 +364,25 @@ class DiskStore(_Store):
         """Return whole rows as they are on disk, on the ids' device."""
         return self.rows(ids).to_bytes(self.meta).to(ids.device)
 
+    def rows(self, ids: Int[Tensor, "*tokens"]) -> LutRows:
+        """Return the rows of the ids, flattened, on the ids' device."""
+        return self.prefetch(ids).rows()
+
     def close(self) -> None:
         """Close the file and end the threads; the store cannot be used any more."""
         if not self.closed:
             super().close()
             self._pool.shutdown()
-            os.close(self._file)
+            self._release()
 
 
-class ComputeStore(_Store):
+def _end(pool: ThreadPoolExecutor, file: int) -> None:
+    """End threads that have nothing left to read, and close their file."""
+    pool.shutdown(wait=False)
+    os.close(file)
+
+
+class ComputeStore(LutStore):
     """No table at all: the experts are run for every row. The reference of the other stores.
 
     Args:
@@ -391,7 +405,7 @@ class ComputeStore(_Store):
         return LutRows.encode(values, self.meta).to_bytes(self.meta).to(ids.device)
 
 
-class CachedStore(_Store):
+class CachedStore(LutStore):
     """A number of recently used rows in memory, in front of a slower store.
 
     Which row has to go is decided by CLOCK: a hand walks round and takes the first row that was not
@@ -403,7 +417,7 @@ class CachedStore(_Store):
         device: Memory to keep them in.
     """
 
-    def __init__(self, store: "_Store", capacity: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, store: LutStore, capacity: int, device: torch.device | str = "cpu") -> None:
         super().__init__(store.meta)
         if capacity < 1:
             raise ValueError(f"`capacity` must be at least 1; got {capacity}.")
@@ -416,17 +430,29 @@ class CachedStore(_Store):
         self._used = bytearray(self.capacity)
         self._hand = 0
         self.hits = self.misses = 0
+        self._lock = threading.Lock()
+        self._done: Any = None  # on a GPU, what the last reader's stream has to reach
 
     def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
         """Return whole rows as they are on disk, on the ids' device."""
         distinct, inverse = torch.unique(self._host_ids(ids), return_inverse=True)
-        wanted = distinct.tolist()
+        with self._lock:
+            stream = None
+            if self._rows.is_cuda:
+                stream = torch.cuda.current_stream(self._rows.device)
+                if self._done is not None:
+                    stream.wait_event(self._done)
+            found = self._fetch(distinct.tolist())
+            if stream is not None:
+                self._done = stream.record_event()
+        return found[inverse.to(found.device)].to(ids.device)
+
+    def _fetch(self, wanted: list[int]) -> UInt8[Tensor, "distinct row_stride"]:
+        """Return the rows of distinct ids; keep those that were missing."""
         missing = [row for row in wanted if row not in self._slot]
         self.hits += len(wanted) - len(missing)
         self.misses += len(missing)
-        found = torch.empty(
-            len(wanted), self.meta.row_stride, dtype=torch.uint8, device=self._rows.device
-        )
+        found = self._rows.new_empty(len(wanted), self.meta.row_stride)
         cached = [place for place, row in enumerate(wanted) if row in self._slot]
         if cached:
             slots = [self._slot[wanted[place]] for place in cached]
@@ -436,12 +462,15 @@ class CachedStore(_Store):
         if missing:
             fresh = self.store.read(torch.tensor(missing)).to(found.device)
             found[[place for place, row in enumerate(wanted) if row not in self._slot]] = fresh
-            kept = fresh[: self.capacity]
-            self._rows[[self._claim(row) for row in missing[: self.capacity]]] = kept
-        return found[inverse.to(found.device)].to(ids.device)
+            for row in missing[: self.capacity]:
+                self._claim(row)
+            # The hand may have come round: a row may have lost its slot to a later one.
+            kept = [place for place, row in enumerate(missing) if row in self._slot]
+            self._rows[[self._slot[missing[place]] for place in kept]] = fresh[kept]
+        return found
 
-    def _claim(self, row: int) -> int:
-        """Return the slot that now belongs to a row."""
+    def _claim(self, row: int) -> None:
+        """Give a row the slot of one that was not used of late."""
         while self._used[self._hand]:
             self._used[self._hand] = 0
             self._hand = (self._hand + 1) % self.capacity
@@ -450,7 +479,6 @@ class CachedStore(_Store):
             del self._slot[old]
         self._owner[slot], self._slot[row] = row, slot
         self._hand = (slot + 1) % self.capacity
-        return slot
 
     def close(self) -> None:
         """Close the store behind the cache, too."""
@@ -458,7 +486,7 @@ class CachedStore(_Store):
         self.store.close()
 
 
-_STORES: dict[str, Callable[[Any, Any], Any]] = {
+_STORES: dict[str, Callable[[Any, Any], LutStore]] = {
     "mmap": lambda path, device: MmapStore(path),
     "device": DeviceStore,
     "pinned": PinnedStore.open,
@@ -492,11 +520,8 @@ def open_lut(
     """
     if store not in _STORES:
         raise ValueError(f"`store` must be one of {', '.join(map(repr, STORES))}; got {store!r}.")
-    opened: LutStore = _STORES[store](path, device)
-    if not cache:
-        return opened
-    cached: LutStore = CachedStore(opened, cache, device)  # type: ignore[arg-type]
-    return cached
+    opened = _STORES[store](path, device)
+    return CachedStore(opened, cache, device) if cache else opened
 
 
 def verify_lut(path: str | Path) -> LutMeta:
@@ -511,6 +536,12 @@ def verify_lut(path: str | Path) -> LutMeta:
     folder = Path(path)
     meta = LutMeta.load(folder)
     _check_length(folder, meta)
+    chunks = -(-meta.vocab // meta.chunk)
+    if len(meta.crcs) != chunks:
+        raise LutChecksumError(
+            f"{folder / META_FILE} must have a checksum for each of {chunks} chunks; got "
+            f"{len(meta.crcs)}. Convert the model again."
+        )
     with open(folder / DATA_FILE, "rb") as file:
         if file.read(HEADER_BYTES) != meta.header():
             raise LutChecksumError(
@@ -527,6 +558,30 @@ def verify_lut(path: str | Path) -> LutMeta:
                     f"checksum {expected:08x}; got {found:08x}. Convert the model again."
                 )
     return meta
+
+
+def copy_lut(source: str | Path, target: str | Path) -> None:
+    """Put a table's files into another folder, as links where the file system has them.
+
+    Links are safe: a table's files are never changed, only replaced.
+
+    Args:
+        source: Folder that holds `lut.json`.
+        target: Folder to write; made if missing.
+    """
+    source, target = Path(source), Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    if target.samefile(source):
+        return
+    (target / META_FILE).unlink(missing_ok=True)  # the description comes last
+    for name in (DATA_FILE, META_FILE):
+        origin, partial = (source / name).resolve(), target / f"{name}.tmp"
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(origin, partial)
+        except OSError:
+            shutil.copyfile(origin, partial)
+        partial.replace(target / name)
 
 
 def _check_length(folder: Path, meta: LutMeta) -> None:
@@ -561,6 +616,7 @@ __all__ = [
     "MmapStore",
     "PinnedStore",
     "Ticket",
+    "copy_lut",
     "open_lut",
     "verify_lut",
 ]

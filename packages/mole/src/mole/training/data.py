@@ -17,7 +17,11 @@ _OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
 def texts(path: Path) -> Iterator[str]:
     """Yield the texts of a file: a `.jsonl` file has one in the field `text` of every line.
 
-    Files that end in `.gz` or `.xz` are unpacked; any other file is one text.
+    Files that end in `.gz` or `.xz` are unpacked; any other file is one text. Empty lines are
+    passed over.
+
+    Raises:
+        ValueError: A line is no JSON object with a text.
     """
     packed = path.suffix in _OPENERS
     opener = _OPENERS.get(path.suffix, open)
@@ -27,12 +31,17 @@ def texts(path: Path) -> Iterator[str]:
             yield lines.read()
             return
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
-                yield json.loads(line)["text"]
+                text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
                 raise ValueError(
                     f"{path}, line {number}: must be a JSON object with a field `text`."
-                ) from None
+                )
+            yield text
 
 
 def load_tokens(paths: list[Path], vocab: int, tokenizer: Any = None) -> Int[Tensor, " total"]:
@@ -53,18 +62,21 @@ def load_tokens(paths: list[Path], vocab: int, tokenizer: Any = None) -> Int[Ten
         if path.suffix == ".npy":
             import numpy
 
-            ids = torch.from_numpy(numpy.load(path).astype("int32").ravel())
+            found = numpy.load(path)
+            if found.dtype.kind not in "iu":
+                raise ValueError(f"{path} must hold integers; got {found.dtype}.")
+            ids = torch.from_numpy(found.astype("int64").ravel())
         elif tokenizer is None:
             raise ValueError(f"`tokenizer` must be given to read text; {path} is no .npy file.")
         else:
             end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-            found = [
+            rows = [
                 torch.tensor(
                     tokenizer(text, add_special_tokens=False).input_ids + end, dtype=torch.int32
                 )
                 for text in texts(path)
             ]
-            ids = torch.cat(found) if found else torch.empty(0, dtype=torch.int32)
+            ids = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32)
         if not len(ids):
             raise ValueError(f"{path} holds no tokens.")
         if not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
@@ -72,7 +84,7 @@ def load_tokens(paths: list[Path], vocab: int, tokenizer: Any = None) -> Int[Ten
                 f"{path}: ids must be between 0 and {vocab - 1}, the model's last id; "
                 f"got {int(ids.min())} to {int(ids.max())}. Is the tokenizer the model's?"
             )
-        parts.append(ids)
+        parts.append(ids.int())
     if not parts:
         raise ValueError("`paths` must name at least one file.")
     return torch.cat(parts)

@@ -2,17 +2,17 @@
 
 Gradients are averaged over processes once a step, whatever `dedup` is, so `"step"` works on any
 number of them. With `sharded`, every process keeps its share of weights, gradients and optimiser
-state only (FSDP2). The data of a step are a function of seed and step alone: an interrupted run
-goes on as if it had not been interrupted, and the number of processes only changes the order of
+state only (FSDP2). Data and dropout of a step are a function of seed and step alone: an interrupted
+run goes on as if it had not been interrupted, and the number of processes only changes the order of
 summation. A checkpoint holds whole tensors by name, so that it fits any number of processes.
 """
 
 import json
 import math
-import os
 import shutil
 import time
 import warnings
+import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from ..lookup import StepBank, distinct_ids
 
-_STATE, _LOG = "training_state.pt", "training_log.jsonl"
+_CHECKPOINT, _STATE, _LOG = "checkpoint", "training_state.pt", "training_log.jsonl"
 _FINAL_LR_SHARE = 0.1
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _PADDING = 512  # distinct ids of a micro-batch are padded to a multiple of this
@@ -54,7 +54,7 @@ class TrainSettings:
         warmup: Share of the steps that warm up.
         weight_decay: Decay of matrices; norms are left alone.
         clip: Largest norm of the gradient.
-        seed: Seed of the data order.
+        seed: Seed of the data order and of dropout.
     """
 
     steps: int = 1000
@@ -114,7 +114,7 @@ def train(
         log_every: Steps between lines of the log.
         stop_after: Stop, with a checkpoint, after this step; the schedule stays that of
             `settings.steps`.
-        mixed_precision: `"no"`, `"bf16"` or `"fp16"`; if None bf16 on a GPU that has it.
+        mixed_precision: `"no"` or `"bf16"`; if None bf16 on a GPU that has it.
         compiled: Compile the layers.
         sharded: Split weights, gradients and optimiser state over the processes (FSDP2). Needs at
             least two, and `dedup` `"off"` or `"micro"`. The model that is returned is split, the
@@ -122,11 +122,21 @@ def train(
         progress: Show a progress bar with tokens/s, loss and learning rate.
 
     Raises:
-        ValueError: The text is shorter than a sequence, sizes do not fit, the checkpoint is of
-            other settings, or the loss is no longer finite.
+        ValueError: The model is in table form, the text is shorter than a sequence, sizes do not
+            fit, the checkpoint is of other settings or another text, or the loss is no longer
+            finite.
     """
+    if getattr(model.config, "lookup_form", None) == "table":
+        raise ValueError("`model` must be in expert form; what is trained does not reach a table.")
+    if min(save_every, log_every, 1 if stop_after is None else stop_after) < 1:
+        raise ValueError(
+            "`save_every`, `log_every` and `stop_after` must be at least 1; "
+            f"got {save_every}, {log_every} and {stop_after}."
+        )
     if mixed_precision is None:
-        mixed_precision = "bf16" if torch.cuda.is_available() else "no"
+        mixed_precision = "bf16" if _has_bf16() else "no"
+    if mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"`mixed_precision` must be 'no' or 'bf16'; got {mixed_precision!r}.")
     accelerator = Accelerator(mixed_precision=mixed_precision)
     _check(tokens, settings, accelerator.num_processes)
     if sharded and (accelerator.num_processes < 2 or _by_step(model)):
@@ -147,23 +157,28 @@ def train(
     if sharded:
         _shard(model)
     optimizer = _optimizer(model, settings)
-    first = _resume(model, optimizer, output, settings) if resume else 0
+    text: Any = tokens.int().contiguous().numpy()
+    decisive = asdict(settings) | {"text": zlib.crc32(text)}
+    first = _resume(model, optimizer, output, decisive) if resume else 0
     main = accelerator.is_main_process
     if main:
         output.mkdir(parents=True, exist_ok=True)
+        _cut_log(output / _LOG, first)
     bar = tqdm(
         total=settings.steps, initial=first, desc="training", unit="step",
         disable=not (progress and main),
     )  # fmt: skip
-    last = min(settings.steps, stop_after or settings.steps)
+    last = settings.steps if stop_after is None else min(settings.steps, stop_after)
     clock, counted = time.perf_counter(), 0
     for step in range(first, last):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate(step)
+        torch.manual_seed((settings.seed * 1_000_003 + step) * 1009 + accelerator.process_index)
         loss = _step(accelerator, model, optimizer, tokens, settings, step)
         counted += settings.batch * settings.context
         bar.update()
-        if (step + 1) % log_every == 0 or step + 1 == last:
+        saving = step + 1 < settings.steps and ((step + 1) % save_every == 0 or step + 1 == last)
+        if saving or (step + 1) % log_every == 0 or step + 1 == last:
             value = accelerator.reduce(loss, "mean").item()
             if not math.isfinite(value):
                 raise ValueError(
@@ -183,14 +198,13 @@ def train(
                 with open(output / _LOG, "a", encoding="utf-8") as log:
                     log.write(json.dumps(line) + "\n")
             clock, counted = time.perf_counter(), 0
-        unfinished = step + 1 < settings.steps
-        if unfinished and ((step + 1) % save_every == 0 or step + 1 == last):
+        if saving:
             # Every process takes part in gathering, one writes.
             state = {
                 "model": get_model_state_dict(model, options=_WHOLE),
                 "optimizer": get_optimizer_state_dict(model, optimizer, options=_WHOLE),
                 "step": step + 1,
-                "settings": asdict(settings),
+                "settings": decisive,
             }
             if main:
                 _save(state, output)
@@ -205,7 +219,7 @@ def train(
         plain.save_pretrained(output, **({"state_dict": whole} if sharded else {}))
         if tokenizer is not None:
             tokenizer.save_pretrained(output)
-        shutil.rmtree(output / "checkpoint", ignore_errors=True)
+        shutil.rmtree(output / _CHECKPOINT, ignore_errors=True)
     accelerator.wait_for_everyone()
     return model
 
@@ -307,29 +321,46 @@ def _check(tokens: Tensor, settings: TrainSettings, processes: int) -> None:
         )
 
 
+def _has_bf16() -> bool:
+    cuda = torch.cuda.is_available()
+    return cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def _save(state: dict[str, Any], output: Path) -> None:
-    """Write a checkpoint, whole or not at all."""
-    partial, final, old = (output / name for name in (".checkpoint", "checkpoint", ".old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    torch.save(state, partial / _STATE)
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.rename(final, old)
-    os.rename(partial, final)
-    shutil.rmtree(old, ignore_errors=True)
+    """Write a checkpoint, whole or not at all: the old one stays until the new one is there."""
+    path = output / _CHECKPOINT / _STATE
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop the log's lines after a step: they are of a run that did not get to its checkpoint."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # torn when the run was killed
+            break
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
 
 
 def _resume(
-    model: Any, optimizer: torch.optim.Optimizer, output: Path, settings: TrainSettings
+    model: Any, optimizer: torch.optim.Optimizer, output: Path, settings: dict[str, Any]
 ) -> int:
     """Load the checkpoint, if any; return the number of steps that are done."""
-    path = output / "checkpoint" / _STATE
+    path = output / _CHECKPOINT / _STATE
     if not path.is_file():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["settings"] != asdict(settings):
-        changed = [k for k, v in asdict(settings).items() if state["settings"].get(k) != v]
+    changed = [name for name, value in settings.items() if state["settings"].get(name) != value]
+    if changed:
         raise ValueError(
             f"{path.parent} was written with other settings ({', '.join(changed)}); give the same, "
             "another `output`, or `resume=False`."
