@@ -536,6 +536,12 @@ def verify_lut(path: str | Path) -> LutMeta:
     folder = Path(path)
     meta = LutMeta.load(folder)
     _check_length(folder, meta)
+    chunks = -(-meta.vocab // meta.chunk)
+    if len(meta.crcs) != chunks:
+        raise LutChecksumError(
+            f"{folder / META_FILE} must have a checksum for each of {chunks} chunks; got "
+            f"{len(meta.crcs)}. Convert the model again."
+        )
     with open(folder / DATA_FILE, "rb") as file:
         if file.read(HEADER_BYTES) != meta.header():
             raise LutChecksumError(
