@@ -1,6 +1,7 @@
 """The command line: what it prints, and one clear line for every mistake."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from mole import MoleForCausalLM, __version__
+from mole import DenseForCausalLM, MoleForCausalLM, __version__
 from mole.cli import main
 
 
@@ -111,11 +112,41 @@ def test_quiet_conversion_shows_no_bar(run, saved, tmp_path):
         (["train", "{saved}/config.json", "--output", "{tmp}/t"], "Exactly one of `--model` and"),
         (["upcycle", "{saved}", "{tmp}/t"], "`base` must be a DenseForCausalLM or a Llama-type"),
         (["upcycle", "{saved}", "{tmp}/t", "--layers", "a"], "`--layers` must be numbers"),
+        (
+            ["upcycle", "{dense}", "{tmp}/t", "--layers", "3"],
+            "layer numbers between 0 and 2; got [3]",
+        ),
+        (["upcycle", "{dense}", "{tmp}/t", "--experts", "0"], "must be at least 1; got 0"),
+        (
+            [
+                "train",
+                "{dense}/config.json",
+                "--model",
+                "{dense}",
+                "--output",
+                "{tmp}/t",
+                "--dedup",
+                "step",
+            ],
+            "`--dedup` needs a model with lookup experts; got one of type 'mole_dense'",
+        ),
+        (
+            ["train", "{dense}/config.json", "--config", "{odd}", "--output", "{tmp}/t"],
+            "`hidden_size` must be a multiple of `num_attention_heads` 4; got 30",
+        ),
+        (["bench", "quant", "--shape", "tiny"], "`--shape` does not go with 'quant'"),
         (["demo", "--new-tokens", "0"], "0 is not in the range"),
     ],
 )
-def test_mistakes_end_in_one_line_and_status_2(run, saved, tmp_path, arguments, message):
-    filled = [a.format(saved=saved, tmp=tmp_path) for a in arguments]
+def test_mistakes_end_in_one_line_and_status_2(
+    run, saved, make_config, tmp_path, arguments, message
+):
+    dense, odd = tmp_path / "dense", tmp_path / "odd.json"
+    if any("{dense}" in a for a in arguments):
+        DenseForCausalLM(make_config("dense")).save_pretrained(dense)
+        odd.write_text(json.dumps(json.loads((dense / "config.json").read_text()) | {
+            "hidden_size": 30}))  # fmt: skip
+    filled = [a.format(saved=saved, tmp=tmp_path, dense=dense, odd=odd) for a in arguments]
     done = run(*filled)
     assert done.exit_code == 2, done.output
     (line,) = done.stderr.strip().splitlines()
@@ -124,8 +155,6 @@ def test_mistakes_end_in_one_line_and_status_2(run, saved, tmp_path, arguments, 
 
 
 def test_upcycle_train_convert_eval(run, saved, make_config, tmp_path):
-    from mole import DenseForCausalLM
-
     base, text = tmp_path / "base", tmp_path / "text.txt"
     shutil.copytree(saved, base)
     DenseForCausalLM(make_config("dense")).save_pretrained(base)
@@ -149,6 +178,28 @@ def test_upcycle_train_convert_eval(run, saved, make_config, tmp_path):
     assert found["table"]["nats"] == pytest.approx(found["trained"]["nats"], abs=1e-5)
     done = run("eval", tmp_path / "table", tmp_path / "cloze.jsonl", "--task", "cloze")
     assert json.loads(done.stdout)["passages"] == 1, done.output
+
+
+@pytest.mark.parametrize("end", [None, [1, 2]])
+def test_a_model_with_no_end_of_text_or_several(run, make_mole, tmp_path, end):
+    folder = tmp_path / "model"
+    make_mole(eos_token_id=end).save_pretrained(folder)
+    words = Tokenizer(models.BPE({chr(65 + i): i for i in range(60)}, []))
+    words = PreTrainedTokenizerFast(tokenizer_object=words)
+    words.chat_template = "{{ messages }}"
+    words.save_pretrained(folder)
+    done = run("convert", folder, tmp_path / "table", "--format", "fp32", "--no-progress")
+    assert done.exit_code == 0, done.output
+    table = tmp_path / "table"
+    assert PreTrainedTokenizerFast.from_pretrained(table).chat_template == words.chat_template
+    (tmp_path / "text.txt").write_text("ABRACADABRA" * 4)
+    done = run("eval", table, tmp_path / "text.txt", "--context", 11)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["tokens"] == 40
+    assert found["bits_per_byte"] == pytest.approx(found["nats"] / math.log(2))
+    done = run("generate", "ABBA", "--model", table, "--temperature", 0, "--new-tokens", 5)
+    assert done.exit_code == 0, done.output
 
 
 def test_damage_is_reported_in_one_line(run, saved, tmp_path):

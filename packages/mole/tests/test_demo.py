@@ -23,9 +23,9 @@ from mole.demo.train import (
     crop_starts,
     encode,
     learning_rate,
-    token_bytes,
 )
 from mole.demo.train import main as train
+from mole.evaluation import token_bytes
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "Alice", "run", "past", "it", "again"]
 

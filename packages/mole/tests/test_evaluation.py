@@ -4,9 +4,17 @@ import math
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from mole.demo import ASSETS
-from mole.evaluation import last_word_cloze, paired_difference, summarise, window_losses
+from mole.evaluation import (
+    last_word_cloze,
+    paired_difference,
+    summarise,
+    token_bytes,
+    window_losses,
+)
 
 
 def test_losses_are_those_of_a_loop(make_mole):
@@ -30,6 +38,19 @@ def test_bits_per_byte_counts_predicted_text_only():
     assert loss.nats == 2.5
     assert loss.tokens == 4
     assert loss.bits_per_byte == pytest.approx(10 / math.log(2) / (3 + 5 + 5 + 5))
+
+
+def test_bytes_of_tokens_that_are_spelled_out():
+    """As SentencePiece has them: a mark for a space, single bytes for what is not known."""
+    vocabulary = {"<s>": 0, "▁": 1, "a": 2, "é": 3, "▁a": 4}
+    vocabulary |= {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}
+    words = Tokenizer(models.BPE(vocabulary, [("▁", "a")], byte_fallback=True))
+    words.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
+    text = "<s>é a a猫é"
+    ids = tokenizer(text).input_ids
+    assert tokenizer.convert_ids_to_tokens(ids)[:4] == ["<s>", "é", "▁a", "▁a"]
+    assert sum(token_bytes(tokenizer)[i] for i in ids) == len("é a a猫é".encode())
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():

@@ -254,13 +254,14 @@ def generate(
             f"got {ids.shape[1]} + {new_tokens}."
         )
     seed_everything(seed)
+    end = loaded.config.eos_token_id
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     with torch.inference_mode():
         found = loaded.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
-            pad_token_id=loaded.config.eos_token_id,
+            pad_token_id=end[0] if isinstance(end, list) else end,
             **({"do_sample": False} | sampling),
         )
     click.echo(tokenizer.decode(found[0], skip_special_tokens=True))
@@ -314,17 +315,24 @@ def train(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from .config import plain_errors
     from .modeling import register
     from .training import TrainSettings, load_tokens
     from .training import train as run
 
     register()
     torch.manual_seed(chosen["seed"])
-    if config is None:
-        trained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    else:
-        trained = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config))
+    with plain_errors():
+        if config is None:
+            trained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        else:
+            trained = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config))
     if dedup is not None:
+        if not hasattr(trained.config, "dedup"):
+            raise ValueError(
+                "`--dedup` needs a model with lookup experts; got one of type "
+                f"{trained.config.model_type!r}."
+            )
         trained.config.dedup = dedup
     words = None
     if tokenizer is not None or (model is not None and any(model.glob("tokenizer*"))):
@@ -367,7 +375,7 @@ def evaluate(
     cache: int,
     device: str,
 ) -> None:
-    """Evaluate MODEL, in any form, on the files DATA: text or .jsonl (also .gz, .xz)."""
+    """Evaluate MODEL, in any form, on the files DATA: text, .jsonl (also .gz, .xz), or .npy."""
     _quiet()
     import json
     from dataclasses import asdict
@@ -375,20 +383,19 @@ def evaluate(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .demo.train import encode, token_bytes
-    from .evaluation import last_word_cloze, summarise, window_losses
+    from .evaluation import last_word_cloze, summarise, token_bytes, window_losses
     from .modeling import register
-    from .training.data import texts
+    from .training.data import load_tokens, texts
 
     register()
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     loaded = _place(loaded, store, cache, device)
     words = AutoTokenizer.from_pretrained(model)
-    found = [text for path in data for text in texts(path)]
     if task == "cloze":
-        figures = asdict(last_word_cloze(loaded, words, found))
+        passages = [text for path in data for text in texts(path)]
+        figures = asdict(last_word_cloze(loaded, words, passages))
     else:
-        tokens = encode(words, found)
+        tokens = load_tokens(list(data), loaded.config.vocab_size, words)
         losses = window_losses(
             loaded, tokens, min(context or loaded.config.max_position_embeddings, len(tokens))
         )
@@ -462,7 +469,9 @@ def bench(topic: str, output: Path, shape: str | None, device: str) -> None:
 
     from .bench import draw, run
 
-    options = {"shape": shape} if shape and topic not in ("quant", "cache") else {}
+    if shape and topic in ("quant", "cache"):
+        raise ValueError(f"`--shape` does not go with {topic!r}, which takes the shipped model.")
+    options = {"shape": shape} if shape else {}
     path = run(topic, output, click.echo, device, **options)
     click.echo(Results.load(path).to_markdown())
     click.echo(f"Wrote {path}")
@@ -508,8 +517,11 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer's files where there are any."""
     import shutil
 
-    for pattern in ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt"):
-        for file in source.glob(pattern):
+    for pattern in (
+        "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+        "chat_template*",
+    ):  # fmt: skip
+        for file in filter(Path.is_file, source.glob(pattern)):
             shutil.copyfile(file, target / file.name)
 
 

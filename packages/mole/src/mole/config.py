@@ -1,9 +1,21 @@
 """Configurations of the lookup-expert model and of its dense and mixture-of-experts twins."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, no_type_check
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn the error of a configuration that does not fit into the `ValueError` behind it."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from None
 
 
 @strict
@@ -33,7 +45,8 @@ class DenseConfig(PreTrainedConfig):
         attention_dropout: Dropout of the attention weights while training.
 
     Raises:
-        ValueError: Sizes do not fit each other, or a value is out of range.
+        StrictDataclassError: Sizes do not fit each other, or a value is of another type or out of
+            range: huggingface_hub's error for all configurations.
 
     Source: Jie et al. 2025 (arXiv 2503.15798), section 4.1.
     """
@@ -199,4 +212,4 @@ class MoleConfig(DenseConfig):
                 )
 
 
-__all__ = ["DenseConfig", "MoeConfig", "MoleConfig"]
+__all__ = ["DenseConfig", "MoeConfig", "MoleConfig", "plain_errors"]

@@ -1,5 +1,6 @@
 """Loss of a language model on held-out text, with its uncertainty."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 _RESAMPLES = 2000
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,26 @@ def summarise(
     )
 
 
+def token_bytes(tokenizer: Any) -> list[int]:
+    """Return how many bytes of text every id stands for; special tokens stand for none.
+
+    Args:
+        tokenizer: A transformers tokenizer: byte-level, or one that spells its tokens out, with
+            `\u2581` for a space and `<0xE6>` for a byte.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    byte_level = "ByteLevel" in repr(getattr(backend, "decoder", None))
+    special = set(tokenizer.all_special_ids)
+
+    def size(token: str) -> int:
+        if byte_level:
+            return len(token)  # in the byte-level alphabet every character is one byte
+        return 1 if _BYTE.fullmatch(token) else len(token.replace("\u2581", " ").encode())
+
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return [0 if i in special else size(token) for i, token in enumerate(tokens)]
+
+
 def paired_difference(
     losses: Float[Tensor, "windows positions"],
     others: Float[Tensor, "windows positions"],
@@ -176,4 +198,12 @@ def _interval(means: Tensor, seed: int) -> tuple[float, float]:
     return low.item(), high.item()
 
 
-__all__ = ["Cloze", "Loss", "last_word_cloze", "paired_difference", "summarise", "window_losses"]
+__all__ = [
+    "Cloze",
+    "Loss",
+    "last_word_cloze",
+    "paired_difference",
+    "summarise",
+    "token_bytes",
+    "window_losses",
+]

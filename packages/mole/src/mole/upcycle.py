@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .config import DenseConfig, MoleConfig
+from .config import DenseConfig, MoleConfig, plain_errors
 from .modeling import DenseForCausalLM, MoleForCausalLM
 
 _FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -36,7 +36,8 @@ def upcycle(
 
     Raises:
         TypeError: `base` is of a type that is not supported.
-        ValueError: It has biases, scaled rotary positions, or heads of another width.
+        ValueError: It has biases, scaled rotary positions, or heads of another width; there are
+            fewer than one expert, or no such layers.
 
     Source: own; zero initial output as in Hu et al. 2021 (arXiv 2106.09685).
     """
@@ -56,12 +57,13 @@ def upcycle(
     if llama:
         _check_llama(config)
         fields["mlp_type"] = "swiglu"
-    mole = MoleConfig(
-        **fields,
-        num_lookup_experts=experts,
-        lookup_intermediate_size=inner,
-        lookup_layers=layers,
-    )
+    with plain_errors():
+        mole = MoleConfig(
+            **fields,
+            num_lookup_experts=experts,
+            lookup_intermediate_size=inner,
+            lookup_layers=layers,
+        )
     weight = base.get_input_embeddings().weight
     model: Any = MoleForCausalLM(mole).to(weight.device, weight.dtype)
     rotary: Any = model.model.rotary

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fourfold_common import Results, seed_everything
 
 from ..conversion import convert, verify
-from ..evaluation import summarise, window_losses
+from ..evaluation import summarise, token_bytes, window_losses
 from ..lut import FORMATS
 from ..modeling import MoleForCausalLM
 from . import ASSETS
-from .train import encode, token_bytes
+from .train import encode
 
 PROMPT = "The old man looked at the boy and said"
 NAMES = {

@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerFast
 from fourfold_common import environment_report, pick_device, seed_everything
 
 from ..config import DenseConfig, MoeConfig, MoleConfig
-from ..evaluation import paired_difference, summarise, window_losses
+from ..evaluation import paired_difference, summarise, token_bytes, window_losses
 from ..modeling import DenseForCausalLM, MoeForCausalLM, MoleForCausalLM
 
 _logger = logging.getLogger(__name__)
@@ -97,14 +97,6 @@ def train_tokenizer(texts: Iterator[str], vocab: int) -> PreTrainedTokenizerFast
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return how many bytes of text every id stands for; special tokens stand for none."""
-    special = set(tokenizer.all_special_ids)
-    # In the byte-level alphabet every character of a token is one byte.
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return [0 if i in special else len(token) for i, token in enumerate(tokens)]
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:

@@ -165,12 +165,9 @@ class LutMeta:
                     f"{path}: `{name}` must be a number of at least 1; got {content[name]!r}. "
                     "Convert the model again."
                 )
-        crcs, chunks = content["crcs"], -(-content["vocab"] // content["chunk"])
-        if not isinstance(crcs, list) or len(crcs) != chunks:
-            raise LutVersionError(
-                f"{path}: `crcs` must have a checksum for each of {chunks} chunks; got "
-                f"{len(crcs) if isinstance(crcs, list) else crcs!r}. Convert the model again."
-            )
+        crcs = content["crcs"]
+        if not isinstance(crcs, list):
+            raise LutVersionError(f"{path}: `crcs` must be a list; got {crcs!r}.")
         return cls(**{name: content[name] for name in names} | {"crcs": tuple(crcs)})
 
     def check_fits(self, config: Any) -> None:

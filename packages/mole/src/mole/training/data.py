@@ -62,10 +62,9 @@ def load_tokens(paths: list[Path], vocab: int, tokenizer: Any = None) -> Int[Ten
         if path.suffix == ".npy":
             import numpy
 
-            found = numpy.load(path)
-            if found.dtype.kind not in "iu":
-                raise ValueError(f"{path} must hold integers; got {found.dtype}.")
-            ids = torch.from_numpy(found.astype("int64").ravel())
+            ids: Any = numpy.load(path).ravel()
+            if ids.dtype.kind not in "iu":
+                raise ValueError(f"{path} must hold integers; got {ids.dtype}.")
         elif tokenizer is None:
             raise ValueError(f"`tokenizer` must be given to read text; {path} is no .npy file.")
         else:
@@ -79,12 +78,13 @@ def load_tokens(paths: list[Path], vocab: int, tokenizer: Any = None) -> Int[Ten
             ids = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32)
         if not len(ids):
             raise ValueError(f"{path} holds no tokens.")
-        if not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+        low, high = int(ids.min()), int(ids.max())
+        if not 0 <= low <= high < vocab:
             raise ValueError(
                 f"{path}: ids must be between 0 and {vocab - 1}, the model's last id; "
-                f"got {int(ids.min())} to {int(ids.max())}. Is the tokenizer the model's?"
+                f"got {low} to {high}. Is the tokenizer the model's?"
             )
-        parts.append(ids.int())
+        parts.append(ids if isinstance(ids, Tensor) else torch.from_numpy(ids.astype("int32")))
     if not parts:
         raise ValueError("`paths` must name at least one file.")
     return torch.cat(parts)
