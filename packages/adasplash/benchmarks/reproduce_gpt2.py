@@ -26,13 +26,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from tqdm.auto import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from adasplash import AlphaSchedule, adasplash, register_with_transformers, set_alpha
 from adasplash.demo.run import load, measure_sparsity
 from adasplash.demo.train import encode, read_books
-from adasplash.integration import attention_forward, make_mask
-from adasplash.testing import oracle_attention, oracle_weights, relative_error
+from adasplash.testing import (
+    attention_inputs,
+    oracle_attention,
+    oracle_weights,
+    relative_error,
+)
 from fourfold_common import Results, pick_device, seed_everything, time_call
 
 ATTENTION = {"entmax": "adasplash", "softmax": "sdpa"}
@@ -220,23 +224,10 @@ def train(training: Training, stream: Tensor, valid: Tensor, steps: int) -> None
     bar.close()
 
 
-@torch.no_grad()
-def heads_of(model: GPT2LMHeadModel, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def heads_of(model: GPT2LMHeadModel, ids: Tensor) -> list[tuple[Tensor, ...]]:
     """Return q, k and v of every layer for one batch, as the attention gets them."""
-    found = []
-
-    def attend(module, query, key, value, *inputs, **options):
-        found.append((query, key, value))
-        return attention_forward(module, query, key, value, *inputs, **options)
-
-    AttentionInterface.register("adasplash-recorder", attend)
-    AttentionMaskInterface.register("adasplash-recorder", make_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("adasplash-recorder")
     with autocast(ids.device):
-        model(ids)
-    model.set_attn_implementation(before)
-    return found
+        return attention_inputs(model, ids)
 
 
 def sparsity(results: Results, model: GPT2LMHeadModel, windows: Tensor, length: int) -> None:
