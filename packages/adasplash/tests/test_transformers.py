@@ -233,6 +233,61 @@ def test_generation_with_the_cache_equals_generation_without(model):
     assert cached.shape[1] > 7
 
 
+@pytest.mark.parametrize(("name", "alpha"), [("llama", 1.5), ("gpt2", 1.8), ("gemma3", 1.5)])
+def test_generation_decodes_and_equals_the_full_forward(name, alpha, device, monkeypatch):
+    from adasplash import adasplash_decode, integration
+
+    calls = []
+
+    def decode(q, k, *inputs, **options):
+        calls.append((q.shape[2], k.shape[2]))
+        return adasplash_decode(q, k, *inputs, **options, backend="triton")
+
+    monkeypatch.setattr(integration, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(integration, "adasplash_decode", decode)
+    model = _build(name).to(device)
+    set_alpha(model, alpha)
+    ids = torch.randint(3, 40, (2, 7), device=device)
+    done = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False,
+        eos_token_id=None, pad_token_id=0, output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    layers = model.config.num_hidden_layers
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * layers
+    whole = sum(kind == "full_attention" for kind in kinds)
+    seen = [pair for pair in calls if pair[1] > 4]  # Gemma's other layers have a window of 4
+    assert seen == [(1, 8 + step) for step in range(2) for _ in range(whole)]
+    monkeypatch.setattr(integration, "_on_gpu", lambda x: False)
+    with torch.no_grad():
+        want = model(done.sequences[:, :-1], use_cache=False).logits[:, 6:]
+    assert torch.allclose(torch.stack(done.logits, 1), want, atol=1e-3)
+
+
+def test_what_decoding_does_not_cover_takes_the_usual_way(device, monkeypatch):
+    from adasplash import integration
+
+    def refuse(*_, **__):
+        raise AssertionError("not for adasplash_decode")
+
+    monkeypatch.setattr(integration, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(integration, "adasplash_decode", refuse)
+    layer = torch.nn.Identity()
+    q, k = torch.randn(2, 2, 1, 8, device=device), torch.randn(2, 2, 9, 8, device=device)
+    mask = torch.ones(2, 9, dtype=torch.bool, device=device)
+    mask[0, :3] = False
+    for options in ({"softcap": 3.0}, {"sliding_window": 4}, {"dropout": 0.5}):
+        integration.attention_forward(layer, q, k, k, None, **options)
+    integration.attention_forward(layer, q, k, k, mask)
+    integration.attention_forward(layer, k, k, k, None)
+    integration.attention_forward(layer, q.clone().requires_grad_(), k, k, None)
+    for alpha in (1.0, torch.tensor(1.5, device=device)):
+        layer.entmax_alpha = alpha
+        integration.attention_forward(layer, q, k, k, None)
+    layer.entmax_alpha = 1.5
+    with pytest.raises(AssertionError, match="not for adasplash_decode"):
+        integration.attention_forward(layer, q, k, k, None, sliding_window=9)
+
+
 def test_training_gives_every_weight_a_gradient(model):
     ids = torch.randint(3, 40, (2, 16))
     model.train()(ids, labels=ids).loss.backward()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.attention import adasplash
+from .kernels.decode import adasplash_decode
 from .modules import AlphaParam
 
 NAME = "adasplash"
@@ -167,6 +168,12 @@ def attention_forward(
             q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=kwargs.get("cu_seq_lens_k"), **options
         )
         return output[None].contiguous(), None
+    if _decodes(query, key, value, attention_mask, options):
+        lengths = torch.full(query.shape[:1], key.shape[2], dtype=torch.int32, device=key.device)
+        output = adasplash_decode(
+            query, key, value, lengths, alpha=options["alpha"], scale=scaling
+        )  # fmt: skip
+        return output.transpose(1, 2).contiguous(), None
     if attention_mask is not None and attention_mask.ndim == 4:
         # The whole pattern is in the mask: window and causality, too.
         bias = attention_mask[..., : key.shape[2]]
@@ -177,6 +184,34 @@ def attention_forward(
     else:
         options["key_padding_mask"] = attention_mask
     return adasplash(query, key, value, **options).transpose(1, 2).contiguous(), None
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _decodes(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> bool:
+    """Return whether this is a new token of each sequence that sees all keys, without gradients.
+
+    That is what `adasplash_decode` computes. On the CPU there are no programs to share the keys.
+    """
+    left = options.get("window", (key.shape[2], 0))[0]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return (
+        _on_gpu(query)
+        and query.shape[2] == 1
+        and mask is None
+        and left >= key.shape[2] - 1
+        and isinstance(options["alpha"], float | int)
+        and options["alpha"] > 1
+        and options["softcap"] is None
+        and not options["dropout_p"]
+        and not learns
+        and query.dtype == key.dtype == value.dtype
+        and not torch.compiler.is_compiling()
+    )
 
 
 def make_mask(
