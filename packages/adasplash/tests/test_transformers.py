@@ -181,7 +181,13 @@ def test_alpha_of_a_model_can_be_set_learned_saved_and_loaded(tmp_path):
         assert set_alpha(model, 1.5) == []
         assert torch.equal(model(ids).logits, plain)
         set_alpha(model, 2.0)
-        assert not torch.allclose(model(ids).logits, plain)
+        sparse = model(ids).logits
+        assert not torch.allclose(sparse, plain)
+        moving = torch.tensor(1.5)
+        assert set_alpha(model, moving) == []
+        assert torch.allclose(model(ids).logits, plain, atol=1e-5)
+        moving.fill_(2.0)
+        assert torch.allclose(model(ids).logits, sparse, atol=1e-5)
     alphas = set_alpha(model, "learned")
     assert [alpha.raw.shape[0] for alpha in alphas] == [4] * 3
     model(ids, labels=ids).loss.backward()

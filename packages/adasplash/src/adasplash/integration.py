@@ -41,7 +41,7 @@ def register_with_transformers() -> None:
     AttentionMaskInterface.register(NAME, make_mask)
 
 
-def set_alpha(model: nn.Module, alpha: float | str) -> list[AlphaParam]:
+def set_alpha(model: nn.Module, alpha: float | str | Tensor) -> list[AlphaParam]:
     """Set alpha of every attention layer of a transformers model; 1.5 where it is never called.
 
     Call it in every step to follow an `AlphaSchedule`.
@@ -49,7 +49,8 @@ def set_alpha(model: nn.Module, alpha: float | str) -> list[AlphaParam]:
     Args:
         model: A model, loaded with any attention implementation.
         alpha: 1 to 2; or "learned": every layer gets an `AlphaParam` with one alpha per head, which
-            `model.parameters()` and `state_dict()` then hold.
+            `model.parameters()` and `state_dict()` then hold; or a tensor that all layers share,
+            above 1 up to 2: filled in place it follows a schedule without a new compilation.
 
     Returns:
         The parameters, in the order of the layers, empty for a number. `save_pretrained` saves
@@ -61,7 +62,7 @@ def set_alpha(model: nn.Module, alpha: float | str) -> list[AlphaParam]:
     """
     if isinstance(alpha, str) and alpha != "learned":
         raise ValueError(f"`alpha` must be a number or 'learned'; got {alpha!r}.")
-    if not isinstance(alpha, str) and not 1 <= alpha <= 2:
+    if isinstance(alpha, float | int) and not 1 <= alpha <= 2:
         raise ValueError(f"`alpha` must be between 1 and 2; got {alpha}.")
     layers = list(_attention_layers(model))
     if not layers:
@@ -73,7 +74,7 @@ def set_alpha(model: nn.Module, alpha: float | str) -> list[AlphaParam]:
             value: Any = AlphaParam(heads).to(weight.device)
             found.append(value)
         else:
-            value = float(alpha)
+            value = alpha if isinstance(alpha, Tensor) else float(alpha)
         if hasattr(layer, _ALPHA):
             delattr(layer, _ALPHA)  # a module cannot be replaced by a number
         setattr(layer, _ALPHA, value)

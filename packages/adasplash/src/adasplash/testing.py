@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -69,10 +71,12 @@ def oracle_weights(
     is_causal: bool,
     mask: Bool[Tensor, "batch seq_k"] | None = None,
     scale: float | None = None,
+    alpha: float = 1.5,
 ) -> Float[Tensor, "batch heads seq_q seq_k"]:
     """Return the dense weights in float64, tau found by 100 bisections: no code of the package."""
     q, k = q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
-    z = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale) / 2
+    z = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    z, power = (alpha - 1) * z, 1 / (alpha - 1)
     seq_q, seq_k = z.shape[-2:]
     if is_causal:
         rows = torch.arange(seq_q, device=z.device)[:, None]
@@ -85,9 +89,9 @@ def oracle_weights(
     low = high - 1
     for _ in range(100):
         middle = (low + high) / 2
-        inside = (z - middle).clamp_min(0).square().sum(-1, keepdim=True) >= 1
+        inside = (z - middle).clamp_min(0).pow(power).sum(-1, keepdim=True) >= 1
         low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
-    return (z - low).clamp_min(0).square()
+    return (z - low).clamp_min(0).pow(power)
 
 
 def oracle_attention(
@@ -125,3 +129,27 @@ def relative_error(x: Tensor, want: Tensor) -> float:
     """Return the norm of the difference over the norm of what was wanted; NaN never passes."""
     difference = (x.double() - want.double()).norm()
     return float(difference / want.double().norm().clamp_min(1e-30))
+
+
+@torch.no_grad()
+def attention_inputs(model: Any, *inputs: Any, **options: Any) -> list[tuple[Tensor, ...]]:
+    """Return q, k and v of every layer of a transformers model that attends with "adasplash"."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from .integration import attention_forward, make_mask
+
+    found: list[tuple[Tensor, ...]] = []
+
+    def attend(module: Any, *heads: Any, **extra: Any) -> tuple[Tensor, None]:
+        found.append(heads[:3])
+        return attention_forward(module, *heads, **extra)
+
+    AttentionInterface.register("adasplash-recorder", attend)
+    AttentionMaskInterface.register("adasplash-recorder", make_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("adasplash-recorder")
+    try:
+        model(*inputs, **options)
+    finally:
+        model.set_attn_implementation(before)
+    return found

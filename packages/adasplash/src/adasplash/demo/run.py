@@ -30,7 +30,7 @@ _WINDOWS = 6  # windows of the context in which the loss is computed
 
 @dataclass(frozen=True)
 class Sparsity:
-    """How much of one head's causal attention is exactly zero, as shares of 0 to 1."""
+    """How much of one head's attention is exactly zero, as shares of 0 to 1."""
 
     zero_weights: float
     empty_blocks: float
@@ -60,16 +60,17 @@ def load(kind: str) -> tuple[Any, Any]:
 
 
 def measure_sparsity(
-    weights: Float[Tensor, "heads seq_q seq_k"], block: int = BLOCK
+    weights: Float[Tensor, "heads seq_q seq_k"], block: int = BLOCK, *, is_causal: bool = True
 ) -> list[Sparsity]:
-    """Return the sparsity of every head of causal weights.
+    """Return the sparsity of every head.
 
-    Only what causal attention may use counts: weights on and below the diagonal, and blocks that
-    hold any of them.
+    Only what attention may use counts: under a causal mask weights on and below the diagonal, and
+    blocks that hold any of them.
 
     Args:
-        weights: Causal attention weights, as many rows as columns.
+        weights: Attention weights, as many rows as columns.
         block: Rows and columns of a block.
+        is_causal: Whether what is above the diagonal is left out.
 
     Raises:
         ValueError: The weights are not square.
@@ -77,14 +78,15 @@ def measure_sparsity(
     seq_q, seq_k = weights.shape[-2:]
     if seq_q != seq_k:
         raise ValueError(f"`weights` must be square; got {seq_q} rows and {seq_k} columns.")
-    causal = torch.ones(seq_q, seq_k, dtype=torch.bool, device=weights.device).tril()
+    seen = torch.ones(seq_q, seq_k, dtype=torch.bool, device=weights.device)
+    seen = seen.tril() if is_causal else seen
     found = []
     for head in weights != 0:
-        used = _by_block(causal, block)
-        holding = _by_block(head & causal, block)
+        used = _by_block(seen, block)
+        holding = _by_block(head & seen, block)
         found.append(
             Sparsity(
-                zero_weights=1 - (head & causal).sum().item() / causal.sum().item(),
+                zero_weights=1 - (head & seen).sum().item() / seen.sum().item(),
                 empty_blocks=1 - holding.sum().item() / used.sum().item(),
             )
         )

@@ -37,10 +37,15 @@ _END = "<|endoftext|>"
 _SNIPPET = slice(40_000, 60_000)  # characters of the first validation book that ship with the demo
 
 
+def read_jsonl(path: Path) -> list[dict[str, str]]:
+    """Return every line of a `.jsonl.gz` or `.jsonl.xz` file."""
+    with (lzma if path.suffix == ".xz" else gzip).open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 def read_books(path: Path) -> list[str]:
     """Return the text of every book of a `.jsonl.gz` or `.jsonl.xz` file."""
-    with (lzma if path.suffix == ".xz" else gzip).open(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
+    return [book["text"] for book in read_jsonl(path)]
 
 
 def train_tokenizer(books: list[str], folder: Path) -> Any:
