@@ -26,7 +26,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def empty(*args: object, **kwargs: object) -> torch.Tensor:
         x = real(*args, **kwargs)
-        return x.fill_(torch.nan) if x.is_floating_point() and not x.is_meta else x
+        if x.is_floating_point() and not x.is_meta:
+            x.data.fill_(torch.nan)
+        return x
 
     monkeypatch.setattr(torch, "empty", empty)
 

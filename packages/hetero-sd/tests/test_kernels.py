@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hetero_sd.kernels.decode import REFERENCE, pick_steps, reference
-from hetero_sd.llama import LlamaRunner
+from hetero_sd.llama import LlamaBody, LlamaRunner
 from hetero_sd.testing import make_model
 
 pytest.importorskip("triton")
@@ -57,6 +57,21 @@ def test_rope_and_attention(rows, width, heads, kv_heads, dim, ends):
     extent = max(ends) + width
     torch.testing.assert_close(found, reference.attend(wanted, *twins, places, extent))
     torch.testing.assert_close(launch_attend(turned, *caches, places), found)
+
+
+@torch.no_grad()
+def test_ids_and_positions_may_be_parts_of_wider_tensors(tokenizers):
+    """As those of a graph are, whose buffer is as wide as the widest graph."""
+    model = make_model(tokenizers["characters"], 1, layers=2).to(DEVICE)
+    given = torch.tensor([[[3, 1, 4, 9, 9], [1, 5, 2, 9, 9]], [[0, 1, 2, 7, 7], [4, 5, 6, 7, 7]]])
+    given = given.to(DEVICE)
+    found = []
+    for backend in ("triton", "reference"):
+        body = LlamaBody(model, backend)
+        cache = noise(2, 2, 2, body.kv_heads, 8, body.dim_head)
+        ids, places = given[0, :, :3], given[1, :, :3]
+        found.append(body(ids, places, cache[0], cache[1], 8, body.rotary_table(8)))
+    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-4)
 
 
 def test_swiglu():

@@ -146,6 +146,7 @@ class LlamaBody:
         rows, width = ids.shape
         steps = self.steps
         cos, sin = table
+        places = places.contiguous()  # As the kernels read them.
         x = functional.embedding(ids, self.weight).view(rows * width, -1)
         x, h = steps.add_rms_norm(x, None, *_norm(self.layers[0].before))
         for index, layer in enumerate(self.layers):

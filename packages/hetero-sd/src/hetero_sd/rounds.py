@@ -212,11 +212,11 @@ class Rounds:
             if first and self._policy.hopeful:
                 self._read_prompt()
             new = self._round(arm)
-            seconds = clock() - begun
-            # What is done once says nothing about an arm.
-            seconds -= self._setup_seconds() - setup
+            setup = self._setup_seconds() - setup
+            seconds = clock() - begun - setup
             self.stats.seconds["total"] += seconds
-            if not first:
+            # What is done once, and a round with it, say nothing about an arm.
+            if not first and not setup:
                 self._policy.learn(arm, sum(len(tokens) for _, tokens in new), seconds)
             first = False
             yield new

@@ -19,6 +19,10 @@ _logger = logging.getLogger(__name__)
 _MAX_DIM = 256
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DTYPES = (*_KERNEL_DTYPES, torch.float64)
+# Asked once: torch.compile cannot trace the question in torch 2.11.
+_AUTOCAST = [
+    kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)
+]
 
 
 def adasplash(
@@ -106,7 +110,7 @@ def adasplash(
         )  # fmt: skip
         return output.masked_fill(~_within(q, varlen)[:, None, :, None], 0.0)
     kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, scale, key_padding_mask)

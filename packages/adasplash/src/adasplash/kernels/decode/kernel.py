@@ -1,15 +1,17 @@
-"""Decoding: a few queries, many keys, in three kernels whose programs share the keys (split-K).
+"""Decoding: a few queries, many keys, in four kernels whose programs share the keys (split-K).
 
-1. *Scores*: every key is read once, by the split that owns its block; z goes to memory, and with
-   it the maximum of every row in every block. Blocks that were proved empty are not read at all.
-2. *Threshold*: one program for the rows of a key head. The maxima give `top - 1 <= tau`; blocks
-   above that in any row are listed, and tau is solved for over their scores as in
+1. *Scores*: every key is read once, by the split that owns its block. The maximum of every row in
+   every block goes to memory, and z where a row rises above `maximum so far - 1`: other blocks
+   hold no weight. Blocks that were proved empty before are not read at all.
+2. *List*: one program for the rows of a key head. The maxima give `top - 1 <= tau`; blocks above
+   that in any row are listed.
+3. *Threshold*: one program for each row solves for tau over the listed scores as in
    `attention/forward.py`.
-3. *Output*: each split adds up `p v` over its share of the listed blocks, reading no other values.
+4. *Output*: each split adds up `p v` over its share of the listed blocks, reading no other values.
    The sums of the splits are added in a fixed order: the same input gives the same bits.
 
 Layout: q [batch, heads_kv, rows, dim], rows being the query heads that share a key head times the
-new tokens; k, v [batch or pages, heads_kv, places, dim]; z [batch, heads_kv, ROWS, blocks * BLOCK]
+new tokens; k, v [batch or pages, heads_kv, places, dim]; z [batch, heads_kv, rows, blocks * BLOCK]
 and the maxima float32. Source: own.
 """
 
@@ -21,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..attention.forward import _MAX_PASSES, _TOLERANCE, _improve, _sums
+from ..attention.forward import _MAX_PASSES, _TOLERANCE, _improve
 from ..attention.tiles import padded, roots
 
 _SPLITS = 264  # programs for two on each multiprocessor of a large GPU
@@ -56,6 +58,9 @@ def _scores_kernel(
         mask=(rows[:, None] < n_rows) & (dims[None, :] < dim), other=0.0,
     )  # fmt: skip
     last = length - seq_q + rows % seq_q  # the last key that a row sees
+    line = (plane.to(tl.int64) * n_rows + rows[:, None]) * n_blocks * BLOCK
+    real = rows < n_rows
+    top = tl.full([ROWS], float("-inf"), tl.float32)
     for block in range(split * per_split, tl.minimum((split + 1) * per_split, n_blocks)):
         wanted = block * BLOCK < length
         if HAS_KEEP:
@@ -71,78 +76,112 @@ def _scores_kernel(
                 mask=(places[:, None] < length) & (dims[None, :] < dim), other=0.0,
             )  # fmt: skip
             z = tl.dot(q, k.T, input_precision="ieee") * factor
-            seen = (places[None, :] <= last[:, None]) & (rows[:, None] < n_rows)
+            seen = (places[None, :] <= last[:, None]) & real[:, None]
             z = tl.where(seen, z, float("-inf"))
-            line = (plane.to(tl.int64) * ROWS + rows[:, None]) * n_blocks * BLOCK
-            tl.store(z_ptr + line + places[None, :], z)
             poisoned = tl.max((z != z).to(tl.int32), 1) != 0
-            peak = tl.where(poisoned, float("nan"), tl.max(z, 1))
-        tl.store(peak_ptr + (plane.to(tl.int64) * ROWS + rows) * n_blocks + block, peak)
+            highest = tl.max(z, 1)
+            peak = tl.where(poisoned, float("nan"), highest)
+            needed = poisoned | ((highest > top - 1.0) & real)
+            if tl.max(needed.to(tl.int32), 0) != 0:
+                tl.store(z_ptr + line + places[None, :], z, mask=real[:, None])
+            top = tl.where(poisoned, top, tl.maximum(top, highest))
+        tl.store(
+            peak_ptr + (plane.to(tl.int64) * n_rows + rows) * n_blocks + block, peak, mask=real
+        )
+
+
+@triton.jit
+@no_type_check
+def _peak(peak_ptr, n_blocks, CHUNK: tl.constexpr):
+    """Return the maximum of a row over all blocks, and whether a NaN is among them."""
+    highest = tl.full([CHUNK], float("-inf"), tl.float32)
+    broken = tl.zeros([CHUNK], tl.int32)
+    for start in range(0, n_blocks, CHUNK):
+        blocks = start + tl.arange(0, CHUNK)
+        peaks = tl.load(peak_ptr + blocks, mask=blocks < n_blocks, other=float("-inf"))
+        highest = tl.maximum(highest, tl.where(peaks == peaks, peaks, float("-inf")))
+        broken = tl.maximum(broken, (peaks != peaks).to(tl.int32))
+    return tl.max(highest, 0), tl.max(broken, 0)
+
+
+@triton.jit
+@no_type_check
+def _list_kernel(
+    peak_ptr, top_ptr, list_ptr, count_ptr, n_rows, n_blocks, CHUNK: tl.constexpr
+):  # fmt: skip
+    """List the blocks in which a row of one key head may hold weight; write the rows' maxima."""
+    plane = tl.program_id(0).to(tl.int64)
+    list_ptr += plane * n_blocks
+    for row in range(0, n_rows):
+        line = plane * n_rows + row
+        top, poisoned = _peak(peak_ptr + line * n_blocks, n_blocks, CHUNK)
+        tl.store(top_ptr + line, tl.where(poisoned != 0, float("nan"), top))
+    tl.debug_barrier()  # other threads read the maxima
+    count = 0
+    for start in range(0, n_blocks, CHUNK):
+        blocks = start + tl.arange(0, CHUNK)
+        needed = tl.zeros([CHUNK], tl.int32)
+        for row in range(0, n_rows):
+            line = plane * n_rows + row
+            top = tl.load(top_ptr + line)
+            peaks = tl.load(
+                peak_ptr + line * n_blocks + blocks, mask=blocks < n_blocks, other=float("-inf")
+            )
+            # Nothing at all rises above -inf; where there is a NaN its own blocks are enough.
+            above = (peaks > top - 1.0) | (peaks != peaks)
+            needed = tl.maximum(needed, above.to(tl.int32))
+        tl.store(list_ptr + count + tl.cumsum(needed, 0) - needed, blocks, mask=needed != 0)
+        count += tl.sum(needed, 0)
+    tl.store(count_ptr + tl.program_id(0), count)
 
 
 @triton.jit
 @no_type_check
 def _threshold_kernel(
-    z_ptr, peak_ptr, list_ptr, count_ptr, tau_ptr, n_blocks, alpha, tolerance, max_passes,
-    HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    z_ptr, top_ptr, list_ptr, count_ptr, tau_ptr, n_rows, n_blocks, alpha, tolerance, max_passes,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Write tau of every row of one key head, and the blocks that may hold weight."""
-    plane = tl.program_id(0)
-    rows = tl.arange(0, ROWS)
-    lines = plane.to(tl.int64) * ROWS + rows
-    list_ptr += plane.to(tl.int64) * n_blocks
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    poisoned = tl.zeros([ROWS], tl.int32)
-    for start in range(0, n_blocks, CHUNK):
-        blocks = start + tl.arange(0, CHUNK)
-        peaks = tl.load(
-            peak_ptr + lines[:, None] * n_blocks + blocks[None, :],
-            mask=blocks[None, :] < n_blocks, other=float("-inf"),
-        )  # fmt: skip
-        top = tl.maximum(top, tl.max(peaks, 1))
-        poisoned = tl.maximum(poisoned, tl.max((peaks != peaks).to(tl.int32), 1))
+    """Write tau of one row."""
+    line = tl.program_id(0).to(tl.int64)
+    plane = line // n_rows
+    z_ptr += line * n_blocks * BLOCK
+    list_ptr += plane * n_blocks
+    count = tl.load(count_ptr + plane)
+    top = tl.load(top_ptr + line)
     empty = top == float("-inf")
-    top = tl.where(empty, 0.0, top)
-    count = 0
-    for start in range(0, n_blocks, CHUNK):
-        blocks = start + tl.arange(0, CHUNK)
-        peaks = tl.load(
-            peak_ptr + lines[:, None] * n_blocks + blocks[None, :],
-            mask=blocks[None, :] < n_blocks, other=float("-inf"),
-        )  # fmt: skip
-        needed = tl.max(((peaks <= (top - 1.0)[:, None]) == 0).to(tl.int32), 0)  # true for NaN
-        tl.store(list_ptr + count + tl.cumsum(needed, 0) - needed, blocks, mask=needed != 0)
-        count += tl.sum(needed, 0)
-    tl.store(count_ptr + plane, count)
-    tl.debug_barrier()  # other threads read the list
-
     power = 1.0 / (alpha - 1.0)
-    lower, upper, t = top - 1.0, top, top - 1.0
-    passes, unsolved = 0, 1
+    upper = tl.where(empty, 0.0, top)
+    lower = upper - 1.0
+    t = lower
+    passes, unsolved = 0, tl.where(empty | (top != top), 0, 1)
     while (passes < max_passes) & (unsolved > 0):
-        a0 = tl.zeros([ROWS], tl.float32)
-        a1 = tl.zeros([ROWS], tl.float32)
-        a2 = tl.zeros([ROWS], tl.float32)
-        for index in range(0, count):
-            block = tl.load(list_ptr + index)
-            places = block * BLOCK + tl.arange(0, BLOCK)
-            z = tl.load(z_ptr + lines[:, None] * n_blocks * BLOCK + places[None, :])
-            b0, b1, b2 = _sums(z, t, power, HALF)
-            a0, a1, a2 = a0 + b0, a1 + b1, a2 + b2
+        p = tl.zeros([PARTS, BLOCK], tl.float32)
+        slope = tl.zeros([PARTS, BLOCK], tl.float32)
+        support = tl.zeros([PARTS, BLOCK], tl.float32)
+        for start in range(0, count, PARTS):
+            place = start + tl.arange(0, PARTS)
+            blocks = tl.load(list_ptr + place, mask=place < count, other=0)
+            z = tl.load(
+                z_ptr + blocks[:, None].to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :],
+                mask=(place < count)[:, None], other=float("-inf"),
+            )  # fmt: skip
+            x, u = roots(z, t, power, HALF)
+            p, slope, support = p + x * u, slope + u, support + (x > 0.0).to(tl.float32)
+        a0 = tl.sum(tl.sum(p, 1), 0)
+        a1 = tl.sum(tl.sum(slope, 1), 0)
+        a2 = tl.sum(tl.sum(support, 1), 0)
         t, lower, upper, done = _improve(t, a0, a1, a2, power, lower, upper, tolerance, HALF)
-        done = done | empty | (poisoned != 0)
-        lower, upper = tl.where(done, t, lower), tl.where(done, t, upper)
-        unsolved = tl.max(tl.where(done, 0, 1), 0)
+        unsolved = tl.where(done, 0, 1)
         passes += 1
-    t = tl.where(poisoned != 0, float("nan"), t)
-    tl.store(tau_ptr + lines, tl.where(empty, float("inf"), t))
+    t = tl.where(empty, float("inf"), t)
+    tl.store(tau_ptr + line, tl.where(top != top, float("nan"), t))
 
 
 @triton.jit
 @no_type_check
 def _output_kernel(
     v_ptr, table_ptr, length_ptr, z_ptr, list_ptr, count_ptr, tau_ptr, part_ptr,
-    stride_vb, stride_vh, stride_vs, stride_table, heads, n_blocks, n_splits, dim, alpha,
+    stride_vb, stride_vh, stride_vs, stride_table, heads, n_rows, n_blocks, n_splits, dim, alpha,
     PAGED: tl.constexpr, HALF: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -151,8 +190,8 @@ def _output_kernel(
     batch, head = plane // heads, plane % heads
     length = tl.load(length_ptr + batch)
     rows, dims = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    lines = plane.to(tl.int64) * ROWS + rows
-    tau = tl.load(tau_ptr + lines)
+    lines, real = plane.to(tl.int64) * n_rows + rows, rows < n_rows
+    tau = tl.load(tau_ptr + lines, mask=real, other=float("inf"))
     power = 1.0 / (alpha - 1.0)
     output = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for index in range(split, tl.load(count_ptr + plane), n_splits):
@@ -165,7 +204,10 @@ def _output_kernel(
             + keys[:, None].to(tl.int64) * stride_vs + dims[None, :],
             mask=(places[:, None] < length) & (dims[None, :] < dim), other=0.0,
         )  # fmt: skip
-        z = tl.load(z_ptr + lines[:, None] * n_blocks * BLOCK + places[None, :])
+        z = tl.load(
+            z_ptr + lines[:, None] * n_blocks * BLOCK + places[None, :],
+            mask=real[:, None], other=float("-inf"),
+        )  # fmt: skip
         x, u = roots(z, tau[:, None], power, HALF)
         output = tl.dot((x * u).to(v.dtype), v, output, input_precision="ieee")
     offset = (plane.to(tl.int64) * n_splits + split) * ROWS
@@ -207,9 +249,10 @@ def launch_decode(
     splits = max(1, min(n_blocks, triton.cdiv(_SPLITS, planes)))
     per_split = triton.cdiv(n_blocks, splits)
     options = {"dtype": torch.float32, "device": q.device}
-    z = torch.empty((planes, rows, n_blocks * block), **options)
-    peaks = torch.empty((planes, rows, n_blocks), **options)
-    tau = torch.empty((planes, rows), **options)
+    z = torch.empty((planes, n_rows, n_blocks * block), **options)
+    peaks = torch.empty((planes, n_rows, n_blocks), **options)
+    top = torch.empty((planes, n_rows), **options)
+    tau = torch.empty((planes, n_rows), **options)
     part = torch.empty((planes, splits, rows, dim_value), **options)
     listed = torch.empty((planes, n_blocks), dtype=torch.int32, device=q.device)
     count = torch.empty((planes,), dtype=torch.int32, device=q.device)
@@ -223,14 +266,17 @@ def launch_decode(
         PAGED=table is not None, HAS_KEEP=keep is not None,
         ROWS=rows, BLOCK=block, BLOCK_D=max(16, padded(dim)), num_warps=4,
     )  # fmt: skip
+    _list_kernel[(planes,)](
+        peaks, top, listed, count, n_rows, n_blocks, CHUNK=512, num_warps=4
+    )  # fmt: skip
     tolerance = _TOLERANCE[v.dtype] * (1 if half else 1 + 1 / (alpha - 1))
-    _threshold_kernel[(planes,)](
-        z, peaks, listed, count, tau, n_blocks, alpha, tolerance, _MAX_PASSES,
-        HALF=half, ROWS=rows, BLOCK=block, CHUNK=128, num_warps=8,
+    _threshold_kernel[(planes * n_rows,)](
+        z, top, listed, count, tau, n_rows, n_blocks, alpha, tolerance, _MAX_PASSES,
+        HALF=half, BLOCK=block, PARTS=max(1, 2048 // block), num_warps=4,
     )  # fmt: skip
     _output_kernel[(planes, splits)](
         v, pages, lengths, z, listed, count, tau, part,
-        *v.stride()[:3], stride_table, heads, n_blocks, splits, dim_value, alpha,
+        *v.stride()[:3], stride_table, heads, n_rows, n_blocks, splits, dim_value, alpha,
         PAGED=table is not None, HALF=half,
         ROWS=rows, BLOCK=block, BLOCK_D=max(16, padded(dim_value)), num_warps=4,
     )  # fmt: skip
