@@ -29,14 +29,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .forward import mask_bytes
 from .tiles import (
+    TINY,
     aligned,
     describe,
     hide,
+    is_partly_hidden,
     list_marked,
     load_tile,
+    mask_bytes,
     padded,
+    products,
     roots,
     store_rows,
     tiles_for,
@@ -71,10 +74,11 @@ def _queries_kernel(
     mask_ptr += batch.to(tl.int64) * stride_mask
     list_ptr += line * n_blocks
     count = list_marked(active_ptr + line * n_blocks, 1, n_blocks, list_ptr, True)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tile * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
     row_base = plane.to(tl.int64) * seq_q
-    q = load_tile(q_desc, batch, head, tile * BLOCK_M, BLOCK_M, BLOCK_D)
-    do = load_tile(do_desc, batch, head, tile * BLOCK_M, BLOCK_M, BLOCK_DV)
+    q = load_tile(q_desc, batch, head, first, BLOCK_M, BLOCK_D)
+    do = load_tile(do_desc, batch, head, first, BLOCK_M, BLOCK_DV)
     tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
 
     alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
@@ -89,24 +93,13 @@ def _queries_kernel(
     entropy = tl.zeros([BLOCK_M], tl.float32)
     for index in range(0, count):
         start = tl.load(list_ptr + index) * BLOCK_N
-        keys = start + tl.arange(0, BLOCK_N)
         k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
         v = load_tile(v_desc, batch, head_kv, start, BLOCK_N, BLOCK_DV)
-        z = tl.dot(q, k.T, input_precision="ieee") * factor
-        z = hide(
-            z,
-            rows[:, None],
-            keys[None, :],
-            seq_q,
-            seq_k,
-            mask_ptr,
-            left,
-            right,
-            IS_CAUSAL,
-            HAS_MASK,
-            HAS_WINDOW,
-        )
-        x, u = roots(z, tau[:, None], power, HALF)
+        s = products(
+            q, k, mask_ptr, first, start, seq_q, seq_k, left, right,
+            IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        x, u = roots(s * factor, tau[:, None], power, HALF)
         dp = tl.dot(do, v.T, input_precision="ieee")
         weighted += tl.sum(u * dp, 1)
         total += tl.sum(u, 1)
@@ -126,24 +119,13 @@ def _queries_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for index in range(0, count):
         start = tl.load(list_ptr + index) * BLOCK_N
-        keys = start + tl.arange(0, BLOCK_N)
         k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
         v = load_tile(v_desc, batch, head_kv, start, BLOCK_N, BLOCK_DV)
-        z = tl.dot(q, k.T, input_precision="ieee") * factor
-        z = hide(
-            z,
-            rows[:, None],
-            keys[None, :],
-            seq_q,
-            seq_k,
-            mask_ptr,
-            left,
-            right,
-            IS_CAUSAL,
-            HAS_MASK,
-            HAS_WINDOW,
-        )
-        x, u = roots(z, tau[:, None], power, HALF)
+        s = products(
+            q, k, mask_ptr, first, start, seq_q, seq_k, left, right,
+            IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        x, u = roots(s * factor, tau[:, None], power, HALF)
         ds = u * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     dq = dq * scale
@@ -192,21 +174,15 @@ def _keys_kernel(
             do = load_tile(do_desc, batch, head, start, BLOCK_M, BLOCK_DV)
             tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
             delta = tl.load(delta_ptr + row_base + rows, mask=rows < seq_q, other=0.0)
-            z = tl.dot(k, q.T, input_precision="ieee") * factor  # [BLOCK_N, BLOCK_M]
-            z = hide(
-                z,
-                rows[None, :],
-                keys[:, None],
-                seq_q,
-                seq_k,
-                mask_ptr,
-                left,
-                right,
-                IS_CAUSAL,
-                HAS_MASK,
-                HAS_WINDOW,
-            )
-            x, u = roots(z, tau[None, :], power, HALF)
+            s = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+            if is_partly_hidden(
+                start, block * BLOCK_N, seq_q, seq_k, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N
+            ):  # fmt: skip
+                s = hide(
+                    s, rows[None, :], keys[:, None], seq_q, seq_k, mask_ptr, left, right,
+                    IS_CAUSAL, HAS_MASK, HAS_WINDOW,
+                )  # fmt: skip
+            x, u = roots(s * factor, tau[None, :], power, HALF)
             dv = tl.dot((x * u).to(do.dtype), do, dv, input_precision="ieee")
             ds = u * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -247,7 +223,7 @@ def launch_backward(
     grad, q, k, v = aligned(grad), aligned(q), aligned(k), aligned(v)
     batch, heads, seq_q, dim_head = q.shape
     heads_kv, seq_k, dim_value = v.shape[1:]
-    tiles = tiles_for(q, v)
+    tiles, scale = tiles_for(q, v), scale or TINY
     n_tiles, n_blocks = active.shape[-2:]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(tau)
