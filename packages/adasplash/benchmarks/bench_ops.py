@@ -203,7 +203,7 @@ def main() -> None:
     if "dense" in arguments.parts:
         dense(results)
     if "decode" in arguments.parts:
-        for keys, (gain, noise) in product((8192, 65536), ((1.0, 1.0), (1.0, 0.3), (0.0, 1.0))):
+        for keys, (gain, noise) in product((8192, 65536), ((1.0, 1.0), (1.0, 0.1), (0.0, 1.0))):
             decode(results, keys, gain, noise)
     results.save(path)
     if arguments.upstream and "upstream" in arguments.parts:

@@ -5,7 +5,7 @@ import torch
 
 from adasplash.kernels.attention import screen as module
 from adasplash.kernels.attention.forward import launch_forward
-from adasplash.kernels.attention.tiles import tiles_for
+from adasplash.kernels.attention.tiles import pose
 from adasplash.testing import clustered_inputs, oracle_weights, random_inputs
 
 
@@ -20,14 +20,14 @@ def _threshold_of(q, k, causal):
 @pytest.mark.parametrize("gain", [0.0, 4.0])
 def test_bounds_lie_below_tau_and_lists_hold_every_weight(gain, causal, device):
     q, k, v = clustered_inputs(1, 2, 300, 16, gain, dtype=torch.float32, device=device)
-    tiles = tiles_for(q, v)
-    found = module.screen(q, k, None, None, 0.25, causal, None, tiles)
+    problem = pose(q, k, v, None, None, 0.25, causal, None)
+    found, tiles = module.screen(problem), problem.tiles
     tau, weights = _threshold_of(q, k, causal)
     assert (found.bound <= tau + 1e-5).all()
     assert (found.bound >= found.top - 1).all()
     assert (found.bound - tau).abs().mean() < 0.7 * (found.top - 1 - tau).abs().mean()
     for head in range(2):
-        for tile, count in enumerate(found.count[0, head].tolist()):
+        for tile, count in enumerate(found.length[0, head].tolist()):
             listed = found.listed[0, head, tile, :count].tolist()
             assert listed == sorted(set(listed), reverse=True)
             part = weights[0, head, tile * tiles.block_m : (tile + 1) * tiles.block_m]
@@ -38,10 +38,9 @@ def test_bounds_lie_below_tau_and_lists_hold_every_weight(gain, causal, device):
 
 def test_lists_of_clustered_keys_are_short(device):
     q, k, v = clustered_inputs(1, 1, 512, 16, 8.0, dtype=torch.float16, device=device)
-    tiles = tiles_for(q, v)
-    count = module.screen(q, k, None, None, 0.25, True, None, tiles).count
-    whole = module.screen(q, k, None, None, 0.25, True, None, tiles, skip=False).count
-    assert count.sum() < 0.7 * whole.sum()
+    problem = pose(q, k, v, None, None, 0.25, True, None)
+    count, whole = (module.screen(problem, skip=skip).length.sum() for skip in (True, False))
+    assert count < 0.7 * whole
 
 
 def test_screening_in_parts_changes_nothing(device, monkeypatch):

@@ -24,30 +24,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .screen import screen
+from .screen import Candidates, screen
 from .threshold import threshold
-from .tiles import (
-    TINY,
-    Tiles,
-    aligned,
-    describe,
-    load_tile,
-    mask_bytes,
-    padded,
-    products,
-    roots,
-    store_rows,
-    tiles_for,
-)
-
-_SIZES = ["heads", "group", "seq_q", "seq_k", "n_tiles", "n_blocks"]
+from .tiles import SIZES, Problem, load_tile, padded, pose, products, roots, store_rows
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 @no_type_check
 def _output_kernel(
     q_desc, k_desc, v_desc, mask_ptr, alpha_ptr, list_ptr, count_ptr, tau_ptr, out_ptr, active_ptr,
-    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_value, scale,
+    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale, dim_value,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -113,43 +99,24 @@ def launch_forward(
         window: How far a row sees to the left and to the right; None for all.
         skip: False visits every block; in float32 the output is the same, bit for bit.
     """
-    q, k, v = aligned(q), aligned(k), aligned(v)
-    tiles = tiles_for(q, v)
-    options = scale or TINY, is_causal, window, tiles
-    candidates = screen(q, k, key_mask, alpha, *options, skip=skip)
-    tau = threshold(q, k, key_mask, alpha, candidates, *options)
-    out, active = output(q, k, v, key_mask, alpha, candidates[2:], tau, *options)
-    return out, tau, active
+    problem = pose(q, k, v, key_mask, alpha, scale, is_causal, window)
+    candidates = screen(problem, skip=skip)
+    tau = threshold(problem, candidates)
+    output, active = weighted_sum(problem, candidates, tau)
+    return output, tau, active
 
 
-def output(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    alpha: torch.Tensor | None,
-    lists: tuple[torch.Tensor, ...],
-    tau: torch.Tensor,
-    scale: float,
-    is_causal: bool,
-    window: tuple[int, int] | None,
-    tiles: Tiles,
+def weighted_sum(
+    problem: Problem, candidates: Candidates, tau: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the output and the blocks that hold weight (int8), given those that may, and tau."""
-    batch, heads, seq_q, dim_head = q.shape
-    seq_k, dim_value = v.shape[-2:]
-    n_tiles, n_blocks = lists[0].shape[-2:]
-    out = torch.empty((batch, heads, seq_q, dim_value), dtype=q.dtype, device=q.device)
-    active = torch.zeros(lists[0].shape, dtype=torch.int8, device=q.device)
-    mask, stride_mask = mask_bytes(key_mask, q)
-    _output_kernel[(n_tiles * batch * heads,)](
-        describe(q, tiles.block_m), describe(k, tiles.block_n), describe(v, tiles.block_n),
-        mask, q if alpha is None else alpha, *lists, tau, out, active, stride_mask,
-        *(window or (0, 0)), heads, heads // k.shape[1], seq_q, seq_k, n_tiles, n_blocks, dim_value,
-        scale,
-        IS_CAUSAL=is_causal, HAS_MASK=key_mask is not None, HAS_WINDOW=window is not None,
-        HALF=alpha is None, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-        BLOCK_D=padded(dim_head), BLOCK_DV=padded(dim_value),
+    """Return the output, and the blocks that hold weight (int8 `[batch, heads, tiles, blocks]`)."""
+    q, v, tiles = problem.q, problem.v, problem.tiles
+    dim_value = v.shape[-1]
+    output = torch.empty((*q.shape[:3], dim_value), dtype=q.dtype, device=q.device)
+    active = torch.zeros(candidates.listed.shape, dtype=torch.int8, device=q.device)
+    _output_kernel[(problem.grid[0] * problem.planes,)](
+        *problem.descriptors, problem.mask, problem.alpha, *candidates[2:], tau, output, active,
+        *problem.sizes, problem.scale, dim_value, **problem.switches, BLOCK_DV=padded(dim_value),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    return out, active
+    return output, active

@@ -26,12 +26,12 @@ import triton.language as tl
 from fourfold_common import triton_status
 
 from .threshold import step_left
-from .tiles import Tiles, describe, hide, load_tile, mask_bytes, padded, roots, saturated
+from .tiles import SIZES, Problem, describe, hide, load_tile, roots, saturated
 
 _ROOM = 2**28  # bytes of stored maxima
-_CHUNK, _LISTED, _WARPS = 16, 64, 1  # of the second kernel: blocks at a time
+_CHUNK, _LISTED, _WARPS = 8, 64, 1  # of the second kernel: blocks at a time
+_LIST_SWITCHES = "IS_CAUSAL", "HAS_WINDOW", "HALF", "BLOCK_M", "BLOCK_N"
 _STEPS = tl.constexpr(3)
-_SIZES = ["first_place", "heads", "group", "seq_q", "seq_k", "n_tiles", "n_blocks"]
 
 
 class Candidates(NamedTuple):
@@ -41,13 +41,13 @@ class Candidates(NamedTuple):
         top: Largest z of every row, float32 `[batch, heads, seq_q]`; -inf for empty rows.
         bound: A lower bound of tau, as large.
         listed: Blocks that may hold weight, right to left, int32 `[batch, heads, tiles, blocks]`.
-        count: How many they are, int32 `[batch, heads, tiles]`.
+        length: How many they are, int32 `[batch, heads, tiles]`.
     """
 
     top: torch.Tensor
     bound: torch.Tensor
     listed: torch.Tensor
-    count: torch.Tensor
+    length: torch.Tensor
 
 
 @triton.jit
@@ -98,11 +98,11 @@ def _store_peaks(
     )
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 @no_type_check
 def _screen_kernel(
-    q_desc, k_desc, mask_ptr, alpha_ptr, top_ptr, peak_ptr, stride_mask,
-    left, right, first_place, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
+    q_desc, k_desc, mask_ptr, alpha_ptr, top_ptr, peak_ptr, first_place,
+    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -164,11 +164,11 @@ def _peaks(peak_ptr, blocks, rows, real, TILE_M: tl.constexpr):
     return peaks.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 @no_type_check
 def _list_kernel(
-    alpha_ptr, top_ptr, peak_ptr, bound_ptr, list_ptr, count_ptr,
-    left, right, first_place, seq_q, seq_k, n_tiles, n_blocks,
+    alpha_ptr, top_ptr, peak_ptr, bound_ptr, list_ptr, count_ptr, first_place,
+    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HALF: tl.constexpr, SKIP: tl.constexpr,
     SATURATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_M: tl.constexpr,
     CHUNK: tl.constexpr, LISTED: tl.constexpr,
@@ -260,52 +260,31 @@ def _list_kernel(
         tl.store(count_ptr + line, kept)
 
 
-def screen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    alpha: torch.Tensor | None,
-    scale: float,
-    is_causal: bool,
-    window: tuple[int, int] | None,
-    tiles: Tiles,
-    *,
-    skip: bool = True,
-) -> Candidates:
-    """Return the blocks that may hold weight; arguments as for `launch_forward`."""
-    batch, heads, seq_q, dim_head = q.shape
-    seq_k = k.shape[2]
-    n_tiles, n_blocks = triton.cdiv(seq_q, tiles.block_m), triton.cdiv(seq_k, tiles.block_n)
-    top = torch.empty((batch, heads, seq_q), dtype=torch.float32, device=q.device)
+def screen(problem: Problem, *, skip: bool = True) -> Candidates:
+    """Return the blocks that may hold weight; all that are visible unless `skip`."""
+    q, tiles, switches = problem.q, problem.tiles, problem.switches
+    device, (n_tiles, n_blocks) = q.device, problem.grid
+    top = torch.empty(q.shape[:3], dtype=torch.float32, device=device)
     bound = torch.empty_like(top)
-    listed = torch.empty((batch, heads, n_tiles, n_blocks), dtype=torch.int32, device=q.device)
-    count = torch.empty((batch, heads, n_tiles), dtype=torch.int32, device=q.device)
-    places = triton.cdiv(seq_q, tiles.screen_m) * batch * heads
+    listed = torch.empty((*q.shape[:2], n_tiles, n_blocks), dtype=torch.int32, device=device)
+    count = torch.empty((*q.shape[:2], n_tiles), dtype=torch.int32, device=device)
+    places = triton.cdiv(q.shape[2], tiles.screen_m) * problem.planes
     at_once = min(places, max(1, _ROOM // (2 * n_blocks * tiles.screen_m)))
-    peaks = torch.empty(at_once * n_blocks * tiles.screen_m, dtype=torch.float16, device=q.device)
-    mask, stride_mask = mask_bytes(key_mask, q)
-    bounds = window or (0, 0)
-    alphas = q if alpha is None else alpha
+    peaks = torch.empty(at_once * n_blocks * tiles.screen_m, dtype=torch.float16, device=device)
     interpreting = triton_status().interpreting
-    sources = describe(q, tiles.screen_m), describe(k, tiles.screen_n)
+    sources = describe(q, tiles.screen_m), describe(problem.k, tiles.screen_n)
     for first in range(0, places, at_once):
         some = min(at_once, places - first)
         _screen_kernel[(some,)](
-            *sources, mask, alphas, top, peaks, stride_mask,
-            *bounds, first, heads, heads // k.shape[1], seq_q, seq_k, n_tiles, n_blocks, scale,
-            IS_CAUSAL=is_causal, HAS_MASK=key_mask is not None, HAS_WINDOW=window is not None,
-            HALF=alpha is None,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=padded(dim_head),
-            TILE_M=tiles.screen_m, TILE_N=tiles.screen_n,
-            INTERPRETED=interpreting,
-            num_warps=tiles.screen_warps, num_stages=tiles.screen_stages,
+            *sources, problem.mask, problem.alpha, top, peaks, first, *problem.sizes,
+            problem.scale, **switches, TILE_M=tiles.screen_m, TILE_N=tiles.screen_n,
+            INTERPRETED=interpreting, num_warps=tiles.screen_warps,
+            num_stages=tiles.screen_stages,
         )  # fmt: skip
         _list_kernel[(some * (tiles.screen_m // tiles.block_m),)](
-            alphas, top, peaks, bound, listed, count,
-            *bounds, first, seq_q, seq_k, n_tiles, n_blocks,
-            IS_CAUSAL=is_causal, HAS_WINDOW=window is not None, HALF=alpha is None, SKIP=skip,
-            SATURATE=alpha is None and not interpreting,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TILE_M=tiles.screen_m,
+            problem.alpha, top, peaks, bound, listed, count, first, *problem.sizes,
+            **{name: switches[name] for name in _LIST_SWITCHES}, SKIP=skip,
+            SATURATE=switches["HALF"] and not interpreting, TILE_M=tiles.screen_m,
             CHUNK=_CHUNK, LISTED=_LISTED, num_warps=_WARPS,
         )  # fmt: skip
     return Candidates(top, bound, listed, count)

@@ -18,7 +18,7 @@ first guess, stopping rule and saturation are our own.
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import TYPE_CHECKING, no_type_check
 
 import torch
 import triton
@@ -26,21 +26,14 @@ import triton.language as tl
 
 from fourfold_common import triton_status
 
-from .tiles import (
-    Tiles,
-    describe,
-    load_tile,
-    mask_bytes,
-    padded,
-    products,
-    roots,
-    saturated,
-)
+from .tiles import SIZES, Problem, load_tile, products, roots, saturated
+
+if TYPE_CHECKING:
+    from .screen import Candidates
 
 MAX_PASSES = 20  # this bounds the loop where ties slow it down
 # On the sum of a row: a few units in the last place of one, or far below the step of half formats.
 TOLERANCE = {torch.float32: 2e-7, torch.float16: 1e-5, torch.bfloat16: 1e-4}
-_SIZES = ["heads", "group", "seq_q", "seq_k", "n_tiles", "n_blocks"]
 
 
 @triton.jit
@@ -115,7 +108,7 @@ def _sums(s, factor, t, power, HALF: tl.constexpr, SATURATE: tl.constexpr):
     return tl.sum(x * u, 1), total, tl.sum((x > 0.0).to(tl.float32), 1) if HALF else total
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 @no_type_check
 def _threshold_kernel(
     q_desc, k_desc, mask_ptr, alpha_ptr, top_ptr, bound_ptr, list_ptr, count_ptr, tau_ptr,
@@ -173,31 +166,15 @@ def _threshold_kernel(
     tl.store(tau_ptr + row_base + rows, tl.where(empty, float("inf"), t), mask=rows < seq_q)
 
 
-def threshold(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    alpha: torch.Tensor | None,
-    candidates: tuple[torch.Tensor, ...],
-    scale: float,
-    is_causal: bool,
-    window: tuple[int, int] | None,
-    tiles: Tiles,
-) -> torch.Tensor:
-    """Return tau, float32 `[batch, heads, seq_q]`; arguments as for `launch_forward`."""
-    batch, heads, seq_q, dim_head = q.shape
-    n_tiles, n_blocks = candidates[2].shape[-2:]
-    tau = torch.empty_like(candidates[0])
-    mask, stride_mask = mask_bytes(key_mask, q)
-    _threshold_kernel[(n_tiles * batch * heads,)](
-        describe(q, tiles.block_m), describe(k, tiles.block_n),
-        mask, q if alpha is None else alpha, *candidates, tau, stride_mask,
-        *(window or (0, 0)), heads, heads // k.shape[1], seq_q, k.shape[2], n_tiles, n_blocks,
-        scale, TOLERANCE[q.dtype], MAX_PASSES,
-        IS_CAUSAL=is_causal, HAS_MASK=key_mask is not None, HAS_WINDOW=window is not None,
-        HALF=alpha is None,
-        SATURATE=alpha is None and q.dtype != torch.float32 and not triton_status().interpreting,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=padded(dim_head),
+def threshold(problem: Problem, candidates: Candidates) -> torch.Tensor:
+    """Return tau, float32 `[batch, heads, seq_q]`."""
+    tau = torch.empty_like(candidates.top)
+    dtype, tiles = problem.q.dtype, problem.tiles
+    fast = dtype != torch.float32 and not triton_status().interpreting
+    _threshold_kernel[(problem.grid[0] * problem.planes,)](
+        *problem.descriptors[:2], problem.mask, problem.alpha, *candidates, tau, *problem.sizes,
+        problem.scale, TOLERANCE[dtype], MAX_PASSES, **problem.switches,
+        SATURATE=fast and problem.switches["HALF"],
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return tau

@@ -13,13 +13,15 @@ the interpreter would no longer find the helpers that they call.
 
 from __future__ import annotations
 
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+# Arguments of every kernel; a new length compiles nothing.
+SIZES = ["first_place", "heads", "group", "seq_q", "seq_k", "n_tiles", "n_blocks"]
 TINY = 1e-30  # stands for a scale of 0, by which the -inf of hidden keys cannot be multiplied
 
 
@@ -80,9 +82,62 @@ def describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, padded(x.shape[-1])])
 
 
-def mask_bytes(key_mask: torch.Tensor | None, q: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return the mask as bytes with its stride; any tensor where there is none."""
-    return (q, 0) if key_mask is None else (key_mask.view(torch.uint8), key_mask.stride(0))
+class Problem(NamedTuple):
+    """What the launches of one call have in common; see `pose`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    tiles: Tiles
+    descriptors: tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]  # q, k, v by blocks
+    mask: torch.Tensor  # bytes; any tensor where there is no mask
+    alpha: torch.Tensor  # any tensor for 1.5
+    # stride of the mask, left, right, heads, group, seq_q, seq_k, tiles of queries, blocks of keys
+    sizes: tuple[int, ...]
+    scale: float
+    switches: dict[str, Any]  # constants of all kernels
+
+    @property
+    def planes(self) -> int:
+        """Heads of the whole batch."""
+        return self.q.shape[0] * self.q.shape[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tiles of queries, blocks of keys."""
+        return self.sizes[-2], self.sizes[-1]
+
+
+def pose(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    alpha: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+) -> Problem:
+    """Return the problem; arguments as for `launch_forward`."""
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    tiles = tiles_for(q, v)
+    m, n = tiles.block_m, tiles.block_n
+    mask, stride = (q, 0) if key_mask is None else (key_mask.view(torch.uint8), key_mask.stride(0))
+    heads, seq_q, seq_k = q.shape[1], q.shape[2], k.shape[2]
+    sizes = (stride, *(window or (0, 0)), heads, heads // k.shape[1], seq_q, seq_k,
+             triton.cdiv(seq_q, m), triton.cdiv(seq_k, n))  # fmt: skip
+    switches = {
+        "IS_CAUSAL": is_causal,
+        "HAS_MASK": key_mask is not None,
+        "HAS_WINDOW": window is not None,
+        "HALF": alpha is None,
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_D": padded(q.shape[-1]),
+    }
+    descriptors = describe(q, m), describe(k, n), describe(v, n)
+    return Problem(q, k, v, tiles, descriptors, mask, q if alpha is None else alpha, sizes,
+                   scale or TINY, switches)  # fmt: skip
 
 
 @triton.jit

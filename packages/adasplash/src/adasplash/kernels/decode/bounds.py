@@ -205,4 +205,5 @@ def reference_keep(
     products = keys[batches, heads, best] * z[..., None, :]  # [batch, heads_kv, rows, block, dim]
     seed = products.sum(-1).amax(-1) - 1e-4 * products.abs().sum(-1).amax(-1)
     seed = seed.masked_fill(~whole.any(-1)[:, None, None], -torch.inf)
-    return ~(bound <= seed[..., None] - 1).all(2) & (starts < lengths[:, None])[:, None]
+    refuted: Tensor = (bound <= seed[..., None] - 1).all(2)
+    return ~refuted & (starts < lengths[:, None])[:, None]
