@@ -420,7 +420,7 @@ def upcycle(
     from transformers import AutoModelForCausalLM
 
     from .modeling import register
-    from .upcycle import upcycle as run
+    from .upcycling import upcycle as run
 
     register()
     try:
