@@ -27,14 +27,13 @@ from typing import Any
 import click
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from fourfold_common import environment_report, pick_device, seed_everything
 
 from ..evaluation import paired_difference, summarise, token_bytes, window_losses
-from ..modeling import register
 from ..training import TrainSettings, load_tokens, train
-from ..upcycling import upcycle
+from ..upcycling import load_base, upcycle
 from .reproduce import table_losses
 
 ARMS = ("continued", "experts", "experts-only")
@@ -44,15 +43,12 @@ _TRIAL_STEPS = 6
 _FIELDS = ("step", "tokens", "loss", "lr", "tokens_per_second")
 
 
-def load_base(path: Path, tokenizer: Path | None = None) -> tuple[Any, Any]:
+def load(path: Path, tokenizer: Path | None = None) -> tuple[Any, Any]:
     """Return a model in float32 and its tokenizer, from a folder or a GGUF file."""
-    register()
-    folder, more = path, {}
-    if path.is_file():
-        folder, more = path.parent, {"gguf_file": path.name}
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more)
-    words = AutoTokenizer.from_pretrained(tokenizer or folder, **({} if tokenizer else more))
-    return model.eval(), words
+    folder, gguf = (path.parent, path.name) if path.is_file() else (path, None)
+    more = {"gguf_file": gguf} if gguf and not tokenizer else {}
+    words = AutoTokenizer.from_pretrained(tokenizer or folder, **more)
+    return load_base(folder, gguf).eval(), words
 
 
 def held_out(tokens: Tensor, context: int, windows: int | None) -> Tensor:
@@ -191,7 +187,7 @@ def main(
     seed_everything(settings.seed)
     output.mkdir(parents=True, exist_ok=True)
     click.echo(f"device {where} ({reason})")
-    base, words = load_base(path, tokenizer)
+    base, words = load(path, tokenizer)
     vocab = base.config.vocab_size
     tokens = load_tokens(list(texts), vocab, words)
     text = held_out(load_tokens(list(valid), vocab, words), settings.context, windows)
