@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .kernels.combine import combine_norm
 from .kernels.gather import gather
 from .lut import DeviceStore, LutRows, PinnedStore
-from .modeling import DenseForCausalLM, MoleForCausalLM, _rotate
+from .modeling import DenseForCausalLM, MoleForCausalLM
+from .modeling.attention import rotate
 
 _ROUTER_ROWS = 8  # the up-projection grows by a multiple of this, for aligned matrix products
 _GROUPS = (1, 5)  # layers whose rows are waited for together: first group, second; then the rest
@@ -55,10 +56,10 @@ def _block(
     kv_heads, head = layer.keys.shape[1], layer.keys.shape[3]
     projected = nn.functional.linear(normed, layer.qkv).view(batch, -1, 1, head)
     query, key, value = projected.split([heads, kv_heads, kv_heads], dim=1)
-    layer.keys.index_copy_(2, position, _rotate(key, cos, sin))
+    layer.keys.index_copy_(2, position, rotate(key, cos, sin))
     layer.values.index_copy_(2, position, value)
     attended = nn.functional.scaled_dot_product_attention(
-        _rotate(query, cos, sin),
+        rotate(query, cos, sin),
         layer.keys,
         layer.values,
         attn_mask=mask,

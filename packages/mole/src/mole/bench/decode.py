@@ -13,7 +13,7 @@ from fourfold_common import Results
 from ..decode import Decoder
 from ..lut import CachedStore, DiskStore, LutMeta, LutStore, MmapStore, PinnedStore
 from ..lut.format import DATA_FILE
-from ..lut.stores import _TensorStore
+from ..lut.memory import TensorStore
 from . import pages
 from .shapes import (
     fill_randomly,
@@ -159,7 +159,7 @@ def _store(
     if kind == "pinned":
         return PinnedStore(meta, memory, device)
     if folder is None:
-        return _TensorStore(meta, memory.to(device) if kind == "device" else memory)
+        return TensorStore(meta, memory.to(device) if kind == "device" else memory)
     if kind != "disk cold":
         pages.load(folder / DATA_FILE)
     if kind == "mmap":
@@ -261,7 +261,7 @@ def _mixtures(
         "mole", shape, device, dtype, lookup_form="table", num_lookup_experts=experts
     )
     fill_randomly(table, meta, device)
-    lookup.model.lut = _TensorStore(meta, table.expand(meta.vocab, -1))  # one row for all ids
+    lookup.model.lut = TensorStore(meta, table.expand(meta.vocab, -1))  # one row for all ids
     models = {
         "dense": random_model("dense", shape, device, dtype),
         "MoLE-4E fp16 device": lookup,
@@ -305,7 +305,7 @@ def _on_device(model: Any, batch: int, length: int) -> Decoder:
     from ..lut import DeviceStore
 
     store = DeviceStore.__new__(DeviceStore)
-    _TensorStore.__init__(store, model.model.lut.meta, model.model.lut.table)
+    TensorStore.__init__(store, model.model.lut.meta, model.model.lut.table)
     model.model.lut = store
     return Decoder(model, batch, length)
 
