@@ -44,6 +44,24 @@ def test_table_model(make_mole, tokens, tmp_path, fmt, store):
     assert torch.equal(Decoder(model, 2, 24).generate(tokens, 12), expected)
 
 
+@pytest.mark.parametrize("cache", [1, 2, 3, 60])
+def test_rows_come_from_a_cache(make_mole, tokens, tmp_path, cache):
+    convert(make_mole(lookup_layers=[0, 2]), tmp_path, "nf4", progress=False)
+    model = MoleForCausalLM.from_pretrained(tmp_path).eval().to(DEVICE)
+    tokens = tokens.to(DEVICE)
+    expected = plain(model, tokens, 30)
+    model.open_lut(tmp_path / "lut", "disk", cache)
+    decoder = Decoder(model, 2, 48)
+    assert decoder.leased == (cache >= 2)  # a slot for every sequence, or rows fetched one by one
+    for _ in range(2):
+        assert torch.equal(decoder.generate(tokens, 30), expected)
+    assert model.lut.misses > 0
+    if cache == 60:
+        distinct = len(expected[:, :-1].unique())
+        assert model.lut.misses == distinct
+    model.lut.close()
+
+
 def sampled(model, tokens, count, generator, temperature, top_k=None, top_p=None):
     """The plain loop: whole sequences through the model, limits as transformers applies them."""
     ids = tokens

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .kernels.combine import combine_norm
 from .kernels.gather import gather
-from .lut import DeviceStore, LutRows, PinnedStore
+from .lut import CachedStore, DeviceStore, LutRows, PinnedStore
 from .modeling import DenseForCausalLM, MoleForCausalLM
 from .modeling.attention import rotate
 
@@ -139,8 +139,9 @@ class Decoder:
         batch: Number of sequences.
         length: Longest sequence, prompt included.
         compiled: Compile the layers with Inductor.
-        captured: Replay a step as a CUDA graph. Needs a GPU and a table in pinned or device
-            memory; with other stores the rows are fetched before the replay.
+        captured: Replay a step as a CUDA graph; needs a GPU. It fetches the rows itself from a
+            table in pinned or device memory, and from a cache there with a slot for every sequence,
+            which the host fills before the replay. With other stores the host fetches the rows.
 
     Raises:
         TypeError: `model` is of another type.
@@ -235,21 +236,27 @@ class Decoder:
         scales = [None] * meta.layers if staged.scales is None else staged.scales.unbind(1)
         found = iter(zip(staged.codes.unbind(1), scales, strict=True))
         self.rows = [None if layer.lookup is None else next(found) for layer in model.layers]
-        self.overlapped = self._readable()
-        if self.overlapped:
-            self.side = torch.cuda.Stream(self.device)
+        # A model may have been moved after its table was opened.
+        here = (
+            isinstance(self.store, (CachedStore, DeviceStore))
+            and self.store.table.device == self.device
+        )
+        cached = isinstance(self.store, CachedStore)
+        self.leased = here and cached and self.store.capacity >= self.batch
+        cuda = self.device.type == "cuda"
+        pinned = cuda and isinstance(self.store, PinnedStore)
+        if pinned:
+            self.store.lock(self.device)
+        # Whether a step fetches the rows itself, or finds them fetched.
+        self.fetched = pinned or self.leased or (here and not cached)
+        if self.fetched:
+            self.side = torch.cuda.Stream(self.device) if cuda else None
             self.flag = torch.zeros(1, dtype=torch.int32, device=self.device)
             self.spans = self._spans()
-
-    def _readable(self) -> bool:
-        """Return whether a kernel on the model's device can read the table."""
-        if self.device.type != "cuda":
-            return False
-        if isinstance(self.store, PinnedStore):
-            self.store.lock(self.device)
-            return True
-        # A model may have been moved after its table was opened.
-        return isinstance(self.store, DeviceStore) and self.store.table.device == self.device
+        self.places = self.ids  # which rows of the store's table to fetch
+        if self.leased:
+            self.places = torch.zeros_like(self.ids)
+            self.slots = torch.zeros(self.batch, dtype=torch.long, pin_memory=cuda)
 
     def _spans(self) -> dict[int, list[tuple[int, int]]]:
         """Return, for the layers that begin a group, the parts of a row the group needs."""
@@ -270,17 +277,17 @@ class Decoder:
 
     def _fetch(self) -> dict[int, Any]:
         """Start to fetch the rows of the current ids; return the events of the groups."""
-        if self.store is None:
-            return {}
-        if not self.overlapped:
-            return {}
-        main, events = torch.cuda.current_stream(self.device), {}
-        self.side.wait_stream(main)
-        with torch.cuda.stream(self.side):
+        events: dict[int, Any] = {}
+        if self.store is None or not self.fetched:
+            return events
+        if self.side is not None:
+            self.side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side):  # does nothing without a stream
             for number, parts in self.spans.items():
                 for first, last in parts:
-                    gather(self.store.table, self.ids, self.staging, self.flag, first, last)
-                events[number] = self.side.record_event()
+                    gather(self.store.table, self.places, self.staging, self.flag, first, last)
+                if self.side is not None:
+                    events[number] = self.side.record_event()
         return events
 
     def _step(self) -> None:
@@ -379,10 +386,20 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Decode one token of every sequence; does not wait for the device."""
-        if self.store is not None and not self.overlapped:
-            self.staging.copy_(self.store.read(self.ids), non_blocking=True)
+        """Decode one token of every sequence; waits for the ids only if the host finds the rows."""
         self._renew()
+        if self.store is not None and self.leased:
+            with self.store.lease(self.ids) as slots:
+                self.slots.copy_(torch.tensor(slots))
+                self.places.copy_(self.slots, non_blocking=True)
+                self._run()
+            return
+        if self.store is not None and not self.fetched:
+            self.staging.copy_(self.store.read(self.ids), non_blocking=True)
+        self._run()
+
+    def _run(self) -> None:
+        """Run a step, or replay it; it is captured when it comes for the first time."""
         if self._way not in self._graphs:
             # One compiled block serves all decoders of a process, in a version for each shape.
             with torch._dynamo.config.patch(recompile_limit=64):

@@ -58,7 +58,7 @@ def _device_bytes(decoder: Decoder, kind: str) -> int:
     tensors += [tensor for layer in decoder.layers for tensor in layer]
     if decoder.store is not None:
         tensors.append(decoder.staging)
-        tensors += [decoder.store._rows] if isinstance(decoder.store, CachedStore) else []
+        tensors += [decoder.store.table] if isinstance(decoder.store, CachedStore) else []
         tensors += [decoder.store.table] if kind == "device" else []
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -4,7 +4,8 @@ import mmap
 import os
 import warnings
 import weakref
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from .format import DATA_FILE, HEADER_BYTES, LutMeta, LutRows
 
 _PIECE = 64 * 1024  # bytes of one direct read: longer rows are read in several at a time
 _DIRECT_ALIGNMENT = 4096
+_SPARE_BYTES = 2**25  # memory that is kept for the next rows
 
 
 class DiskStore(LutStore):
@@ -39,6 +41,7 @@ class DiskStore(LutStore):
         path = Path(folder) / DATA_FILE
         self.direct = direct
         self._file = self._open(path) if direct else os.open(path, os.O_RDONLY)
+        self._spare: list[mmap.mmap] = []
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lut")
         self._release = weakref.finalize(self, _end, self._pool, self._file)
 
@@ -63,33 +66,73 @@ class DiskStore(LutStore):
 
     def prefetch(self, ids: Int[Tensor, "*tokens"]) -> Ticket:
         """Begin to read the rows of the ids; returns at once."""
-        distinct, inverse = torch.unique(self._host_ids(ids.flatten()), return_inverse=True)
+        take = self._begin(ids.flatten())
+        return Ticket(lambda: LutRows.from_bytes(take(), self.meta))
+
+    def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
+        """Return whole rows as they are on disk, on the ids' device."""
+        return self._begin(ids, waiting=True)()
+
+    def rows(self, ids: Int[Tensor, "*tokens"]) -> LutRows:
+        """Return the rows of the ids, flattened, on the ids' device."""
+        return LutRows.from_bytes(self.read(ids.flatten()), self.meta)
+
+    def _begin(self, ids: Tensor, waiting: bool = False) -> Callable[[], Tensor]:
+        """Begin to read whole rows; the function that is returned waits for them.
+
+        What the page cache has is read at once, if it is used at all. A caller who waits anyway
+        reads the last piece himself: one alone needs no other thread.
+        """
+        rows = self._host_ids(ids).tolist()
         stride = self.meta.row_stride
-        # Rows begin on 512 bytes, direct reads on 4,096: every slot has room for both ends.
-        slot = (-(-stride // _DIRECT_ALIGNMENT) + 1) * _DIRECT_ALIGNMENT
-        memory = mmap.mmap(-1, max(1, len(distinct)) * slot)
-        futures: list[Future[None]] = []
-        offsets = []
-        for place, row in enumerate(distinct.tolist()):
+        # Rows begin on 512 bytes, direct reads on 4,096: every frame has room for both ends.
+        size = (-(-stride // _DIRECT_ALIGNMENT) + 1) * _DIRECT_ALIGNMENT
+        frames: list[mmap.mmap] = []
+        places: dict[int, Tensor] = {}
+        pieces: list[tuple[memoryview, int]] = []
+        for row in dict.fromkeys(rows):
+            frame = self._frame(size)
+            frames.append(frame)
             begin = HEADER_BYTES + row * stride
             first = begin // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT
-            offsets.append(place * slot + begin - first)
-            for start in range(0, slot, _PIECE):
-                view = memoryview(memory)[place * slot + start : place * slot + slot][:_PIECE]
-                futures.append(self._pool.submit(self._fill, view, first + start))
+            places[row] = torch.frombuffer(
+                frame, dtype=torch.uint8, count=stride, offset=begin - first
+            )
+            for start in range(0, size, _PIECE):
+                piece = memoryview(frame)[start : start + _PIECE], first + start
+                if self.direct or not self._fill_now(*piece):
+                    pieces.append(piece)
+        own = pieces.pop() if waiting and pieces else None
+        futures = [self._pool.submit(self._fill, *piece) for piece in pieces]
 
-        def take() -> LutRows:
+        def take() -> Tensor:
+            if own is not None:
+                self._fill(*own)
             for future in futures:
                 future.result()
-            flat = torch.frombuffer(memory, dtype=torch.uint8)
-            places = torch.tensor(offsets, dtype=torch.long)[inverse]
-            rows = torch.stack([flat[o : o + stride] for o in places.tolist()])
-            return LutRows.from_bytes(rows.to(ids.device), self.meta)
+            if not rows:
+                return torch.empty(0, stride, dtype=torch.uint8, device=ids.device)
+            found = torch.stack([places[row] for row in rows]).to(ids.device)
+            if waiting and len(self._spare) * size < _SPARE_BYTES:
+                self._spare.extend(frames)  # a ticket's rows may be asked for once more
+            return found
 
-        if not len(distinct):
-            empty = torch.empty(0, stride, dtype=torch.uint8, device=ids.device)
-            return Ticket(lambda: LutRows.from_bytes(empty, self.meta))
-        return Ticket(take)
+        return take
+
+    def _frame(self, size: int) -> mmap.mmap:
+        """Return aligned memory for a row, if possible some that the system has given already."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return mmap.mmap(-1, size)
+
+    def _fill_now(self, view: memoryview, offset: int) -> bool:
+        """Fill the view if the page cache has all of it; return whether it had."""
+        left = min(len(view), self.meta.file_bytes - offset)
+        try:
+            return os.preadv(self._file, [view], offset, os.RWF_NOWAIT) >= left
+        except (AttributeError, OSError):
+            return False
 
     def _fill(self, view: memoryview, offset: int) -> None:
         """Fill the view from the file; what lies behind its end stays as it is."""
@@ -103,14 +146,6 @@ class DiskStore(LutStore):
                     f"{offset + done:,}. Was it truncated while open? Convert the model again."
                 )
             done += read
-
-    def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
-        """Return whole rows as they are on disk, on the ids' device."""
-        return self.rows(ids).to_bytes(self.meta).to(ids.device)
-
-    def rows(self, ids: Int[Tensor, "*tokens"]) -> LutRows:
-        """Return the rows of the ids, flattened, on the ids' device."""
-        return self.prefetch(ids).rows()
 
     def close(self) -> None:
         """Close the file and end the threads; the store cannot be used any more."""
