@@ -112,6 +112,19 @@ def test_figures_hang_together(found):
     assert figures(results, "first token", **where)[PLAIN] > 0
 
 
+def test_texts_that_end_at_once_have_no_speed(pair, prompts, tmp_path):
+    """Where the prompt's round brings the whole text, nothing is left to be timed."""
+    some = {"some": prompts["some"][:1]}
+    twin = dataclasses.replace(pair, drafter=pair.target, drafter_tokenizer=pair.target_tokenizer)
+    settings = {"decodings": [Decoding(0.0)], "methods": ("standard",), "lookaheads": (4,)}
+    results = run_bench(
+        twin, some, tmp_path, **settings, tokens=3, repeats=1, peers=False, progress=False
+    )
+    assert set(figures(results, "speed")) == {EAGER, PLAIN}
+    assert figures(results, "end to end")["standard 4"] > 0
+    assert figures(results, "verdict")["standard 4"] == EXACT
+
+
 def test_files_are_made_of_the_results(found, tmp_path):
     folder, results = found
     assert {path.name for path in folder.iterdir()} == {

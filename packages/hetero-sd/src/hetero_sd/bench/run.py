@@ -249,7 +249,8 @@ def _take_turns(
     for contender in here if turn >= 0 else ():
         if not contender.failed:
             name = contender.name
-            contender.speeds.append(tokens[name] / max(seconds[name], 1e-9))
+            if tokens[name]:  # Else all came with the prompts' passes.
+                contender.speeds.append(tokens[name] / seconds[name])
             contender.whole_speeds.append(all_tokens[name] / all_seconds[name])
 
 
@@ -314,11 +315,12 @@ class _Table:
         if who.failed:
             self._add(who, "note", who.failed)
             return
-        speed = self._speeds[who.name]
-        self._add(who, "speed", speed, "tokens/s", **_spread(who.speeds), **_peak(who))
-        if self._eager:
+        speed = self._speeds.get(who.name)
+        if speed is not None:
+            self._add(who, "speed", speed, "tokens/s", **_spread(who.speeds), **_peak(who))
+        if speed is not None and self._eager:
             self._add(who, "over transformers", speed / self._eager, "x")
-        if self._plain:
+        if speed is not None and self._plain:
             self._add(who, "over plain", speed / self._plain, "x")
         whole = statistics.median(who.whole_speeds)
         self._add(who, "end to end", whole, "tokens/s", **_spread(who.whole_speeds))
