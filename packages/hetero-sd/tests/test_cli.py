@@ -181,7 +181,7 @@ def test_prompt_files(tmp_path):
     [
         (["demo", "--tokens", "0"], "Invalid value for '--tokens': 0 is not in the range x>=1"),
         (["generate"], "Missing option '--prompt'"),
-        (["generate", "--prompt", "a", "--target", "."], "give both `--target` and `--drafter`"),
+        (["generate", "--prompt", "a", "--target", "."], "give `--drafter` with `--target`"),
         (["generate", "--prompt", "a", "--lookahead", "-2"], "'-2' is neither 'auto' nor an"),
         (["generate", "--prompt", "a", "--stream", "--json"], "--stream writes one text"),
         (["generate", "--prompt", "a", "--sequences", "2"], "--sequences needs --temperature"),

@@ -45,6 +45,13 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+def _load_folder(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    return model.eval(), load_tokenizer(folder)
+
+
 def load_pair(
     target: Path | None,
     drafter: Path | None,
@@ -58,7 +65,7 @@ def load_pair(
 
     Args:
         target: Folder of the target, as `save_pretrained` writes it.
-        drafter: Folder of the drafter.
+        drafter: Folder of the drafter; it may be given alone.
         dtype: A type, or `"auto"`: bfloat16 on CUDA devices, else float32.
         device: A device, or `"auto"`.
         small: Of the package's own, use the small target even where SmolLM2 is installed.
@@ -66,31 +73,32 @@ def load_pair(
             larger one; see `demo.inflate`.
 
     Raises:
-        ValueError: Only one folder is given, the type or device is not there, or the target
-            cannot be made that large.
+        ValueError: A target is given without a drafter, the type or device is not there, or the
+            target cannot be made that large.
     """
     from fourfold_common import pick_device, pick_dtype
 
-    if (target is None) != (drafter is None):
-        raise ValueError("give both `--target` and `--drafter`, or neither for the demo's models.")
+    if drafter is None and target is not None:
+        raise ValueError(
+            "give `--drafter` with `--target`; the demo's drafter knows SmolLM2 alone."
+        )
     place, _ = pick_device(device)
     kind = pick_dtype(dtype, place)[0] if dtype != "auto" else torch.float32
     if dtype == "auto" and place.type == "cuda":
         kind = torch.bfloat16
-    if target is None or drafter is None:
-        from .demo.run import load_model, load_target
+    if target is None:
+        from .demo.run import load_target
 
         name, model, tokenizer, notes = load_target(small)
+    else:
+        name, notes = target.resolve().name, []
+        model, tokenizer = _load_folder(target)
+    if drafter is None:
+        from .demo.run import load_model
+
         other, other_tokenizer = load_model("drafter")
     else:
-        from transformers import AutoModelForCausalLM
-
-        name, notes = target.resolve().name, []
-        model, other = (
-            AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-            for folder in (target, drafter)
-        )
-        tokenizer, other_tokenizer = load_tokenizer(target), load_tokenizer(drafter)
+        other, other_tokenizer = _load_folder(drafter)
     other = other.to(place, kind)
     if size is None:
         model = model.to(place, kind)
