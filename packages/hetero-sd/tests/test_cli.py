@@ -108,22 +108,41 @@ def test_verify_and_its_verdicts(folders, monkeypatch):
     assert "FAILED tli 2, greedy: 0 of 1 prompts identical" in wrong.stdout
 
 
-def test_bench_writes_figures_table_and_plot(folders, tmp_path):
+def test_bench_takes_sets_of_prompts_and_a_size(folders, tmp_path):
+    chat = tmp_path / "chat.jsonl"
+    rows = [{"turns": [f"the {w} sat"], "category": w} for w in ("cat", "dog", "mat", "dog")]
+    chat.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = tmp_path / "code.txt"
+    code.write_text("the hill and the dog ran over a mat\n")
     result = call(
         "bench",
         *("--target", folders[0], "--drafter", folders[1], "--output", tmp_path / "out"),
-        *("--methods", "slem,auto", "--lookaheads", 2, "--tokens", 5, "--repeats", 1),
-        *("--limit", 1, "--no-progress"),
+        *("--methods", "slem", "--lookaheads", 2, "--tokens", 5, "--repeats", 1, "--no-peers"),
+        *("--prompts", chat, "--prompts", code, "--category", "dog", "--prompt-tokens", 3),
+        *("--temperatures", "0,0.7:0.9", "--draws", 0, "--inflate", "2e5", "--no-progress"),
     )
     assert result.exit_code == 0
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"bench.json", "bench.md", "bench.png"}
-    cases = json.loads((tmp_path / "out" / "bench.json").read_text())["cases"]
-    providers = {case["provider"] for case in cases}
-    assert {"transformers, target alone", "target alone", "slem 2", "auto"} <= providers
-    same = {c["provider"]: c["median"] for c in cases if c["metric"] == "identical"}
-    assert same["slem 2"] == same["auto"] == same["target alone"] == "1 of 1"
+    assert written == {"bench.json", "bench.md", "bench.png", "speedup.png"}
+    content = json.loads((tmp_path / "out" / "bench.json").read_text())
+    cases = content["cases"]
+    assert {case["provider"] for case in cases} == {"transformers", "plain", "slem 2"}
+    settings = {(c["parameters"]["prompts"], c["parameters"]["decoding"]) for c in cases}
+    decodings = "greedy", "temperature 0.7, top-p 0.9"
+    assert settings == {(p, d) for p in ("chat dog", "code dog") for d in decodings}
+    assert cases[0]["parameters"]["target"] == "byte-level, inflated to 0.00 B"
+    tested = {c["median"] for c in cases if c["metric"] == "tested"}
+    assert tested == {"2 of 2 texts identical", "1 of 1 texts identical"}
+    assert "--inflate 200000 --prompts chat.jsonl --prompts code.txt" in content["command"]
+    assert str(tmp_path) not in content["command"]
     assert "| slem 2" in result.stdout
+
+
+def test_bench_needs_room_for_prompts(folders):
+    pair = "--target", folders[0], "--drafter", folders[1]
+    result = call("bench", *pair, "--tokens", 200)
+    assert result.exit_code == 2
+    assert result.stderr.endswith("--tokens 200 leaves no room for a prompt of 256 in all.\n")
 
 
 def test_prompt_files(tmp_path):
@@ -138,9 +157,19 @@ def test_prompt_files(tmp_path):
     text = tmp_path / "prompts.txt"
     text.write_text("one\n\ntwo\n")
     assert read_prompts(text) == ["one", "two"]
+    mixed = tmp_path / "mixed.jsonl"
+    rows = [{"question": "q", "category": "a"}, {"text": "t"}, {"prompt": "p", "category": "b"}]
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_prompts(mixed) == ["q", "t", "p"]
+    assert read_prompts(mixed, categories=["b"]) == ["t", "p"]
+    mixed.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(ValueError, match=r"mixed.jsonl holds no prompt of these categories"):
+        read_prompts(mixed, categories=["b"])
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    with pytest.raises(ValueError, match=r"line 2 of bad.jsonl must be an object with `prompt`"):
+    bad.write_text('{"prompt": "a"}\n{"story": "b"}\n')
+    with pytest.raises(
+        ValueError, match=r"line 2 of bad.jsonl must be an object with `prompt`, `turns`"
+    ):
         read_prompts(bad)
     bad.write_text("\n")
     with pytest.raises(ValueError, match=r"bad.jsonl holds no prompt"):
@@ -152,11 +181,13 @@ def test_prompt_files(tmp_path):
     [
         (["demo", "--tokens", "0"], "Invalid value for '--tokens': 0 is not in the range x>=1"),
         (["generate"], "Missing option '--prompt'"),
-        (["generate", "--prompt", "a", "--target", "."], "give both `--target` and `--drafter`"),
+        (["generate", "--prompt", "a", "--target", "."], "give `--drafter` with `--target`"),
         (["generate", "--prompt", "a", "--lookahead", "-2"], "'-2' is neither 'auto' nor an"),
         (["generate", "--prompt", "a", "--stream", "--json"], "--stream writes one text"),
         (["generate", "--prompt", "a", "--sequences", "2"], "--sequences needs --temperature"),
         (["bench", "--methods", "best"], "'best' is not one of auto, tli"),
+        (["bench", "--temperatures", "0,1:2"], "'1:2' is no temperature, or temperature:top-p"),
+        (["bench", "--small-target", "--inflate", "9"], "parameters, more than 9"),
         (["verify", "--lookaheads", "0"], "'0' is no list of numbers of 1 or more"),
         (["fly"], "No such command 'fly'"),
         (["inspect-vocab", "--target", "/none", "--drafter", "/none"], "does not exist"),

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from hetero_sd import HeteroSpeculativeDecoder, decoder, rounds
+from hetero_sd import HeteroSpeculativeDecoder, requests, rounds
 from hetero_sd.control import LADDER, PLAIN, Arm, Bandit
 from hetero_sd.testing import make_model
 
@@ -105,7 +105,7 @@ def test_the_decoder_drafts_only_where_that_is_faster(
     tokenizer = tokenizers["characters"]
     target, drafter = make_model(tokenizer, 3), make_model(tokenizer, 3)
     clock = Clock()
-    monkeypatch.setattr(decoder, "Request", functools.partial(rounds.Request, clock=clock))
+    monkeypatch.setattr(requests, "Request", functools.partial(rounds.Request, clock=clock))
     dec = HeteroSpeculativeDecoder(target, drafter, tokenizer, tokenizer, backend="eager")
     _ = dec._shared
     _tick(target, clock, 1.0)

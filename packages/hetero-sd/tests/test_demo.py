@@ -1,11 +1,14 @@
 """The demo, its assets and the script that makes them."""
 
+import gzip
 import json
+import tarfile
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from hetero_sd import map_vocabularies
+from hetero_sd import HeteroSpeculativeDecoder, map_vocabularies
 from hetero_sd.demo import run as demo
 from hetero_sd.demo import smollm2
 from hetero_sd.demo.sampling import BatchSampler, Prompts
@@ -130,3 +133,86 @@ def test_an_inflated_model_says_the_same():
     torch.testing.assert_close(large(ids).logits, model(ids).logits, atol=1e-3, rtol=1e-3)
     with pytest.raises(ValueError, match="`factor` must be 1 or more and `layers`"):
         inflate(model, 1, 1)
+
+
+# --------------------------------------------------------------------- training of drafters
+@pytest.mark.parametrize(("size", "millions"), [("4m", 3.8), ("20m", 19.7), ("60m", 62.3)])
+def test_sizes_of_drafters(size, millions):
+    from types import SimpleNamespace
+
+    from hetero_sd.demo.train import SIZES, build
+
+    class Tokenizer(SimpleNamespace):
+        def __len__(self):
+            return SIZES[size].shape.vocab
+
+    with torch.device("meta"):
+        model = build(SIZES[size].shape, Tokenizer(bos_token_id=0, eos_token_id=1, pad_token_id=1))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    """A folder like that of the real corpora and tokenizer, small."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(sentences(200), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizers" / "smollm2")
+    (tmp_path / "text").mkdir()
+    prose = " ".join(sentences(12))
+    for name, row in (
+        ("gsm8k_train", {"question": "How many cats sat on a mat?"}),
+        ("books_train", {"text": f"{prose}\n\n{prose}"}),
+        ("us_speeches", {"text": prose}),
+        ("python_stdlib", {"text": "def f(x):\n" + "    x = x + 1\n" * 9}),
+    ):
+        with gzip.open(tmp_path / "text" / f"{name}.jsonl.gz", "wt") as file:
+            file.write(json.dumps(row) + "\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("ships", [False, True])
+def test_a_drafter_is_trained_and_drafts(corpora, tmp_path, monkeypatch, ships):
+    """The whole script at a tiny size: what it writes loads as a drafter of the demo's target."""
+    from hetero_sd.demo import train
+    from hetero_sd.pairs import load_pair
+
+    tiny = train.Shape(vocab=300, hidden=32, inner=48, layers=1, heads=2, kv_heads=1)
+    monkeypatch.setattr(train, "SMALL_TARGET", tiny)
+    monkeypatch.setitem(train.SIZES, "20m", train.Size(tiny, 3e-3, ships=ships))
+    whole = smollm2.config
+    small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 400}
+    monkeypatch.setattr(smollm2, "config", lambda: whole(**small, **heads))
+    arguments = ["--random-target", "--size", "20m", "--data", corpora, "--minutes", 0.02]
+    arguments += ["--output", tmp_path / "out", "--rows", 8, "--length", 48, "--batch", 4]
+    result = CliRunner().invoke(train.main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    with tarfile.open(tmp_path / "out" / "assets.tar") as tar:
+        tar.extractall(tmp_path / "made", filter="data")
+    folders = {path.name for path in (tmp_path / "made").iterdir() if path.is_dir()}
+    assert folders == ({"drafter", "target"} if ships else {"drafter"})
+    record = json.loads((tmp_path / "made" / "training.json").read_text())
+    assert set(record["trained_tokens"]) == folders
+    assert record["held_out_acceptance"]["places"] > 0
+    log = (tmp_path / "made" / "training_log.csv").read_text().splitlines()
+    losses = [float(line.split(",")[2]) for line in log if line.startswith("drafter")]
+    assert losses[-1] < losses[0]
+    pair = load_pair(None, tmp_path / "made" / "drafter", dtype="float32", small=True)
+    assert len(pair.drafter_tokenizer) == 300
+    decoder = HeteroSpeculativeDecoder(*pair.parts, method="slem", lookahead=2)
+    assert decoder.generate("What is tea?", max_new_tokens=4).stats.proposed > 0

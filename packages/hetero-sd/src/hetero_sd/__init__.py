@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 from .__about__ import __version__
 
 if TYPE_CHECKING:
-    from .decoder import Generation, HeteroSpeculativeDecoder
+    from .decoder import HeteroSpeculativeDecoder
+    from .generation import Generation
     from .rounds import Stats
     from .vocab import VocabMap, VocabReport, inspect_vocab, map_vocabularies
 
 _HOMES = {
-    "Generation": "decoder",
+    "Generation": "generation",
     "HeteroSpeculativeDecoder": "decoder",
     "Stats": "rounds",
     "VocabMap": "vocab",

@@ -15,6 +15,7 @@ from .__about__ import __version__
 from .control import METHODS
 
 _logger = logging.getLogger(__name__)
+_TEMPLATE = 64  # Tokens that a chat template may take.
 
 
 class _OneLineErrors(click.Group):
@@ -148,33 +149,44 @@ def _models(command: Any) -> Any:
 
 
 def _load(
-    target: Path | None, drafter: Path | None, dtype: str, device: str, small_target: bool
+    target: Path | None,
+    drafter: Path | None,
+    dtype: str,
+    device: str,
+    small_target: bool,
+    size: float | None = None,
 ) -> Any:
     _yield_while_waiting()
     from .pairs import load_pair
 
-    pair = load_pair(target, drafter, dtype=dtype, device=device, small=small_target)
+    pair = load_pair(target, drafter, dtype=dtype, device=device, small=small_target, size=size)
     for note in pair.notes:
         click.echo(note, err=True)
     return pair
 
 
-def _prompts(pair: Any, path: Path | None, limit: int) -> list[Any]:
+def _prompts(
+    pair: Any,
+    path: Path | None,
+    limit: int,
+    categories: tuple[str, ...] = (),
+    most: int | None = None,
+) -> list[Any]:
     from .demo.run import ASSETS
     from .pairs import prompt_ids, read_prompts
 
     if path is None:
         texts = json.loads((ASSETS / "prompts.json").read_text(encoding="utf-8"))[:limit]
     else:
-        texts = read_prompts(path, limit)
+        texts = read_prompts(path, limit, categories)
     chat = bool(pair.target_tokenizer.chat_template)
-    return [prompt_ids(pair.target_tokenizer, text, chat) for text in texts]
+    return [prompt_ids(pair.target_tokenizer, text, chat, most) for text in texts]
 
 
 _prompts_option = click.option(
     "--prompts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="File of JSON lines with `prompt` or `turns`, or of text lines. The demo's if missing.",
+    help="File of JSON lines with `prompt`, `turns`, `question` or `text`, or of text lines.",
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -192,6 +204,20 @@ def _numbers(kind: type, least: int) -> Any:
         return found
 
     return convert
+
+
+def _decodings(ctx: Any, param: Any, value: str) -> list[tuple[float, float]]:
+    """Read temperatures, each with its top-p or without, such as 0,1,0.7:0.9."""
+    found = []
+    for part in value.split(","):
+        heat, _, nucleus = part.partition(":")
+        try:
+            found.append((float(heat), float(nucleus or 1)))
+        except ValueError:
+            found.append((-1.0, 1.0))
+        if found[-1][0] < 0 or not 0 < found[-1][1] <= 1:
+            raise click.BadParameter(f"{part!r} is no temperature, or temperature:top-p.")
+    return found
 
 
 def _names(ctx: Any, param: Any, value: str) -> list[str]:
@@ -293,22 +319,55 @@ def generate(
 
 @main.command()
 @_models
-@_prompts_option
-@click.option("--limit", type=click.IntRange(min=1), default=3, show_default=True, help="Prompts.")
+@click.option(
+    "--inflate",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="PARAMETERS",
+    help="Make the target this large, such as 5e9: the same function at a large model's cost.",
+)
+@click.option(
+    "--prompts",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="As for `verify`; may be repeated. The demo's if missing.",
+)
+@click.option("--category", multiple=True, help="Of prompts with a category, only these.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=3, show_default=True, help="Prompts a file."
+)
+@click.option(
+    "--prompt-tokens", type=click.IntRange(min=1), help="Tokens of a prompt to keep, the first."
+)
 @click.option("--methods", callback=_names, default="tli,slem,slrs,auto", show_default=True)
 @click.option("--lookaheads", callback=_numbers(int, 1), default="2,4", show_default=True)
 @click.option(
     "--temperatures",
-    callback=_numbers(float, 0),
+    callback=_decodings,
     default="0,1",
     show_default=True,
-    help="0: greedy.",
+    help="0 is greedy; 0.7:0.9 is a temperature with its top-p.",
 )
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--tokens", type=click.IntRange(min=1), default=48, show_default=True)
+@click.option(
+    "--batch",
+    "batches",
+    callback=_numbers(int, 1),
+    default="1",
+    show_default=True,
+    help="Rows decoded together, such as 1,4,8.",
+)
+@click.option("--tokens", type=click.IntRange(min=2), default=48, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option(
-    "--assisted/--no-assisted", default=True, help="Time transformers' own assistant too."
+    "--draws",
+    type=click.IntRange(min=0),
+    default=200,
+    show_default=True,
+    help="Sampled tokens to compare with the target's law, for the verdict.",
+)
+@click.option(
+    "--peers/--no-peers",
+    default=True,
+    help="Time transformers' assisted generation and prompt lookup too.",
 )
 @click.option("--compiled", is_flag=True, help="Time transformers static and compiled too.")
 @click.option(
@@ -316,7 +375,7 @@ def generate(
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("bench-output/hetero-sd"),
     show_default=True,
-    help="Folder for bench.json, bench.md and bench.png.",
+    help="Folder for bench.json, bench.md, bench.png and speedup.png.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
@@ -327,47 +386,68 @@ def bench(
     dtype: str,
     device: str,
     small_target: bool,
-    prompts: Path | None,
+    inflate: float | None,
+    prompts: tuple[Path, ...],
+    category: tuple[str, ...],
     limit: int,
+    prompt_tokens: int | None,
     methods: list[str],
     lookaheads: list[int],
-    temperatures: list[float],
-    batch: int,
+    temperatures: list[tuple[float, float]],
+    batches: list[int],
     tokens: int,
     repeats: int,
-    assisted: bool,
+    draws: int,
+    peers: bool,
     compiled: bool,
     output: Path,
     seed: int,
     progress: bool,
     as_json: bool,
 ) -> None:
-    """Time plain and speculative decoding, side by side."""
-    pair = _load(target, drafter, dtype, device, small_target)
-    from .bench import run_bench
+    """Time every way to decode, side by side, with what explains its speed."""
+    pair = _load(target, drafter, dtype, device, small_target, inflate)
+    from .bench import Decoding, report, run_bench
 
+    room = getattr(pair.target.config, "max_position_embeddings", None) or 1 << 30
+    most = min(prompt_tokens or room, room - tokens - _TEMPLATE)
+    if most < 1:
+        raise click.UsageError(f"--tokens {tokens} leaves no room for a prompt of {room} in all.")
+    sets = {
+        " ".join([path.name.split(".")[0], *category]) if path else "demo": _prompts(
+            pair, path, limit, category, most
+        )
+        for path in prompts or (None,)
+    }
+    command = ["hetero-sd bench", f"--dtype {dtype}"]
+    command += [f"--inflate {inflate:g}"] if inflate else []
+    command += [f"--prompts {path.name}" for path in prompts]
+    command += [f"--category {name}" for name in category]
+    command += [
+        f"--limit {limit} --methods {','.join(methods)}",
+        f"--lookaheads {','.join(map(str, lookaheads))}",
+        f"--temperatures {','.join(f'{t:g}' + f':{p:g}' * (p < 1) for t, p in temperatures)}",
+        f"--batch {','.join(map(str, batches))} --tokens {tokens} --repeats {repeats}",
+        f"--draws {draws}" + " --compiled" * compiled + " --no-peers" * (not peers),
+    ]
     results = run_bench(
         pair,
-        _prompts(pair, prompts, limit),
+        sets,
         output,
         methods=methods,
         lookaheads=lookaheads,
-        temperatures=temperatures,
-        batch=batch,
+        decodings=[Decoding(*how) for how in temperatures],
+        batches=batches,
         tokens=tokens,
         repeats=repeats,
-        assisted=assisted,
+        draws=draws,
+        peers=peers,
         compiled=compiled,
         seed=seed,
-        command=(
-            f"hetero-sd bench --dtype {dtype} --methods {','.join(methods)} "
-            f"--lookaheads {','.join(map(str, lookaheads))} "
-            f"--temperatures {','.join(f'{t:g}' for t in temperatures)} --batch {batch} "
-            f"--limit {limit} --tokens {tokens} --repeats {repeats}"
-        ),
+        command=" ".join(command),
         progress=progress,
     )
-    click.echo(json.dumps(results.cases, indent=1) if as_json else results.to_markdown())
+    click.echo(json.dumps(results.cases, indent=1) if as_json else report(results))
     click.echo(f"written to {output}", err=True)
 
 

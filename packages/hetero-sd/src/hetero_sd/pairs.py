@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,13 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+def _load_folder(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    return model.eval(), load_tokenizer(folder)
+
+
 def load_pair(
     target: Path | None,
     drafter: Path | None,
@@ -51,53 +59,71 @@ def load_pair(
     dtype: str = "auto",
     device: str = "auto",
     small: bool = False,
+    size: int | float | None = None,
 ) -> Pair:
     """Return a pair from two folders, or the package's own where none is given.
 
     Args:
         target: Folder of the target, as `save_pretrained` writes it.
-        drafter: Folder of the drafter.
+        drafter: Folder of the drafter; it may be given alone.
         dtype: A type, or `"auto"`: bfloat16 on CUDA devices, else float32.
         device: A device, or `"auto"`.
         small: Of the package's own, use the small target even where SmolLM2 is installed.
+        size: Parameters that the target is to have: a model that says the same, at the cost of a
+            larger one; see `demo.inflate`.
 
     Raises:
-        ValueError: Only one folder is given, or the type or device is not there.
+        ValueError: A target is given without a drafter, the type or device is not there, or the
+            target cannot be made that large.
     """
     from fourfold_common import pick_device, pick_dtype
 
-    if (target is None) != (drafter is None):
-        raise ValueError("give both `--target` and `--drafter`, or neither for the demo's models.")
+    if drafter is None and target is not None:
+        raise ValueError(
+            "give `--drafter` with `--target`; the demo's drafter knows SmolLM2 alone."
+        )
     place, _ = pick_device(device)
     kind = pick_dtype(dtype, place)[0] if dtype != "auto" else torch.float32
     if dtype == "auto" and place.type == "cuda":
         kind = torch.bfloat16
-    if target is None or drafter is None:
-        from .demo.run import load_model, load_target
+    if target is None:
+        from .demo.run import load_target
 
         name, model, tokenizer, notes = load_target(small)
+    else:
+        name, notes = target.resolve().name, []
+        model, tokenizer = _load_folder(target)
+    if drafter is None:
+        from .demo.run import load_model
+
         other, other_tokenizer = load_model("drafter")
     else:
-        from transformers import AutoModelForCausalLM
+        other, other_tokenizer = _load_folder(drafter)
+    other = other.to(place, kind)
+    if size is None:
+        model = model.to(place, kind)
+    else:
+        from .demo.inflate import inflate, shape_for
 
-        name, notes = target.resolve().name, []
-        model, other = (
-            AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-            for folder in (target, drafter)
-        )
-        tokenizer, other_tokenizer = load_tokenizer(target), load_tokenizer(drafter)
-    model, other = model.to(place, kind), other.to(place, kind)
+        factor, layers = shape_for(model, size)
+        model = inflate(model, factor, layers, dtype=kind, device=place)
+        name += f", inflated to {sum(p.numel() for p in model.parameters()) / 1e9:.2f} B"
     return Pair(name, model, other, tokenizer, other_tokenizer, notes)
 
 
-def prompt_ids(tokenizer: Any, text: str, chat: bool) -> torch.Tensor:
+def prompt_ids(tokenizer: Any, text: str, chat: bool, most: int | None = None) -> torch.Tensor:
     """Return a prompt's ids, shape `(1, length)`.
 
     Args:
         tokenizer: The target's.
         text: The prompt.
         chat: Whether to ask it in the tokenizer's chat template.
+        most: Tokens of the text to keep, from its beginning; all if missing.
     """
+    if most is not None:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) > most:
+            text = tokenizer.decode(ids[:most]).rstrip("\ufffd")
     if chat:
         from .demo.run import chat_ids
 
@@ -105,18 +131,22 @@ def prompt_ids(tokenizer: Any, text: str, chat: bool) -> torch.Tensor:
     return torch.tensor([tokenizer(text)["input_ids"]])
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[str]:
+_FIELDS = ("prompt", "turns", "question", "text")
+
+
+def read_prompts(path: Path, limit: int | None = None, categories: Sequence[str] = ()) -> list[str]:
     """Return the prompts of a file of JSON lines (plain or .gz), or of text lines.
 
-    A line is an object with `prompt`, or with `turns`, of which the first is taken, as in
-    Spec-Bench.
+    A line is an object with `prompt` as in HumanEval, with `turns`, of which the first is taken, as
+    in Spec-Bench, with `question`, or with `text`.
 
     Args:
         path: The file.
         limit: Most prompts to take, spread evenly over the file.
+        categories: Of objects that have a `category`, take these only; all if empty.
 
     Raises:
-        ValueError: There is none, or a line has neither field.
+        ValueError: There is none, or a line has none of these fields.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
@@ -128,13 +158,20 @@ def read_prompts(path: Path, limit: int | None = None) -> list[str]:
             continue
         try:
             entry = json.loads(line)
-            prompts.append(entry["prompt"] if "prompt" in entry else entry["turns"][0])
-        except (ValueError, KeyError, TypeError, IndexError):
+            field = next(name for name in _FIELDS if name in entry)
+            prompt = entry[field][0] if field == "turns" else entry[field]
+            wanted = not categories or entry.get("category") in (None, *categories)
+        except (ValueError, KeyError, TypeError, IndexError, StopIteration):
+            prompt, wanted = None, True
+        if not isinstance(prompt, str):
+            names = ", ".join(f"`{name}`" for name in _FIELDS[:-1])
             raise ValueError(
-                f"line {number} of {path.name} must be an object with `prompt` or `turns`."
-            ) from None
+                f"line {number} of {path.name} must be an object with {names} or `{_FIELDS[-1]}`."
+            )
+        if wanted:
+            prompts.append(prompt)
     if not prompts:
-        raise ValueError(f"{path.name} holds no prompt.")
+        raise ValueError(f"{path.name} holds no prompt{' of these categories' * bool(categories)}.")
     if limit is not None and limit < len(prompts):
         prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
     return prompts

@@ -14,6 +14,7 @@ from .decoder import HeteroSpeculativeDecoder
 from .drafting import Drawn
 from .pairs import Pair
 
+_LEAST = 5.0  # Least number of draws that a cell of the statistic is expected to get.
 _WIDTHS = 4.5  # Standard deviations of Pearson's statistic that count as chance.
 
 
@@ -98,9 +99,9 @@ def _greedy(
         if found == right:
             same += 1
             continue
-        gap = _gap(dec.target, ids, found, right)
+        gap = gap_at_difference(dec.target, ids, found, right)
         worst = max(worst, gap)
-        near += gap < _rounding(dec.target)
+        near += gap < rounding(dec.target)
     detail = f"{same} of {len(prompts)} prompts identical"
     if same < len(prompts):
         detail += f", {near} more at a tie; largest gap {worst:.2g} of the logits' range"
@@ -109,8 +110,15 @@ def _greedy(
 
 
 @torch.no_grad()
-def _gap(target: Any, ids: Tensor, found: list[int], right: list[int]) -> float:
-    """Return how much worse the first differing token is, in ranges of the logits."""
+def gap_at_difference(target: Any, ids: Tensor, found: list[int], right: list[int]) -> float:
+    """Return how much worse the first differing token is, in ranges of the logits.
+
+    Args:
+        target: The target.
+        ids: The prompt, shape `(1, length)`.
+        found: Tokens found.
+        right: The target's own.
+    """
     pairs = zip(found, right, strict=False)
     place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if place is None:
@@ -121,7 +129,8 @@ def _gap(target: Any, ids: Tensor, found: list[int], right: list[int]) -> float:
     return abs(float(logits[found[place]] - logits[right[place]])) / spread
 
 
-def _rounding(target: Any) -> float:
+def rounding(target: Any) -> float:
+    """Return the gap that the target's rounding explains, in ranges of the logits."""
     dtype = next(target.parameters()).dtype
     return 2e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-5
 
@@ -149,16 +158,40 @@ def _sampled(dec: HeteroSpeculativeDecoder, ids: Tensor, draws: int, seed: int, 
         )
         for tokens in made.tokens:
             counts[tokens[0]] += 1
-    expected = law * draws
-    large = expected >= 5
-    cells = torch.cat([expected[large], expected[~large].sum()[None]])
-    seen = torch.cat([counts[large], counts[~large].sum()[None]])
-    seen, cells = seen[cells > 1e-9], cells[cells > 1e-9]
-    statistic = float(((seen - cells) ** 2 / cells).sum())
-    freedom = max(len(cells) - 1, 1)
-    fits = statistic < freedom + _WIDTHS * (2 * freedom) ** 0.5 and not bool(counts[law == 0].any())
-    detail = f"statistic {statistic:.1f} at {freedom} degrees of freedom, {draws} draws"
+    fits, detail = fits_law(counts, law)
     return Check(kind, str(dec.method), int(dec.lookahead), fits == (kind != "control"), detail)
+
+
+def fits_law(counts: Tensor, law: Tensor, slack: float = 0.0) -> tuple[bool, str]:
+    """Return whether counts may come from a law, by Pearson's statistic, and what was found.
+
+    Its cells are tokens, the likeliest first, rare ones several together.
+
+    Args:
+        counts: How often each token came, shape `(vocab,)`.
+        law: Probability of each token, shape `(vocab,)`.
+        slack: Share of draws that may be of tokens which the law rules out, where rounding moves
+            the bounds of top-k and top-p.
+    """
+    draws = float(counts.sum())
+    order = law.argsort(descending=True)
+    cells, seen = [0.0], [0.0]
+    for expected, count in zip((law * draws)[order].tolist(), counts[order].tolist(), strict=True):
+        if cells[-1] >= _LEAST:
+            cells.append(0.0)
+            seen.append(0.0)
+        cells[-1] += expected
+        seen[-1] += count
+    cells[-1] += slack * draws
+    if cells[-1] < _LEAST and len(cells) > 1:  # The rest is too little for a cell of its own.
+        rest, others = cells.pop(), seen.pop()
+        cells[-1] += rest
+        seen[-1] += others
+    statistic = sum((s - c) ** 2 / c for s, c in zip(seen, cells, strict=True))
+    freedom = max(len(cells) - 1, 1)
+    ruled_out = bool(counts[law == 0].any()) and not slack
+    fits = statistic < freedom + _WIDTHS * (2 * freedom) ** 0.5 and not ruled_out
+    return fits, f"statistic {statistic:.1f} at {freedom} degrees of freedom, {draws:.0f} draws"
 
 
 def _spoil(dec: HeteroSpeculativeDecoder) -> None:

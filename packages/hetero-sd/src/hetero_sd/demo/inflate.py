@@ -3,10 +3,41 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_ASPECT = 128  # Width by layers, as in models of 3 to 13 B parameters.
+
+
+def shape_for(model: Any, parameters: int | float) -> tuple[int, int]:
+    """Return the factor and the layers that make a model about so large, in the usual proportions.
+
+    Args:
+        model: A `LlamaForCausalLM`.
+        parameters: How many parameters the result is to have, at least the model's.
+
+    Raises:
+        ValueError: The model is no Llama, or it has more parameters than that.
+    """
+    if type(model).__name__ != "LlamaForCausalLM":
+        raise ValueError(f"only a `LlamaForCausalLM` can be inflated; got {type(model).__name__}.")
+    small = sum(p.numel() for p in model.parameters())
+    if parameters < small:
+        raise ValueError(f"the model has {small:,} parameters, more than {parameters:,.0f}.")
+    body = model.model
+    layer = sum(p.numel() for p in body.layers[0].parameters() if p.ndim > 1)
+    table = body.embed_tokens.weight.numel() * (1 if model.config.tie_word_embeddings else 2)
+    shapes = []
+    for factor in range(1, int((parameters / layer) ** 0.5) + 2):
+        layers = max(round((parameters - factor * table) / (factor**2 * layer)), len(body.layers))
+        total = factor * table + layers * factor**2 * layer
+        aspect = factor * model.config.hidden_size / layers / _ASPECT
+        off = max(abs(math.log(total / parameters)), 0.1)  # A tenth is near enough.
+        shapes.append((off, abs(math.log(aspect)), factor, layers))
+    return min(shapes)[2:]
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
-"""Makes the demo's assets: samples text from SmolLM2, trains the drafter and the small target.
+"""Samples text from SmolLM2 and trains drafters on it, with vocabularies of their own.
 
 Run as `python -m hetero_sd.demo.train --gguf FILE --data FOLDER --output FOLDER`; about seven
-minutes on one H200. `assets.tar` in the output folder is unpacked into `hetero_sd/demo/assets`.
+minutes on one H200. `--size 4m`, the smallest, makes the drafter that ships and the small target:
+`assets.tar` in the output folder is unpacked into `hetero_sd/demo/assets`. Larger ones suit a GPU;
+unpacked anywhere, they are given to the command line as `--drafter FOLDER/drafter`.
 """
 
 from __future__ import annotations
@@ -45,7 +47,29 @@ class Shape:
     kv_heads: int
 
 
-DRAFTER = Shape(vocab=6144, hidden=256, inner=704, layers=3, heads=4, kv_heads=2)
+@dataclass(frozen=True)
+class Size:
+    """A drafter to train.
+
+    Attributes:
+        shape: Its sizes.
+        rate: Its learning rate at the highest.
+        ships: Whether it is the package's own, which the small target goes with.
+    """
+
+    shape: Shape
+    rate: float
+    ships: bool = False
+
+
+# Wide and shallow: a drafter's time on a GPU goes by its layers, until its weights count.
+SIZES = {
+    "4m": Size(
+        Shape(vocab=6144, hidden=256, inner=704, layers=3, heads=4, kv_heads=2), 3e-3, ships=True
+    ),
+    "20m": Size(Shape(vocab=16_384, hidden=512, inner=1408, layers=4, heads=8, kv_heads=2), 2e-3),
+    "60m": Size(Shape(vocab=32_000, hidden=768, inner=2048, layers=6, heads=12, kv_heads=4), 1e-3),
+}
 SMALL_TARGET = Shape(vocab=1024, hidden=192, inner=448, layers=4, heads=6, kv_heads=2)
 
 
@@ -373,6 +397,13 @@ def save_assets(
     "--gguf", type=click.Path(dir_okay=False, path_type=Path), help="SmolLM2's GGUF file."
 )
 @click.option("--random-target", is_flag=True, help="Pilot: a target of the same shape, untrained.")
+@click.option(
+    "--size",
+    type=click.Choice(tuple(SIZES)),
+    default="4m",
+    show_default=True,
+    help="Parameters of the drafter.",
+)
 @click.option("--data", type=click.Path(file_okay=False, path_type=Path), required=True)
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True)
 @click.option("--minutes", type=float, default=7.0, help="Time in all, about.")
@@ -383,6 +414,7 @@ def save_assets(
 def main(
     gguf: Path | None,
     random_target: bool,
+    size: str,
     data: Path,
     output: Path,
     minutes: float,
@@ -391,7 +423,7 @@ def main(
     batch: int,
     seed: int,
 ) -> None:
-    """Sample text from SmolLM2 and train the demo's drafter and small target on it."""
+    """Sample text from SmolLM2 and train a drafter on it, with the smallest the small target."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     started = time.perf_counter()
     if (gguf is None) != random_target:
@@ -430,19 +462,17 @@ def main(
     draw = random.Random(seed)
     some = draw.sample(texts, min(len(texts), 20_000))
     unmarked = [text.replace("</s>", "\n").replace("<s>", "\n") for text in some]
-    drafter_tokenizer = train_drafter_tokenizer(unmarked, DRAFTER.vocab)
-    small_tokenizer = train_target_tokenizer(unmarked[:5_000], SMALL_TARGET.vocab)
-    streams = [_stream(drafter_tokenizer, texts), _stream(small_tokenizer, some)]
-    _logger.info(
-        "tokenizers %d and %d, streams %.1f M and %.1f M, %.0f s",
-        len(drafter_tokenizer),
-        len(small_tokenizer),
-        len(streams[0]) / 1e6,
-        len(streams[1]) / 1e6,
-        time.perf_counter() - started,
-    )
-    drafter, small = build(DRAFTER, drafter_tokenizer), build(SMALL_TARGET, small_tokenizer)
-    models = {"drafter": (drafter, drafter_tokenizer), "target": (small, small_tokenizer)}
+    chosen = SIZES[size]
+    drafter_tokenizer = train_drafter_tokenizer(unmarked, chosen.shape.vocab)
+    drafter = build(chosen.shape, drafter_tokenizer)
+    models = {"drafter": (drafter, drafter_tokenizer)}
+    streams = {"drafter": _stream(drafter_tokenizer, texts)}
+    if chosen.ships:
+        small_tokenizer = train_target_tokenizer(unmarked[:5_000], SMALL_TARGET.vocab)
+        models["target"] = build(SMALL_TARGET, small_tokenizer), small_tokenizer
+        streams["target"] = _stream(small_tokenizer, some)
+    for name, stream in streams.items():
+        _logger.info("%s: %d tokens, %.1f M to read", name, len(models[name][1]), len(stream) / 1e6)
     record: dict[str, Any] = {
         "source": "random weights"
         if random_target
@@ -451,7 +481,7 @@ def main(
         "minutes": minutes,
         "sampled_rows": len(texts),
         "sampled_characters": written,
-        "stream_tokens": {"drafter": len(streams[0]), "target": len(streams[1])},
+        "stream_tokens": {name: len(stream) for name, stream in streams.items()},
         "parameters": {n: sum(p.numel() for p in m.parameters()) for n, (m, _) in models.items()},
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -466,16 +496,27 @@ def main(
     spare = total - (time.perf_counter() - started) - 0.05 * total
     common: dict[str, Any] = {"batch": batch, "log": log, "save": save, "seed": seed}
     seen = {}
-    seen["target"] = fit(
-        small, streams[1], name="target", seconds=max(0.14 * spare, 2.0), rate=3e-3, **common
-    )
-    save()
+    if chosen.ships:
+        seen["target"] = fit(
+            models["target"][0],
+            streams["target"],
+            name="target",
+            seconds=max(0.14 * spare, 2.0),
+            rate=3e-3,
+            **common,
+        )
+        save()
     seen["drafter"] = fit(
-        drafter, streams[0], name="drafter", seconds=max(0.8 * spare, 4.0), rate=3e-3, **common
+        drafter,
+        streams["drafter"],
+        name="drafter",
+        seconds=max((0.8 if chosen.ships else 0.94) * spare, 2.0),
+        rate=chosen.rate,
+        **common,
     )
     record["trained_tokens"] = seen
-    drafter.eval()
-    small.eval()
+    for model, _ in models.values():
+        model.eval()
     save()
     try:
         record["held_out_acceptance"] = held_out_acceptance(
