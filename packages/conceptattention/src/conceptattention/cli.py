@@ -441,6 +441,20 @@ def evaluate(
 
 
 @main.command()
+@_MODEL
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", default=7860, show_default=True, type=click.IntRange(0, 65535), help="0: any free."
+)
+@_DEVICE
+def app(model: str, host: str, port: int, device: str) -> None:
+    """Serve a web page: prompt and concepts in, picture and maps out."""
+    from .app import serve
+
+    serve(_load(model, device), host, port, click.echo)
+
+
+@main.command()
 def models() -> None:
     """List the model families that can be observed."""
     from .adapters.base import known_adapters

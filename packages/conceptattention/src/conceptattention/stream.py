@@ -57,7 +57,7 @@ class ConceptStream:
         model: The transformer.
         adapter: Of its family.
         call: The forward pass.
-        guided: The batch holds unconditional rows first, then as many conditional ones.
+        images: Number of conditional rows; a larger batch holds as many unconditional ones.
         embeds: Text vectors of the concepts, (lists, concepts, dim_text).
         prompt: Where the concepts stand in the prompt, for "prompt_attention".
         recording: What is recorded.
@@ -70,14 +70,14 @@ class ConceptStream:
         model: nn.Module,
         adapter: Adapter,
         call: Call,
-        guided: bool,
+        images: int,
         embeds: Tensor,
         prompt: PromptWords | None,
         recording: Recording,
         record: Record,
         step: int,
     ) -> None:
-        self.model, self.adapter, self.call, self.guided = model, adapter, call, guided
+        self.model, self.adapter, self.call, self.images = model, adapter, call, images
         self.embeds, self.prompt = embeds, prompt
         self.recording, self.record, self.step = recording, record, step
         self.busy = False  # modules run for the concepts: taps on them must not listen
@@ -111,7 +111,7 @@ class ConceptStream:
             ValueError: Lists of concepts, vectors or prompts do not fit the batch.
         """
         with self._aside():
-            batch = len(text) // 2 if self.guided else len(text)
+            batch, rows = self.images, self.adapter.rows(self.call)
             embeds = self.embeds.to(text.device, inputs.dtype)
             if batch % len(embeds):
                 raise ValueError(
@@ -124,9 +124,10 @@ class ConceptStream:
                     f"prompt has; got {embeds.shape[-1]}."
                 )
             embeds = embeds.repeat_interleave(batch // len(embeds), dim=0)
-            self._rows = slice(len(text) - batch, None)
-            self._text = text.shape[1]
-            call = self._conditional(len(text))
+            first = 0 if self.adapter.conditional_first else rows - batch
+            self._rows = slice(first, first + batch)
+            self._text = self.adapter.text_tokens(self.call, text)
+            call = self._conditional(rows)
             self._concepts = self.adapter.start(self.model, call, embeds)
             self._temb = self.adapter.temb(self.model, call)
             if self.prompt is not None:
@@ -134,7 +135,7 @@ class ConceptStream:
 
     def _conditional(self, batch: int) -> Call:
         """Return the call with the rows of its conditional half alone."""
-        if self._rows.start == 0:
+        if batch == self.images:
             return self.call
         rows = {
             name: value[self._rows] if _per_row(value, batch) else value
@@ -161,7 +162,9 @@ class ConceptStream:
             return
         with self._aside():
             taps = {name: tap[self._rows] for name, tap in taps.items()}
-            given = {**arguments, "text_tokens": self._text}
+            given = {
+                **arguments, "text_tokens": self._text, "call": self.call, "rows": self._rows,
+            }  # fmt: skip
             image = self.adapter.image_side(block, taps, given)
             normed, state = self.adapter.pre(block, concepts, temb)
             q, k, v = self.adapter.qkv(block, normed, given)
@@ -244,4 +247,6 @@ def _flat(heads: Tensor) -> Tensor:
 
 
 def _per_row(value: Any, batch: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and len(value) == batch
+    return isinstance(value, list) and len(value) == batch

@@ -166,7 +166,7 @@ def positions_from_latents(
 def word_vectors(
     tokenizer: Any,
     words: Sequence[str],
-    states: Tensor,
+    states: Tensor | Sequence[Tensor],
     token: Token,
     *,
     causal: bool = False,
