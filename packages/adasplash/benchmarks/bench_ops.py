@@ -19,8 +19,8 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from _gpu import graphed, soft
+from torch.nn.attention import SDPBackend
 
 from adasplash import adasplash, adasplash_decode, entmax15, page_stats
 from adasplash.kernels.entmax import reference
@@ -28,21 +28,6 @@ from adasplash.testing import clustered_inputs, relative_error
 from fourfold_common import Results, time_call
 
 WORKER = Path(__file__).with_name("_upstream.py")
-
-
-def graphed(call):
-    """Return a call's CUDA graph, so that no host work is timed."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def first_calls(results: Results) -> None:
@@ -105,11 +90,6 @@ def cache(
     q = gain * topics[:, :, :1].repeat_interleave(heads // heads_kv, 1)
     q = q + draw(batch, heads, 1, dim)
     return q.bfloat16(), k.bfloat16(), draw(batch, heads_kv, keys, dim).bfloat16()
-
-
-def soft(q, k, v, backend, **options):
-    with sdpa_kernel(backend):
-        return scaled_dot_product_attention(q, k, v, **options)
 
 
 def decode(results: Results, keys: int, gain: float, noise: float) -> None:
