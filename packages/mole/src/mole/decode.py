@@ -252,7 +252,7 @@ class Decoder:
         if self.fetched:
             self.side = torch.cuda.Stream(self.device) if cuda else None
             self.flag = torch.zeros(1, dtype=torch.int32, device=self.device)
-            self.spans = self._spans()
+            self.spans = self._spans() if cuda else {0: [(0, meta.row_stride)]}
         self.places = self.ids  # which rows of the store's table to fetch
         if self.leased:
             self.places = torch.zeros_like(self.ids)

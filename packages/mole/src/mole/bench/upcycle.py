@@ -16,6 +16,7 @@ matplotlib, `upcycling.png`.
 import csv
 import io
 import json
+import statistics
 import tempfile
 import time
 from copy import deepcopy
@@ -39,7 +40,7 @@ from .reproduce import table_losses
 ARMS = ("continued", "experts", "experts-only")
 _COLOURS = {"base": "#999999", "continued": "#E69F00", "experts": "#0072B2",
             "experts-only": "#009E73"}  # fmt: skip
-_TRIAL_STEPS = 6
+_TRIAL_STEPS = 11
 _FIELDS = ("step", "tokens", "loss", "lr", "tokens_per_second")
 
 
@@ -75,10 +76,10 @@ def steps_in(
     """Return how many optimiser steps of a model fit, from a short trial that changes it."""
     trial = replace(settings, steps=_TRIAL_STEPS)
     with tempfile.TemporaryDirectory() as folder:
-        train(model, tokens, folder, trial, log_every=_TRIAL_STEPS // 2, compiled=compiled,
-              progress=False)  # fmt: skip
+        train(model, tokens, folder, trial, log_every=1, compiled=compiled, progress=False)
         lines = (Path(folder) / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
-    speed = json.loads(lines[-1])["tokens_per_second"]
+    # The median: a step may have been compiled first.
+    speed = statistics.median(json.loads(line)["tokens_per_second"] for line in lines[2:])
     return max(1, int(seconds * speed / (settings.batch * settings.context)))
 
 

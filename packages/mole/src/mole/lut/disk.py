@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ class DiskStore(LutStore):
         path = Path(folder) / DATA_FILE
         self.direct = direct
         self._file = self._open(path) if direct else os.open(path, os.O_RDONLY)
-        self._spare: list[mmap.mmap] = []
+        self._spare: list[memoryview] = []
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lut")
         self._release = weakref.finalize(self, _end, self._pool, self._file)
 
@@ -87,19 +88,18 @@ class DiskStore(LutStore):
         stride = self.meta.row_stride
         # Rows begin on 512 bytes, direct reads on 4,096: every frame has room for both ends.
         size = (-(-stride // _DIRECT_ALIGNMENT) + 1) * _DIRECT_ALIGNMENT
-        frames: list[mmap.mmap] = []
+        distinct = list(dict.fromkeys(rows))
+        frames = self._frames(len(distinct), size)
         places: dict[int, Tensor] = {}
         pieces: list[tuple[memoryview, int]] = []
-        for row in dict.fromkeys(rows):
-            frame = self._frame(size)
-            frames.append(frame)
+        for row, frame in zip(distinct, frames, strict=True):
             begin = HEADER_BYTES + row * stride
             first = begin // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT
             places[row] = torch.frombuffer(
                 frame, dtype=torch.uint8, count=stride, offset=begin - first
             )
             for start in range(0, size, _PIECE):
-                piece = memoryview(frame)[start : start + _PIECE], first + start
+                piece = frame[start : start + _PIECE], first + start
                 if self.direct or not self._fill_now(*piece):
                     pieces.append(piece)
         own = pieces.pop() if waiting and pieces else None
@@ -113,18 +113,23 @@ class DiskStore(LutStore):
             if not rows:
                 return torch.empty(0, stride, dtype=torch.uint8, device=ids.device)
             found = torch.stack([places[row] for row in rows]).to(ids.device)
-            if waiting and len(self._spare) * size < _SPARE_BYTES:
+            if waiting and (len(self._spare) + len(frames)) * size <= _SPARE_BYTES:
                 self._spare.extend(frames)  # a ticket's rows may be asked for once more
             return found
 
         return take
 
-    def _frame(self, size: int) -> mmap.mmap:
-        """Return aligned memory for a row, if possible some that the system has given already."""
-        try:
-            return self._spare.pop()
-        except IndexError:
-            return mmap.mmap(-1, size)
+    def _frames(self, count: int, size: int) -> list[memoryview]:
+        """Return aligned memory for rows, as far as possible what the system has given already."""
+        frames: list[memoryview] = []
+        with suppress(IndexError):
+            while len(frames) < count:
+                frames.append(self._spare.pop())
+        if fresh := (count - len(frames)) * size:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # its pages are the quickest to get
+            block = memoryview(mmap.mmap(-1, fresh, flags=flags))
+            frames += [block[begin : begin + size] for begin in range(0, fresh, size)]
+        return frames
 
     def _fill_now(self, view: memoryview, offset: int) -> bool:
         """Fill the view if the page cache has all of it; return whether it had."""
