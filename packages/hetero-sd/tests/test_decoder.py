@@ -1,15 +1,13 @@
 """The decoder through its public interface, on tiny models with shuffled vocabularies."""
 
-import hashlib
 import itertools
-import json
 
 import pytest
 import torch
 
 from hetero_sd import HeteroSpeculativeDecoder
 from hetero_sd.runners import make_runner
-from hetero_sd.testing import make_model, make_tokenizer, sentences
+from hetero_sd.testing import make_model, make_tokenizer, sentences, state_hash
 
 KINDS = ("byte-level", "byte-level 2", "sentencepiece", "prefixed", "characters")
 # Every two kinds, each in one order; in the other among the slow tests.
@@ -199,20 +197,6 @@ def test_long_text_outgrows_the_drafters_context(tokenizers, models):
     assert dec.generate(prompt, max_new_tokens=30).sequences.tolist() == wanted.tolist()
 
 
-def _state(*parts):
-    digest = hashlib.sha256()
-    for part in parts:
-        if hasattr(part, "state_dict"):
-            for name, value in sorted(part.state_dict().items()):
-                digest.update(name.encode() + value.numpy().tobytes())
-            digest.update(part.config.to_json_string().encode())
-            digest.update(part.generation_config.to_json_string().encode())
-        else:
-            digest.update(part.backend_tokenizer.to_str().encode())
-            digest.update(json.dumps(part.init_kwargs, default=str).encode())
-    return digest.hexdigest()
-
-
 def test_nothing_that_is_passed_in_changes(tokenizers, models):
     parts = (
         models["byte-level"],
@@ -220,12 +204,12 @@ def test_nothing_that_is_passed_in_changes(tokenizers, models):
         tokenizers["byte-level"],
         tokenizers["prefixed"],
     )
-    before = _state(*parts)
+    before = state_hash(*parts)
     for method in ("tli", "slem", "slrs", "c-slrs", "auto"):
         for backend in ("auto", "eager", "cudagraph"):
             dec = HeteroSpeculativeDecoder(*parts, method=method, lookahead=3, backend=backend)
             dec.generate(PROMPTS, max_new_tokens=8, do_sample=True, top_p=0.9, eos_token_id=[5])
-    assert _state(*parts) == before
+    assert state_hash(*parts) == before
 
 
 def test_same_generator_same_text(tokenizers, models):

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from hetero_sd import HeteroSpeculativeDecoder
-from hetero_sd.processors import Processors
-from hetero_sd.testing import every_course, total_variation
+from hetero_sd.testing import distance, every_course, law_of_output, law_of_target, one_round
 
 METHODS = ["tli", "tli by token", "slem", "slrs", "c-slrs", "slrs-plain", "standard"]
 SETTINGS = {
@@ -80,58 +79,6 @@ def make_decoder(pairs, method, lookahead=2):
         verification=verification,
         backend="eager",
     )
-
-
-def one_round(dec, history, options):
-    """Return a function of chance: the tokens of one round after a history."""
-    options = {"max_new_tokens": 6, "do_sample": True, **options}
-    prepared = dec._prepare([history], options)
-
-    def run(chance):
-        rounds = dec._rounds(prepared, None, None)
-        rounds._request = dataclasses.replace(rounds._request, chance=chance)
-        with torch.no_grad():
-            return tuple(next(iter(rounds.run()))[0][1])
-
-    return run
-
-
-def law_of_output(dec, prompt, options, length=2):
-    """The law of the first tokens that the decoder's rounds emit."""
-    end = dec.target_eos[0]
-    weights = {(): 1.0}
-    for count in range(length):
-        for before in [key for key in weights if len(key) == count and end not in key]:
-            weight = weights.pop(before)
-            history = [*prompt, *before]
-            for share, new in every_course(one_round(dec, history, options)):
-                key = (*before, *new)[:length]
-                weights[key] = weights.get(key, 0.0) + weight * share
-    return weights
-
-
-def law_of_target(dec, prompt, options, length=2):
-    """The same by the target alone, with transformers' own processors."""
-    prepared = dec._prepare([prompt], {"max_new_tokens": 6, "do_sample": True, **options})
-    process = Processors(prepared.processors, False)
-    weights = {(): 1.0}
-    for _ in range(length):
-        for before in [k for k in weights if not k or k[-1] != dec.target_eos[0]]:
-            if len(before) == length:
-                continue
-            weight = weights.pop(before)
-            history = [*prompt, *before]
-            with torch.no_grad():
-                logits = dec.target(torch.tensor([history])).logits[0, -1:]
-            for token, share in enumerate(process(logits, history)[0].softmax(-1).tolist()):
-                if share > 0:
-                    weights[(*before, token)] = weight * share
-    return weights
-
-
-def distance(found, wanted):
-    keys = sorted(set(found) | set(wanted))
-    return total_variation([found.get(k, 0.0) for k in keys], [wanted.get(k, 0.0) for k in keys])
 
 
 CASES = [(method, "processors") for method in METHODS] + [("tli", "plain"), ("slrs-plain", "plain")]

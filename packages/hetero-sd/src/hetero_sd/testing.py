@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,8 +48,6 @@ def make_tokenizer(kind: str, vocab: int = 300, seed: int = 0) -> Any:
     Raises:
         ValueError: The kind is unknown.
     """
-    import json
-
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -135,6 +136,21 @@ def make_model(
         with torch.no_grad():
             model.lm_head.weight.mul_(sharpness / 6.0)
     return model.eval()
+
+
+def state_hash(*parts: Any) -> str:
+    """Return a digest of models and tokenizers: weights, configurations and all settings."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if hasattr(part, "state_dict"):
+            for name, value in sorted(part.state_dict().items()):
+                digest.update(name.encode() + value.numpy().tobytes())
+            digest.update(part.config.to_json_string().encode())
+            digest.update(part.generation_config.to_json_string().encode())
+        else:
+            digest.update(part.backend_tokenizer.to_str().encode())
+            digest.update(json.dumps(part.init_kwargs, default=str).encode())
+    return digest.hexdigest()
 
 
 def total_variation(p: Sequence[float] | torch.Tensor, q: Sequence[float] | torch.Tensor) -> float:
@@ -301,3 +317,75 @@ def every_course(run: Callable[[Chance], Any]) -> Iterator[tuple[float, Any]]:
             result = run(chance)
         waiting += chance._open
         yield chance.weight, result
+
+
+def one_round(dec: Any, history: list[int], options: dict[str, Any]) -> Callable[[Chance], Any]:
+    """Return a function of chance: the tokens of one round after a history.
+
+    Args:
+        dec: A decoder of `hetero_sd`, its backend `"eager"`.
+        history: Target ids.
+        options: Options of `generate`.
+    """
+    options = {"max_new_tokens": 6, "do_sample": True, **options}
+    prepared = dec._prepare([history], options)
+
+    def run(chance: Chance) -> tuple[int, ...]:
+        rounds = dec._rounds(prepared, None, None)
+        rounds._request = dataclasses.replace(rounds._request, chance=chance)
+        with torch.no_grad():
+            return tuple(next(iter(rounds.run()))[0][1])
+
+    return run
+
+
+def law_of_output(
+    dec: Any, prompt: list[int], options: dict[str, Any], length: int = 2
+) -> dict[tuple[int, ...], float]:
+    """Return the law of the first tokens that the decoder's rounds emit, by taking every course.
+
+    Args:
+        dec: A decoder of `hetero_sd`, its backend `"eager"`.
+        prompt: Target ids.
+        options: Options of `generate`.
+        length: Tokens to look at, 1 or more.
+    """
+    end = dec.target_eos[0]
+    weights: dict[tuple[int, ...], float] = {(): 1.0}
+    for count in range(length):
+        for before in [key for key in weights if len(key) == count and end not in key]:
+            weight = weights.pop(before)
+            history = [*prompt, *before]
+            for share, new in every_course(one_round(dec, history, options)):
+                key = (*before, *new)[:length]
+                weights[key] = weights.get(key, 0.0) + weight * share
+    return weights
+
+
+def law_of_target(
+    dec: Any, prompt: list[int], options: dict[str, Any], length: int = 2
+) -> dict[tuple[int, ...], float]:
+    """Return the same by the target alone, with transformers' own processors."""
+    from .processors import Processors
+
+    prepared = dec._prepare([prompt], {"max_new_tokens": 6, "do_sample": True, **options})
+    process = Processors(prepared.processors, False)
+    weights: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(length):
+        for before in [k for k in weights if not k or k[-1] != dec.target_eos[0]]:
+            if len(before) == length:
+                continue
+            weight = weights.pop(before)
+            history = [*prompt, *before]
+            with torch.no_grad():
+                logits = dec.target(torch.tensor([history])).logits[0, -1:]
+            for token, share in enumerate(process(logits, history)[0].softmax(-1).tolist()):
+                if share > 0:
+                    weights[(*before, token)] = weight * share
+    return weights
+
+
+def distance(found: dict[Any, float], wanted: dict[Any, float]) -> float:
+    """Return the total variation distance of two laws, given as probabilities of what is drawn."""
+    keys = sorted(set(found) | set(wanted))
+    return total_variation([found.get(k, 0.0) for k in keys], [wanted.get(k, 0.0) for k in keys])

@@ -76,7 +76,7 @@ def verify_pair(
         dec = HeteroSpeculativeDecoder(
             *pair.parts, method="tli", lookahead=1, verification="token", backend="eager"
         )
-        _spoil(dec)
+        spoil(dec)
         checks.append(_sampled(dec, prompts[0], draws, seed, "control"))
     return checks
 
@@ -194,7 +194,7 @@ def fits_law(counts: Tensor, law: Tensor, slack: float = 0.0) -> tuple[bool, str
     return fits, f"statistic {statistic:.1f} at {freedom} degrees of freedom, {draws:.0f} draws"
 
 
-def _spoil(dec: HeteroSpeculativeDecoder) -> None:
+def spoil(dec: HeteroSpeculativeDecoder) -> None:
     """Report that every drafter probability belongs to another token."""
     honest = dec._shared.draft
 
