@@ -306,6 +306,53 @@ def test_prompt_attention_is_what_the_model_computed(name, config, monkeypatch):
     assert batch == len(maps.values)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize(("name", "config"), VARIANTS, ids=IDS)
+def test_daam_is_what_the_model_attended_to(name, config, fused, monkeypatch):
+    family = FAMILIES[name]
+    pipe = family.build(**config)
+    spots = [[0], [1, 2], [4]]
+    settings = {"space": "daam", "prompt_tokens": spots, "concept_embeds": EMBEDS}
+    if name in ("qwen", "chroma", "hunyuan-video", "hunyuan-image", "z-image"):
+        with pytest.raises(ValueError, match="has no 'daam' yet"):
+            ConceptAttention(pipe, WORDS, **settings)
+        return
+    if fused:
+        if not hasattr(pipe.transformer, "fuse_qkv_projections") or config is SD35:
+            pytest.skip("diffusers cannot fuse this family")
+        pipe.transformer.fuse_qkv_projections()
+    arguments = first_call(family, pipe)
+    text = arguments["encoder_hidden_states"].shape[1]
+    seen = []
+    real = F.scaled_dot_product_attention
+
+    def record(query, key, value, attn_mask=None, **kwargs):
+        seen.append((query, key, attn_mask))
+        return real(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    pipe._guidance_scale = 1.0
+    with ConceptAttention(
+        pipe, WORDS, layers="all", store="layers", single_stream=name in SINGLE, **settings
+    ) as observer, torch.no_grad():  # fmt: skip
+        monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+        pipe.transformer(**arguments)
+    monkeypatch.undo()
+    maps = observer.heatmaps().with_reduce("raw")
+    patches = maps.values[0, 0].numel()
+    joint = [entry for entry in seen if entry[0].shape[2] == text + patches]
+    words, places = slice(0, text), slice(text, None)
+    if name == "sd3":
+        words, places = slice(patches, None), slice(0, patches)
+    for layer in range(3 + (name in SINGLE)):
+        query, key, mask = joint[layer]
+        assert mask is None or bool((mask == (0 if mask.is_floating_point() else 1)).all())
+        logits = query[:, :, places] @ key[:, :, words].mT / query.shape[-1] ** 0.5
+        shares = logits.softmax(-1).mean(1)  # [batch, patches, text]
+        expected = torch.stack([shares[..., rows].mean(-1) for rows in spots], 1)
+        ours = maps.select(layers=[layer]).values.flatten(2)
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", SINGLE)
 @pytest.mark.parametrize("fused", [False, True])
 def test_single_stream_layers_are_bit_identical(name, fused):

@@ -376,7 +376,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 )
 @click.option(
     "--spaces", default="output,cross_attention,value", show_default=True,
-    help="Also prompt_attention.",
+    help="Also prompt_attention and daam.",
 )  # fmt: skip
 @click.option("--noise", default="0.5", show_default=True, help="Levels, separated by commas.")
 @click.option("--layers", default="default", show_default=True, help="default, all or last:N.")

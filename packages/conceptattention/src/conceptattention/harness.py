@@ -20,7 +20,7 @@ from .evaluation import Confusion, ap_paper, average_precision, bootstrap_interv
 from .maps import ConceptMaps, Reduce
 from .segmentation import segment
 from .selection import Selection
-from .stream import Space
+from .stream import PROMPT_SPACES, Space
 
 Protocol = Literal["binary", "multiclass"]
 METRICS: tuple[Literal["accuracy", "miou", "fg_iou", "miou_paper"], ...] = (
@@ -35,7 +35,8 @@ class Settings:
     Args:
         protocol: "binary" scores each class present by its map above its mean; "multiclass" the
             strongest concept of every pixel.
-        spaces: Where maps come from; "prompt_attention" is read from the caption's own tokens.
+        spaces: Where maps come from; "prompt_attention" and "daam" are read from the
+            caption's own tokens.
         reduces: Orders of reduction, with ("softmax_mean") and without ("raw") the softmax.
         noise: Noise levels.
         self_attention: Whether concepts attend to each other.
@@ -181,11 +182,12 @@ def _groups(
     """Yield the spaces that share their concepts, and those: the words asked for come first."""
     words = [sample.names[number] for number in query]
     others = list(background) or [sample.names[n] for n in sample.present if n not in query]
-    shared: list[Space] = [space for space in settings.spaces if space != "prompt_attention"]
+    shared: list[Space] = [space for space in settings.spaces if space not in PROMPT_SPACES]
     if shared:
         yield shared, list(dict.fromkeys([*words, *others]))
-    if "prompt_attention" in settings.spaces:  # only words of the caption have queries there
-        yield ["prompt_attention"], words
+    asked: list[Space] = [space for space in settings.spaces if space in PROMPT_SPACES]
+    if asked:  # only words of the caption have tokens there
+        yield asked, words
 
 
 def _cases(

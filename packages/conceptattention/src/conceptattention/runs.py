@@ -65,7 +65,7 @@ class Router:
         adapter: Of the model family.
         steps: Which steps count.
         recording: What is recorded.
-        prompt: Where the concepts stand in the prompt, for "prompt_attention".
+        prompt: Where the concepts stand in the prompt, for `PROMPT_SPACES`.
     """
 
     def __init__(

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from .adapters import Adapter, Block, Call, ImageSide
 from .concepts import PromptWords
 from .kernels.concept import concept_attention, reference, usable
-from .scores import Normalize, RunningMean, Temperature
+from .scores import Normalize, RunningMean, Temperature, heat_map
 
-Space = Literal["output", "cross_attention", "prompt_attention", "value"]
+Space = Literal["output", "cross_attention", "prompt_attention", "value", "daam"]
+PROMPT_SPACES = ("prompt_attention", "daam")  # read from the words inside the prompt
 Store = Literal["mean", "layers", "steps", "all"]
 Vector = Literal["concept_output", "image_output", "concept_query", "image_key", "concept_value"]
 Kernels = Literal["auto", "torch", "triton"]
@@ -59,7 +60,7 @@ class ConceptStream:
         call: The forward pass.
         images: Number of conditional rows; a larger batch holds as many unconditional ones.
         embeds: Text vectors of the concepts, (lists, concepts, dim_text).
-        prompt: Where the concepts stand in the prompt, for "prompt_attention".
+        prompt: Where the concepts stand in the prompt, for `PROMPT_SPACES`.
         recording: What is recorded.
         record: Where to.
         step: Number of the step.
@@ -174,11 +175,13 @@ class ConceptStream:
             out = attend(q, own[0], own[1], image.keys, image.values, image.rotary)
             outputs = out.transpose(1, 2).flatten(2)  # [batch, concepts, dim]
             if block.index in self.recording.layers:
-                asked = None
-                if self._shares is not None:
-                    patches = image.keys.shape[2]
+                patches = image.keys.shape[2]
+                asked = heat = None
+                if "prompt_attention" in self.recording.spaces:
                     asked = self.adapter.prompt_queries(block, taps["prompt"], given, patches)
-                self._score(block.index, image, q, v, outputs, asked, triton)
+                if "daam" in self.recording.spaces:
+                    heat = heat_map(*self.adapter.heat_sides(block, taps, given, patches))
+                self._score(block.index, image, q, v, outputs, asked, heat, triton)
                 self._keep_vectors(block.index, image, q, v, outputs)
             if block.index < self.recording.layers[-1]:
                 self._concepts = self.adapter.post(block, concepts, outputs, state)
@@ -191,12 +194,22 @@ class ConceptStream:
         v: Tensor,
         outputs: Tensor,
         asked: Tensor | None,
+        heat: Tensor | None,
         triton: bool,
     ) -> None:
         """Add the layer's scores in every space to the running means."""
         recording, record = self.recording, self.record
         record.seen[layer].add(self.step)
         for space in recording.spaces:
+            key = (
+                space,
+                layer if recording.store in ("layers", "all") else -1,
+                self.step if recording.store in ("steps", "all") else -1,
+            )
+            mean = record.means.setdefault(key, RunningMean())
+            if heat is not None and self._shares is not None and space == "daam":
+                mean.add(self._shares @ heat, recording.temperature)
+                continue
             scale, ours, theirs = 1.0, outputs, image.outputs
             if space == "value":
                 ours, theirs = _flat(v), _flat(image.values)
@@ -205,12 +218,6 @@ class ConceptStream:
                 if space == "prompt_attention" and asked is not None and self._shares is not None:
                     ours = self._shares.to(asked.dtype) @ _flat(asked)
                 scale = 1 / (q.shape[1] * q.shape[-1] ** 0.5)  # mean over heads
-            key = (
-                space,
-                layer if recording.store in ("layers", "all") else -1,
-                self.step if recording.store in ("steps", "all") else -1,
-            )
-            mean = record.means.setdefault(key, RunningMean())
             mean.add_vectors(
                 ours, theirs, recording.normalize, recording.temperature, scale, triton=triton
             )

@@ -173,6 +173,23 @@ class Adapter(ABC):
         """
         raise ValueError(f"`space`: {self.family} has no 'prompt_attention' yet.")
 
+    def heat_taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
+        """Return the modules that `heat_sides` needs, beside those of `taps`."""
+        raise ValueError(f"`space`: {self.family} has no 'daam' yet.")
+
+    def heat_sides(
+        self, block: Block, taps: Mapping[str, Tensor], arguments: Mapping[str, Any], patches: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the picture's queries and the prompt's keys as attention used them.
+
+        Args:
+            block: The layer.
+            taps: What the taps of `taps` and `heat_taps` saw.
+            arguments: As in `image_side`.
+            patches: Number of image tokens.
+        """
+        raise ValueError(f"`space`: {self.family} has no 'daam' yet.")
+
     def prompt_positions(self, pipe: Any, prompt: str, word: str) -> list[int]:
         """Return where a word's tokens sit in the prompt, counted from the first text token."""
         raise ValueError(

@@ -20,6 +20,7 @@ class QwenImageAdapter(JointAdapter):
 
     family = "Qwen-Image"
     model_class = "QwenImageTransformer2DModel"
+    masked_text = True
 
     def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:
         states = pipe.encode_prompt(list(words), device=execution_device(pipe))[0]

@@ -21,7 +21,7 @@ class ZImageAdapter(JointAdapter):
 
     family = "Z-Image"
     model_class = "ZImageTransformer2DModel"
-    conditional_first = True
+    conditional_first = masked_text = True
     prompt_start = 3  # behind "<|im_start|>user\n"
 
     def matches(self, model: nn.Module) -> bool:

@@ -43,7 +43,7 @@ from .video import (
 _logger = logging.getLogger(__name__)
 SMALL_PIXELS = 16
 HELD_OUT_SEED = 2**41
-SPACES: tuple[Space, ...] = ("output", "cross_attention", "prompt_attention")
+SPACES: tuple[Space, ...] = ("output", "cross_attention", "prompt_attention", "daam")
 TIMES = (400, 600, 800)  # of the scheduler's 1000, noisiest last
 PROMPTS = ("a bee and an apple on snow", "a fish on grass", "a wheel and a moon on water")
 
