@@ -3,8 +3,8 @@
 Run as `python packages/adasplash/benchmarks/bench_attention.py --output FOLDER`. Errors come first:
 of every dtype at several shapes, then in every case those of the last queries, all against float64.
 Cases come in the order of importance until `--budget` seconds are spent: times of the kernels (CUDA
-graphs, so that no host work is timed) and memory, after what the host needs for a call. `FOLDER` gets
-`attention.json`, written after every case; run again, it goes on where it stopped.
+graphs, so that no host work is timed) and memory, after what the host needs for a call. `FOLDER`
+gets `attention.json`, written after every case; run again, it goes on where it stopped.
 `attention.png` shows the speed over the density of blocks.
 """
 
