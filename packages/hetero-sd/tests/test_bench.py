@@ -251,7 +251,11 @@ def test_costs_are_times_of_passes(pair, monkeypatch):
         (False, 2, 1, 10, True),
         (False, 2, 1, 10, False),
     ]
-    assert 0 < Costs(decoder, 1, 200).target(4) < 1
+    graphs = HeteroSpeculativeDecoder(*pair.parts, method="tli", backend="cudagraph")
+    for some in (decoder, graphs):
+        costs = Costs(some, 2, 200)
+        assert 0 < costs.target(4) < 1
+        assert 0 < costs.drafter(True) < 1
 
 
 def test_bad_requests_are_refused(pair, prompts, tmp_path):

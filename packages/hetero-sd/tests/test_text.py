@@ -23,6 +23,26 @@ def test_bytes_of_tokens_add_up_to_the_text(tokenizers, kind):
         assert spelled == (b" " if kind == "prefixed" else b"") + text.encode()
 
 
+@pytest.mark.parametrize(
+    ("kind", "added", "spelled"),
+    [
+        ("sentencepiece", "▁▁▁", b"   "),  # As Gemma's runs of spaces.
+        ("sentencepiece", "\n\n", b"\n\n"),
+        ("byte-level", "   ", b"   "),  # As those of GPT-NeoX.
+    ],
+)
+def test_added_tokens_spell_what_they_decode_to(kind, added, spelled):
+    from tokenizers import AddedToken
+
+    from hetero_sd.testing import make_tokenizer
+
+    tokenizer = make_tokenizer(kind, 330)
+    tokenizer.add_tokens([AddedToken(added, normalized=False)])
+    index = tokenizer.convert_tokens_to_ids(added)
+    assert token_bytes(tokenizer)[index] == spelled
+    assert tokenizer.decode([index]).encode() == spelled
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_have_no_bytes(tokenizers, kind):
     table = token_bytes(tokenizers[kind])

@@ -101,8 +101,10 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     unknown = state["model"].get("unk_token")
     table: list[bytes | None] = [None] * (1 + max(vocab.values(), default=-1))
     for token, index in vocab.items():
-        if index in added:
-            table[index] = None if added[index]["special"] else token.encode()
+        if index in added and added[index]["special"]:
+            continue
+        if index in added and kind != "sentencepiece":
+            table[index] = token.encode()
         elif token != unknown:
             table[index] = _spell(token, kind) or None
     special = {i for i in tokenizer.all_special_ids if i is not None and i < len(table)}
