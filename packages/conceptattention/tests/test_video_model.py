@@ -140,6 +140,19 @@ def test_training_fits_one_batch_of_clips(pipe):
     assert max(away) > 0
 
 
+@pytest.mark.skipif(
+    not (video.VIDEO_ASSETS / "weights.safetensors").exists(),
+    reason="the trained weights of the video model are not in the package",
+)
+def test_maps_of_the_trained_model_follow_the_objects():
+    rows = train_video.evaluate(video.load_video_pipeline(), 24, times=[600])["rows"]
+    found = {row["space"]: row for row in rows if row["layer"] is None}
+    assert found["output"]["object_iou"] > 2 * found["chance"]["object_iou"]
+    assert found["output"]["object_iou"] > found["still"]["object_iou"]
+    for frame in range(video.FRAMES):
+        assert found["output"]["by_frame"][frame] > 1.5 * found["chance"]["by_frame"][frame]
+
+
 @pytest.mark.slow
 def test_the_script_writes_weights_and_figures(tmp_path):
     result = CliRunner().invoke(

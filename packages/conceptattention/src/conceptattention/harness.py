@@ -28,6 +28,14 @@ METRICS: tuple[Literal["accuracy", "miou", "fg_iou", "miou_paper"], ...] = (
 )  # fmt: skip
 
 
+# Okabe and Ito's palette: told apart with every kind of colour vision.
+_COLOURS = {
+    "output": "#0072b2", "cross_attention": "#d55e00", "prompt_attention": "#009e73",
+    "daam": "#cc79a7", "value": "#777777",
+}  # fmt: skip
+_STYLES = {"softmax_mean": "-", "mean_softmax": ":", "raw": "--"}
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is evaluated; every combination of the lists is one row of the table.
@@ -319,21 +327,28 @@ def plot_sweeps(rows: Sequence[Mapping[str, Any]], output: Path) -> list[Path]:
         points = [r for r in rows if (r["layer"] is None) == (axis == "noise")]
         if len({row[axis] for row in points}) < 2:
             continue
-        lines: dict[str, list[tuple[float, float]]] = {}
+        lines: dict[str, list[Mapping[str, Any]]] = {}
         for row in points:
             rest = [row["space"], row["reduce"]]
             if axis == "layer" and len({r["noise"] for r in points}) > 1:
                 rest.append(f"t={row['noise']:g}")
             if not row["self_attention"]:
                 rest.append("no self-attention")
-            lines.setdefault(", ".join(rest), []).append((row[axis], 100 * row["miou"]))
+            lines.setdefault(", ".join(rest), []).append(row)
         figure = Figure(figsize=(9, max(4, 1 + 0.2 * len(lines))), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for name, line in lines.items():
-            line.sort()
-            axes.plot(*zip(*line, strict=True), marker="o", label=name)
-        axes.set(xlabel=title, ylabel="mIoU (%)")
+            line.sort(key=lambda row: row[axis])
+            places, first = [row[axis] for row in line], line[0]
+            colour, style = _COLOURS[first["space"]], _STYLES[first["reduce"]]
+            marker = "o" if first["self_attention"] else "x"
+            values = [100 * row["miou"] for row in line]
+            axes.plot(places, values, style, marker=marker, color=colour, label=name)
+            if first["reduce"] == "softmax_mean":  # 95 % over pictures
+                low, high = ([100 * row["miou_interval"][side] for row in line] for side in (0, 1))
+                axes.fill_between(places, low, high, color=colour, alpha=0.08, linewidth=0)
+        axes.set(xlabel=title, ylabel="mIoU (%)", xticks=sorted({row[axis] for row in points}))
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper", fontsize="small")
         path = output / f"{axis}.png"

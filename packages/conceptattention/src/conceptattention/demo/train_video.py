@@ -140,7 +140,7 @@ class Trainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimiser.step()
-        keep = min(0.999, (self.step + 1) / (self.step + 10))
+        keep = min(0.995, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(self.averages, self.weights, 1 - keep)
         self.step += 1
@@ -282,7 +282,7 @@ def draw_samples(pipe: VideoDemoPipeline, path: Path) -> None:
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--minutes", default=3.5, help="Time for training, compilation included.")
 @click.option("--steps", default=10**9, help="Stop, and end the schedule, after so many steps.")
-@click.option("--batch", default=256, help="Clips per step.")
+@click.option("--batch", default=128, help="Clips per step; small ones three times as many.")
 @click.option("--rate", default=1e-3, help="Peak learning rate.")
 @click.option("--seed", default=0, help="Seed of weights, clips and noise.")
 @click.option("--device", default="auto", help="Where to train.")

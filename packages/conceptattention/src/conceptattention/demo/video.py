@@ -27,6 +27,7 @@ from transformers import T5Config, T5EncoderModel
 from .model import build_tokenizer
 from .scenes import BACKGROUNDS, ITEMS, LABELS, MAX_OBJECTS, VOCABULARY, _constants, _draw, _Layout
 
+VIDEO_ASSETS = Path(__file__).parent / "assets" / "video"
 PIXELS, FRAMES, MAX_TOKENS = 24, 6, 8
 # Nouns and places that differ in colour: outlines of a few pixels do not tell much.
 CLIP_ITEMS = ("apple", "leaf", "fish", "moon", "flower", "tile", "wheel", "bee")
@@ -241,13 +242,16 @@ def save_video_weights(pipe: VideoDemoPipeline, folder: str | os.PathLike[str]) 
     return path
 
 
-def load_video_pipeline(folder: str | os.PathLike[str]) -> VideoDemoPipeline:
-    """Return the pipeline whose weights `save_video_weights` wrote.
+def load_video_pipeline(folder: str | os.PathLike[str] | None = None) -> VideoDemoPipeline:
+    """Return the trained video pipeline.
+
+    Args:
+        folder: Where `save_video_weights` wrote; the package's own weights when None.
 
     Raises:
         ValueError: A file is missing, truncated or of another version.
     """
-    folder = Path(folder)
+    folder = VIDEO_ASSETS if folder is None else Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         stored = load_file(folder / "weights.safetensors")
