@@ -67,6 +67,7 @@ class Taps:
         self._on_model: list[Any] = []
         self._on_modules: list[Any] = []
         self._tapped: list[tuple[nn.Module, ...]] = []
+        self._expected: dict[int, int] = {}  # taps of a layer
         self._heard: dict[int, dict[str, Tensor]] = defaultdict(dict)
 
     def check(self) -> None:
@@ -113,7 +114,9 @@ class Taps:
             handle.remove()
         self._on_modules = [self.adapter.seed(self.model).register_forward_hook(self._on_seed)]
         for block in self.blocks:
-            for name, (module, side) in self._wanted(block).items():
+            wanted = self._wanted(block)
+            self._expected[block.index] = len(wanted)
+            for name, (module, side) in wanted.items():
                 self._on_modules.append(self._tap(block.index, name, module, side))
             self._on_modules.append(
                 block.attention.register_forward_hook(self._on_attention(block), with_kwargs=True)
@@ -164,7 +167,7 @@ class Taps:
         def report(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if self.listener.listening:
                 heard = self._heard.pop(block.index, {})
-                complete = len(heard) == len(self._wanted(block))
+                complete = len(heard) == self._expected[block.index]
                 self.listener.layer(block, heard if complete else None, kwargs)
 
         return report
@@ -180,10 +183,8 @@ def assert_ready(model: nn.Module) -> None:
     Raises:
         RuntimeError: It was compiled before it was observed, or is spread over devices.
     """
-    compiled = type(model).__name__ == "OptimizedModule" or any(
-        module._compiled_call_impl is not None for module in model.modules()
-    )
-    if compiled and model not in _attached:
+    # Inside the context compiling is fine: nothing to look for in every pass.
+    if model not in _attached and _is_compiled(model):
         raise RuntimeError(
             "`pipe.transformer` was compiled before it was observed, so its hooks stay silent; "
             "enter the ConceptAttention context first and compile inside it."
@@ -193,3 +194,9 @@ def assert_ready(model: nn.Module) -> None:
             "`pipe.transformer` runs with context or tensor parallelism, which is not supported; "
             "observe a transformer on one device."
         )
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return type(model).__name__ == "OptimizedModule" or any(
+        module._compiled_call_impl is not None for module in model.modules()
+    )
