@@ -350,10 +350,10 @@ def law_of_output(
         options: Options of `generate`.
         length: Tokens to look at, 1 or more.
     """
-    end = dec.target_eos[0]
+    ends = dec.target_eos[:1]  # None where the target has no end token.
     weights: dict[tuple[int, ...], float] = {(): 1.0}
     for count in range(length):
-        for before in [key for key in weights if len(key) == count and end not in key]:
+        for before in [key for key in weights if len(key) == count and not {*key} & {*ends}]:
             weight = weights.pop(before)
             history = [*prompt, *before]
             for share, new in every_course(one_round(dec, history, options)):
@@ -372,7 +372,7 @@ def law_of_target(
     process = Processors(prepared.processors, False)
     weights: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(length):
-        for before in [k for k in weights if not k or k[-1] != dec.target_eos[0]]:
+        for before in [k for k in weights if not k or k[-1] not in dec.target_eos[:1]]:
             if len(before) == length:
                 continue
             weight = weights.pop(before)
