@@ -19,8 +19,8 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from _gpu import graphed, soft
+from torch.nn.attention import SDPBackend
 
 from adasplash import adasplash, adasplash_decode, entmax15, page_stats
 from adasplash.kernels.entmax import reference
@@ -28,21 +28,6 @@ from adasplash.testing import clustered_inputs, relative_error
 from fourfold_common import Results, time_call
 
 WORKER = Path(__file__).with_name("_upstream.py")
-
-
-def graphed(call):
-    """Return a call's CUDA graph, so that no host work is timed."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def first_calls(results: Results) -> None:
@@ -89,7 +74,9 @@ def dense(results: Results) -> None:
                       flush=True)  # fmt: skip
 
 
-def cache(batch: int, heads: int, heads_kv: int, keys: int, dim: int, gain: float):
+def cache(
+    batch: int, heads: int, heads_kv: int, keys: int, dim: int, gain: float, noise: float
+):  # fmt: skip
     """Return queries of one new token, and keys that share a topic over 64 places."""
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -98,20 +85,19 @@ def cache(batch: int, heads: int, heads_kv: int, keys: int, dim: int, gain: floa
 
     topics = draw(batch, heads_kv, max(2, keys // 64 // 4), dim)
     chosen = torch.randint(topics.shape[2], (keys // 64,), generator=generator, device="cuda")
-    k = gain * topics[:, :, chosen].repeat_interleave(64, 2) + draw(batch, heads_kv, keys, dim)
+    k = gain * topics[:, :, chosen].repeat_interleave(64, 2)
+    k = k + noise * draw(batch, heads_kv, keys, dim)
     q = gain * topics[:, :, :1].repeat_interleave(heads // heads_kv, 1)
     q = q + draw(batch, heads, 1, dim)
     return q.bfloat16(), k.bfloat16(), draw(batch, heads_kv, keys, dim).bfloat16()
 
 
-def soft(q, k, v, backend, **options):
-    with sdpa_kernel(backend):
-        return scaled_dot_product_attention(q, k, v, **options)
+def decode(results: Results, keys: int, gain: float, noise: float) -> None:
+    """Time one new token of 8 sequences, 32 heads over 4 of keys, with graphs all round.
 
-
-def decode(results: Results, keys: int, gain: float) -> None:
-    """Time one new token of 8 sequences, 32 heads over 4 of keys, with graphs all round."""
-    q, k, v = cache(8, 32, 4, keys, 128, gain)
+    Keys of one topic with little noise are what the bounds of pages can tell apart.
+    """
+    q, k, v = cache(8, 32, 4, keys, 128, gain, noise)
     lengths = torch.full((8,), keys, dtype=torch.int32, device="cuda")
     want = adasplash_decode(q.double(), k.double(), v.double(), lengths)
     folded = q.unflatten(1, (4, -1))[:, :, :, 0]  # the heads of a key head as rows of one
@@ -127,7 +113,12 @@ def decode(results: Results, keys: int, gain: float) -> None:
         "SDPA flash, enable_gqa": partial(soft, q, k, v, flash, enable_gqa=True),
         "SDPA cuDNN, enable_gqa": partial(soft, q, k, v, cudnn, enable_gqa=True),
     }.items():
-        case = {"keys": keys, "gain": gain, "near_blocks": round(near.double().mean().item(), 3)}
+        case = {
+            "keys": keys,
+            "gain": gain,
+            "noise": noise,
+            "near_blocks": round(near.double().mean().item(), 3),
+        }
         try:
             if name.startswith("adasplash"):
                 case["relative_error"] = relative_error(call(), want)
@@ -192,8 +183,8 @@ def main() -> None:
     if "dense" in arguments.parts:
         dense(results)
     if "decode" in arguments.parts:
-        for keys, gain in product((8192, 65536), (1.0, 0.0)):
-            decode(results, keys, gain)
+        for keys, (gain, noise) in product((8192, 65536), ((1.0, 1.0), (1.0, 0.1), (0.0, 1.0))):
+            decode(results, keys, gain, noise)
     results.save(path)
     if arguments.upstream and "upstream" in arguments.parts:
         for length, gain in product(arguments.lengths, (4.0, 0.0)):

@@ -23,6 +23,8 @@ VARIANTS = [
     ("cogvideox", {"use_rotary_positional_embeddings": False}),
 ]
 IDS = [name + ("-variant" if config else "") for name, config in VARIANTS]
+DUAL = [case for case in VARIANTS if case[0] != "z-image"]  # test_zimage.py compares that one
+DUAL_IDS = [name + ("-variant" if config else "") for name, config in DUAL]
 
 
 def hooks(model):
@@ -71,12 +73,12 @@ def first_call(family, pipe):
 
 SINGLE = ("flux", "flux2", "longcat", "bria")
 CASES = [
-    *((name, config, False) for name, config in VARIANTS), *((name, {}, True) for name in SINGLE)
+    *((name, config, False) for name, config in DUAL), *((name, {}, True) for name in SINGLE)
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "single"), CASES, ids=[*IDS, *(f"{name}-single" for name in SINGLE)]
+    ("name", "config", "single"), CASES, ids=[*DUAL_IDS, *(f"{name}-single" for name in SINGLE)]
 )
 def test_concept_outputs_equal_the_masked_stock_model(name, config, single, monkeypatch):
     family = FAMILIES[name]
@@ -259,7 +261,7 @@ def test_sequential_offload_gives_the_same_latents_and_maps():
     assert torch.equal(observer.heatmaps().values, moved.heatmaps().values)
 
 
-@pytest.mark.parametrize(("name", "config"), VARIANTS, ids=IDS)
+@pytest.mark.parametrize(("name", "config"), DUAL, ids=DUAL_IDS)
 def test_prompt_attention_is_what_the_model_computed(name, config, monkeypatch):
     family = FAMILIES[name]
     pipe = family.build(**config)
@@ -302,6 +304,53 @@ def test_prompt_attention_is_what_the_model_computed(name, config, monkeypatch):
         ours = maps.select(layers=[layer]).values.flatten(2)
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
     assert batch == len(maps.values)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize(("name", "config"), VARIANTS, ids=IDS)
+def test_daam_is_what_the_model_attended_to(name, config, fused, monkeypatch):
+    family = FAMILIES[name]
+    pipe = family.build(**config)
+    spots = [[0], [1, 2], [4]]
+    settings = {"space": "daam", "prompt_tokens": spots, "concept_embeds": EMBEDS}
+    if name in ("qwen", "chroma", "hunyuan-video", "hunyuan-image", "z-image"):
+        with pytest.raises(ValueError, match="has no 'daam' yet"):
+            ConceptAttention(pipe, WORDS, **settings)
+        return
+    if fused:
+        if not hasattr(pipe.transformer, "fuse_qkv_projections") or config is SD35:
+            pytest.skip("diffusers cannot fuse this family")
+        pipe.transformer.fuse_qkv_projections()
+    arguments = first_call(family, pipe)
+    text = arguments["encoder_hidden_states"].shape[1]
+    seen = []
+    real = F.scaled_dot_product_attention
+
+    def record(query, key, value, attn_mask=None, **kwargs):
+        seen.append((query, key, attn_mask))
+        return real(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    pipe._guidance_scale = 1.0
+    with ConceptAttention(
+        pipe, WORDS, layers="all", store="layers", single_stream=name in SINGLE, **settings
+    ) as observer, torch.no_grad():  # fmt: skip
+        monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+        pipe.transformer(**arguments)
+    monkeypatch.undo()
+    maps = observer.heatmaps().with_reduce("raw")
+    patches = maps.values[0, 0].numel()
+    joint = [entry for entry in seen if entry[0].shape[2] == text + patches]
+    words, places = slice(0, text), slice(text, None)
+    if name == "sd3":
+        words, places = slice(patches, None), slice(0, patches)
+    for layer in range(3 + (name in SINGLE)):
+        query, key, mask = joint[layer]
+        assert mask is None or bool((mask == (0 if mask.is_floating_point() else 1)).all())
+        logits = query[:, :, places] @ key[:, :, words].mT / query.shape[-1] ** 0.5
+        shares = logits.softmax(-1).mean(1)  # [batch, patches, text]
+        expected = torch.stack([shares[..., rows].mean(-1) for rows in spots], 1)
+        ours = maps.select(layers=[layer]).values.flatten(2)
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", SINGLE)

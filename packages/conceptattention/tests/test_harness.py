@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from conceptattention import ConceptMaps, cli, harness
+from conceptattention import ConceptMaps, cli, harness, segment
 from conceptattention.datasets import VOID, Dataset, Sample, load_dataset
 from conceptattention.harness import Settings, evaluate
 
@@ -170,6 +170,21 @@ def test_counts_by_hand(monkeypatch):
     assert row["accuracy"] == pytest.approx(6 / 8)
     assert row["fg_iou"] == pytest.approx((3 / 5 + 3 / 4) / 2)
     assert row["pictures"] == 2
+
+
+def test_daam_is_read_from_the_words_of_the_caption(demo_pipe, tmp_path):
+    data = make_folder(tmp_path / "data", 1)
+    settings = Settings("multiclass", ("output", "daam"), ("raw",), score_size=None, size=64)
+    rows = evaluate(demo_pipe, data, tmp_path / "run", settings, progress=False)["rows"]
+    assert [row["space"] for row in rows] == ["output", "daam"]
+    assert 0 <= rows[1]["accuracy"] <= 1
+    sample = data[0]
+    words = [sample.names[number] for number in sample.present]
+    caption = "a " + ", a ".join(words)
+    maps = segment(demo_pipe, sample.image.resize((64, 64)), words, caption, space="daam")
+    shares = maps.with_reduce("raw").values
+    assert shares.min() > 0
+    assert shares.sum(1).max() < 1  # shares of the picture's attention to the whole caption
 
 
 SWEEP = Settings(

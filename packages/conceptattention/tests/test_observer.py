@@ -463,7 +463,7 @@ def test_segment_uses_its_caption_for_prompt_attention(flux):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "needs either `prompt` or `prompt_tokens`"),
+        ({}, "need either `prompt` or `prompt_tokens`"),
         ({"prompt": "a dog"}, "`prompt` must hold every concept; 'cat' is not in 'a dog'"),
         ({"prompt": []}, "`prompt` must be one text or"),
         ({"prompt_tokens": [[0]]}, "`prompt_tokens` must hold positions for each of 2 concepts"),

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import click
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import mole
 from mole.evaluation import window_losses
 from mole.training import TrainSettings, load_tokens, train
+from mole.upcycling import load_base
 
 
 def toy() -> tuple[LlamaForCausalLM, torch.Tensor]:
@@ -63,9 +64,8 @@ def main(
     if base is None:
         model, tokens = toy()
     else:
-        more = {"gguf_file": gguf} if gguf else {}
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **more)
-        words = AutoTokenizer.from_pretrained(base, **more)
+        model = load_base(base, gguf)
+        words = AutoTokenizer.from_pretrained(base, **({"gguf_file": gguf} if gguf else {}))
         tokens = load_tokens([text], model.config.vocab_size, words)
     context = min(256, model.config.max_position_embeddings)
     held_out = len(tokens) // 10

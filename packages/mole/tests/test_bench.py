@@ -1,14 +1,16 @@
 """Benchmarks run on tiny models and write figures."""
 
 import json
+import mmap
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from fourfold_common import Results
-from mole.bench import draw, run
+from mole.bench import draw, pages, run
 from mole.bench.shapes import zipf_ids
 
 
@@ -17,15 +19,22 @@ def test_decode(tmp_path):
     path = run(
         "decode", tmp_path, lines.append, "cpu", shape="tiny", batches=(1, 2), length=48, steps=2,
         cases=((4, "fp16", "pinned"), (2, "nf4", "pageable"), (2, "nf4", "mmap"),
-               (2, "nf4", "cached")),
+               (2, "nf4", "disk warm"), (2, "nf4", "disk cold")),
     )  # fmt: skip
     cases = json.loads(path.read_text())["cases"]
     ratios = {c["provider"]: c["parameters"] for c in cases if c["metric"] == "over dense"}
     assert set(ratios) == {
-        "MoLE-4E fp16 pinned", "MoLE-2E nf4 pageable", "MoLE-2E nf4 mmap", "MoLE-2E nf4 cached",
+        "MoLE-4E fp16 pinned", "MoLE-2E nf4 pageable", "MoLE-2E nf4 mmap", "MoLE-2E nf4 disk warm",
+        "MoLE-2E nf4 disk cold",
     }  # fmt: skip
-    assert ratios["MoLE-2E nf4 mmap"]["page_cache"] == "warm"
-    assert 0 < ratios["MoLE-2E nf4 cached"]["hit_rate"] <= 1
+    assert "page_cache" not in ratios["MoLE-4E fp16 pinned"]
+    for kind, state in (("mmap", "warm"), ("disk warm", "warm"), ("disk cold", "dropped")):
+        assert ratios[f"MoLE-2E nf4 {kind}"]["page_cache"] == state
+    for kind in ("mmap", "disk warm"):
+        assert ratios[f"MoLE-2E nf4 {kind}"]["resident"] == 1
+    assert ratios["MoLE-2E nf4 disk warm"]["direct"] is False
+    for kind in ("disk warm", "disk cold"):
+        assert 0 < ratios[f"MoLE-2E nf4 {kind}"]["hit_rate"] <= 1
     memory = {(c["provider"], c["parameters"]["batch"]): c["median"] for c in cases
               if c["metric"] == "device memory over dense"}  # fmt: skip
     # Three layers' routers, in eight rows of 64 float32, and a row of 3 x 4 x 64 float16 a token.
@@ -34,7 +43,31 @@ def test_decode(tmp_path):
         assert memory["MoLE-4E fp16 pinned", batch] == pytest.approx(expected)
     eager = [c["provider"] for c in cases if "eager" in c["provider"]]
     assert {"MoLE-4E fp16 device, eager", "MoE-10E offloaded by accelerate, eager"} < set(eager)
+    found = {(c["provider"], c["parameters"]["batch"], c["metric"]): c["median"] for c in cases}
+    offloaded = "MoE-10E offloaded by accelerate, eager"
+    assert found[offloaded, 2, "over lookup experts"] == pytest.approx(
+        found[offloaded, 2, "decode"] / found["MoLE-4E fp16 device, eager", 2, "decode"]
+    )
     assert all(c["error"] == 0 for c in cases if c["error"] is not None)
+
+
+def test_the_page_cache_is_seen_and_emptied(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(40 * mmap.PAGESIZE + 1))
+    if pages.resident(path) is None:
+        pytest.skip("this system does not tell which pages are in memory")
+    assert pages.resident(path) == 1  # just written
+    kind = subprocess.run(["stat", "-f", "-c", "%T", path], capture_output=True, text=True).stdout
+    pages.drop(path)
+    if kind.strip() == "tmpfs":  # a file in memory stays there
+        assert pages.resident(path) == 1
+        return
+    assert pages.resident(path) == 0
+    with open(path, "rb", buffering=0) as file:
+        file.read(1)
+    assert 0 < pages.resident(path) <= 1
+    pages.load(path)
+    assert pages.resident(path) == 1
 
 
 def test_prefill(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mole import DenseForCausalLM, MoeForCausalLM, MoleForCausalLM, convert
 from mole.decode import Decoder
@@ -43,6 +44,82 @@ def test_table_model(make_mole, tokens, tmp_path, fmt, store):
     assert torch.equal(Decoder(model, 2, 24).generate(tokens, 12), expected)
 
 
+@pytest.mark.parametrize("cache", [1, 2, 3, 60])
+def test_rows_come_from_a_cache(make_mole, tokens, tmp_path, cache):
+    convert(make_mole(lookup_layers=[0, 2]), tmp_path, "nf4", progress=False)
+    model = MoleForCausalLM.from_pretrained(tmp_path).eval().to(DEVICE)
+    tokens = tokens.to(DEVICE)
+    expected = plain(model, tokens, 30)
+    model.open_lut(tmp_path / "lut", "disk", cache)
+    decoder = Decoder(model, 2, 48)
+    assert decoder.leased == (cache >= 2)  # a slot for every sequence, or rows fetched one by one
+    for _ in range(2):
+        assert torch.equal(decoder.generate(tokens, 30), expected)
+    assert model.lut.misses > 0
+    if cache == 60:
+        distinct = len(expected[:, :-1].unique())
+        assert model.lut.misses == distinct
+    model.lut.close()
+
+
+def sampled(model, tokens, count, generator, temperature, top_k=None, top_p=None):
+    """The plain loop: whole sequences through the model, limits as transformers applies them."""
+    ids = tokens
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(ids).logits[:, -1]
+        logits = TemperatureLogitsWarper(temperature)(ids, logits)
+        if top_k is not None:
+            logits = TopKLogitsWarper(top_k)(ids, logits)
+        if top_p is not None:
+            logits = TopPLogitsWarper(top_p)(ids, logits)
+        noise = torch.empty_like(logits).exponential_(generator=generator)
+        ids = torch.cat((ids, (logits.softmax(-1) / noise).argmax(-1, keepdim=True)), dim=1)
+    return ids
+
+
+WAYS = [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.5, "top_p": 0.8},
+        {"temperature": 2.0, "top_k": 20, "top_p": 0.5}]  # fmt: skip
+
+
+def test_sampling_is_that_of_the_plain_loop(make_mole, tokens, tmp_path):
+    convert(make_mole(lookup_layers=[0, 2]), tmp_path, "fp32", progress=False)
+    model = MoleForCausalLM.from_pretrained(tmp_path, lut_store="device").eval().to(DEVICE)
+    tokens = tokens.to(DEVICE)
+    decoder = Decoder(model, 2, 24)
+    greedy = plain(model, tokens, 12)
+    found = []
+    for way in WAYS:  # one decoder serves them all, in any order
+        given, own = (torch.Generator(DEVICE).manual_seed(7) for _ in range(2))
+        drawn = decoder.generate(tokens, 12, generator=given, **way)
+        assert torch.equal(drawn, sampled(model, tokens, 12, own, **way))
+        found.append(drawn)
+        assert not torch.equal(drawn, greedy)
+        assert torch.equal(decoder.generate(tokens, 12), greedy)
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(decoder.generate(tokens, 12, temperature=3.0, top_k=1), greedy)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ids_come_as_often_as_their_chance_says(make_config, tokens, way):
+    torch.manual_seed(0)
+    model = DenseForCausalLM(make_config("dense")).eval().to(DEVICE)
+    count = 4000
+    prompts = tokens[:1].to(DEVICE).repeat(count, 1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    drawn = Decoder(model, count, 12).generate(prompts, 1, generator=generator, **way)[:, -1]
+    with torch.no_grad():
+        logits = model(prompts[:1]).logits[:, -1] / way["temperature"]
+    if "top_k" in way:
+        logits = TopKLogitsWarper(way["top_k"])(None, logits)
+    if "top_p" in way:
+        logits = TopPLogitsWarper(way["top_p"])(None, logits)
+    chance = logits.softmax(-1)[0].cpu()
+    often = drawn.cpu().bincount(minlength=60) / count
+    assert not often[chance == 0].any()
+    assert ((often - chance).abs() <= 4 * (chance * (1 - chance) / count).sqrt()).all()
+
+
 def test_decoders_share_the_weights_of_their_model(make_mole, tokens, tmp_path):
     convert(make_mole(), tmp_path / "a", "fp32", progress=False)
     model = MoleForCausalLM.from_pretrained(tmp_path / "a").eval()
@@ -80,3 +157,7 @@ def test_bad_arguments_are_named(make_config, make_mole, tokens):
         decoder.generate(tokens, 1)
     with pytest.raises(ValueError, match=r"`new_tokens` must be 1 to 1, .*; got 2"):
         decoder.generate(tokens, 2)
+    for name, value in (("temperature", -1.0), ("temperature", float("inf")), ("top_k", 0),
+                        ("top_p", 0.0), ("top_p", 1.5)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"`{name}` must be .*; got {value}"):
+            decoder.generate(tokens, 1, **{"temperature": 1.0, name: value})

@@ -1,5 +1,6 @@
 """Importing the package is cheap, and its names are where they should be."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -36,3 +37,9 @@ def test_public_names_exist():
         assert getattr(mole, name) is not None
     with pytest.raises(AttributeError, match="module 'mole' has no attribute 'nothing'"):
         _ = mole.nothing
+
+
+@pytest.mark.parametrize("name", [n for n in mole.__all__ if not n.startswith("_")])
+def test_no_module_hides_a_public_name(name):
+    # Importing the module `mole.NAME` would put it in the place of what the package gives.
+    assert importlib.util.find_spec(f"mole.{name}") is None

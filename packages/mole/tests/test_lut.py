@@ -314,6 +314,32 @@ def test_refused_direct_reads_warn_and_work(fp16, monkeypatch):
     assert torch.equal(store.read(ids), open_lut(fp16).read(ids))
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_memory_for_reads_is_used_again_and_never_shared(fp16, direct):
+    table = open_lut(fp16).read(torch.arange(60))
+    store = DiskStore(fp16, direct=direct)
+    ticket = store.prefetch(torch.tensor([7, 8]))
+    kept = []
+    for first in range(0, 57, 3):
+        ids = torch.tensor([first, first + 2, first])
+        kept.append((ids, store.read(ids)))
+    assert len(store._spare) == 2  # as many as one request has distinct rows
+    assert all(torch.equal(rows, table[ids]) for ids, rows in kept)
+    for _ in range(2):  # a ticket's rows stay what they are
+        assert torch.equal(ticket.rows().to_bytes(store.meta), table[[7, 8]])
+    store.close()
+
+
+def test_what_the_page_cache_lacks_is_read_by_threads(fp16, monkeypatch):
+    table = open_lut(fp16).read(torch.arange(60))
+    monkeypatch.setattr(os, "RWF_NOWAIT", 1 << 30, raising=False)  # refused by the system
+    store = DiskStore(fp16, direct=False)
+    ids = torch.tensor([59, 3, 3, 0])
+    assert torch.equal(store.read(ids), table[ids])
+    assert store._pool._threads
+    store.close()
+
+
 def test_a_file_that_shrinks_while_open_is_noticed(fp16):
     store = DiskStore(fp16)
     with open(fp16 / "lut.safetensors", "r+b") as file:
@@ -363,7 +389,35 @@ def test_a_cache_never_gives_a_slot_to_two_rows(fp16, capacity):
         slots = list(store._slot.values())
         assert len(set(slots)) == len(slots) <= capacity
         for row, slot in store._slot.items():
-            assert torch.equal(store._rows[slot], table[row])
+            assert torch.equal(store.table[slot], table[row])
+
+
+@pytest.mark.parametrize("capacity", [6, 13, 60])
+def test_leased_slots_hold_the_rows_of_the_ids(fp16, capacity):
+    table = open_lut(fp16).read(torch.arange(60))
+    store = CachedStore(open_lut(fp16), capacity)
+    generator = torch.Generator().manual_seed(0)
+    for count in range(200):
+        ids = torch.randint(0, 60, (count % 6 + 1,), generator=generator)
+        with store.lease(ids) as slots:
+            assert torch.equal(store.table[slots], table[ids])
+    assert store.hits + store.misses <= 200 * 3.5
+    assert store.misses >= 60 if capacity < 60 else store.misses == 60
+    ids = torch.arange(7)
+    if capacity < 7:
+        with (
+            pytest.raises(ValueError, match="at most 6 distinct ids, the cache's slots; got 7"),
+            store.lease(ids),
+        ):
+            pass
+    for bad in (-1, 60):
+        with pytest.raises(LutIdError, match="between 0 and 59"), store.lease(torch.tensor([bad])):
+            pass
+    with store.lease(ids[:1]) as slots:  # an error leaves no lock behind
+        assert torch.equal(store.table[slots], table[:1])
+    store.close()
+    with pytest.raises(ValueError, match="was closed"), store.lease(ids):
+        pass
 
 
 def test_a_store_that_is_forgotten_closes_its_file(fp16):

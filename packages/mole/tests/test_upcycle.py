@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -17,6 +16,7 @@ from transformers import (
 )
 
 from mole import DenseForCausalLM, MoleForCausalLM, convert, from_upstream, to_upstream, upcycle
+from mole.upcycling import load_base
 
 
 @pytest.fixture
@@ -84,13 +84,14 @@ def test_a_llama_from_a_gguf_file(llama, tokens, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    loaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file="base.gguf", dtype=torch.float32
-    ).eval()
+    loaded = load_base(tmp_path, "base.gguf").eval()
     model = upcycle(loaded, experts=2)
+    loaded.save_pretrained(tmp_path / "plain")
+    again = load_base(tmp_path / "plain").eval()
     with torch.no_grad():
         expected = base(tokens).logits
         torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(again(tokens).logits, loaded(tokens).logits)
 
 
 def test_an_upcycled_model_learns_with_its_backbone_frozen(make_config, tokens):

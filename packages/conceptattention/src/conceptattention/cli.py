@@ -376,7 +376,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 )
 @click.option(
     "--spaces", default="output,cross_attention,value", show_default=True,
-    help="Also prompt_attention.",
+    help="Also prompt_attention and daam.",
 )  # fmt: skip
 @click.option("--noise", default="0.5", show_default=True, help="Levels, separated by commas.")
 @click.option("--layers", default="default", show_default=True, help="default, all or last:N.")
@@ -438,6 +438,20 @@ def evaluate(
     if int(os.environ.get("RANK", "0")) == 0:
         click.echo(to_markdown(result["rows"]))
         click.echo(f"{result['pictures']} pictures; results.json and results.md are in {output}.")
+
+
+@main.command()
+@_MODEL
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", default=7860, show_default=True, type=click.IntRange(0, 65535), help="0: any free."
+)
+@_DEVICE
+def app(model: str, host: str, port: int, device: str) -> None:
+    """Serve a web page: prompt and concepts in, picture and maps out."""
+    from .app import serve
+
+    serve(_load(model, device), host, port, click.echo)
 
 
 @main.command()

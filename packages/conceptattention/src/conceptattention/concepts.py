@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, Block
+from .adapters import Adapter
 
 _logger = logging.getLogger(__name__)
 _logger.addHandler(logging.NullHandler())
@@ -100,7 +100,6 @@ def encode_concepts(adapter: Adapter, pipe: Any, concepts: Words, token: Token) 
 def find_in_prompt(
     adapter: Adapter,
     pipe: Any,
-    block: Block,
     concepts: Words,
     prompt: str | Sequence[str] | None,
     tokens: Sequence[Sequence[int]] | None,
@@ -110,17 +109,17 @@ def find_in_prompt(
     Args:
         adapter: Of the model family.
         pipe: The pipeline.
-        block: Any layer, to ask the adapter whether it can read the prompt's queries.
         concepts: The words.
         prompt: The text, or one per image, that holds them.
         tokens: Instead of `prompt`: each concept's positions.
 
     Raises:
-        ValueError: The family cannot, a word is not in its prompt, or the numbers do not fit.
+        ValueError: A word is not in its prompt, or the numbers do not fit.
     """
     if (prompt is None) == (tokens is None):
-        raise ValueError("`space='prompt_attention'` needs either `prompt` or `prompt_tokens`.")
-    adapter.prompt_taps(block)
+        raise ValueError(
+            "`space='prompt_attention'` and 'daam' need either `prompt` or `prompt_tokens`."
+        )
     several = per_image(concepts)
     if tokens is not None:
         if several or len(tokens) != len(concepts) or not all(tokens):

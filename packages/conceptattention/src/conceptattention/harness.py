@@ -20,12 +20,20 @@ from .evaluation import Confusion, ap_paper, average_precision, bootstrap_interv
 from .maps import ConceptMaps, Reduce
 from .segmentation import segment
 from .selection import Selection
-from .stream import Space
+from .stream import PROMPT_SPACES, Space
 
 Protocol = Literal["binary", "multiclass"]
 METRICS: tuple[Literal["accuracy", "miou", "fg_iou", "miou_paper"], ...] = (
     "accuracy", "miou", "fg_iou", "miou_paper",
 )  # fmt: skip
+
+
+# Okabe and Ito's palette: told apart with every kind of colour vision.
+_COLOURS = {
+    "output": "#0072b2", "cross_attention": "#d55e00", "prompt_attention": "#009e73",
+    "daam": "#cc79a7", "value": "#777777",
+}  # fmt: skip
+_STYLES = {"softmax_mean": "-", "mean_softmax": ":", "raw": "--"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,8 @@ class Settings:
     Args:
         protocol: "binary" scores each class present by its map above its mean; "multiclass" the
             strongest concept of every pixel.
-        spaces: Where maps come from; "prompt_attention" is read from the caption's own tokens.
+        spaces: Where maps come from; "prompt_attention" and "daam" are read from the
+            caption's own tokens.
         reduces: Orders of reduction, with ("softmax_mean") and without ("raw") the softmax.
         noise: Noise levels.
         self_attention: Whether concepts attend to each other.
@@ -181,11 +190,12 @@ def _groups(
     """Yield the spaces that share their concepts, and those: the words asked for come first."""
     words = [sample.names[number] for number in query]
     others = list(background) or [sample.names[n] for n in sample.present if n not in query]
-    shared: list[Space] = [space for space in settings.spaces if space != "prompt_attention"]
+    shared: list[Space] = [space for space in settings.spaces if space not in PROMPT_SPACES]
     if shared:
         yield shared, list(dict.fromkeys([*words, *others]))
-    if "prompt_attention" in settings.spaces:  # only words of the caption have queries there
-        yield ["prompt_attention"], words
+    asked: list[Space] = [space for space in settings.spaces if space in PROMPT_SPACES]
+    if asked:  # only words of the caption have tokens there
+        yield asked, words
 
 
 def _cases(
@@ -317,21 +327,28 @@ def plot_sweeps(rows: Sequence[Mapping[str, Any]], output: Path) -> list[Path]:
         points = [r for r in rows if (r["layer"] is None) == (axis == "noise")]
         if len({row[axis] for row in points}) < 2:
             continue
-        lines: dict[str, list[tuple[float, float]]] = {}
+        lines: dict[str, list[Mapping[str, Any]]] = {}
         for row in points:
             rest = [row["space"], row["reduce"]]
             if axis == "layer" and len({r["noise"] for r in points}) > 1:
                 rest.append(f"t={row['noise']:g}")
             if not row["self_attention"]:
                 rest.append("no self-attention")
-            lines.setdefault(", ".join(rest), []).append((row[axis], 100 * row["miou"]))
+            lines.setdefault(", ".join(rest), []).append(row)
         figure = Figure(figsize=(9, max(4, 1 + 0.2 * len(lines))), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for name, line in lines.items():
-            line.sort()
-            axes.plot(*zip(*line, strict=True), marker="o", label=name)
-        axes.set(xlabel=title, ylabel="mIoU (%)")
+            line.sort(key=lambda row: row[axis])
+            places, first = [row[axis] for row in line], line[0]
+            colour, style = _COLOURS[first["space"]], _STYLES[first["reduce"]]
+            marker = "o" if first["self_attention"] else "x"
+            values = [100 * row["miou"] for row in line]
+            axes.plot(places, values, style, marker=marker, color=colour, label=name)
+            if first["reduce"] == "softmax_mean":  # 95 % over pictures
+                low, high = ([100 * row["miou_interval"][side] for row in line] for side in (0, 1))
+                axes.fill_between(places, low, high, color=colour, alpha=0.08, linewidth=0)
+        axes.set(xlabel=title, ylabel="mIoU (%)", xticks=sorted({row[axis] for row in points}))
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper", fontsize="small")
         path = output / f"{axis}.png"

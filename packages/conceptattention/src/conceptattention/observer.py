@@ -47,7 +47,8 @@ class ConceptAttention:
         steps: "all", an index, a slice, or indices; negative ones count from the last step, and
             fractions are shares of the run: `slice(0.7, -1)`.
         space: "output" (the paper's maps), "cross_attention", "prompt_attention" (queries of the
-            words inside the prompt), "value", or several of them.
+            words inside the prompt), "value", "daam" (attention of the picture to those words), or
+            several of them.
         store: "mean" keeps one map; "layers", "steps" and "all" keep one per layer, per step, or
             both, for `ConceptMaps.select`.
         normalize: None for raw scores; "l2", "cosine" or "linear" as in `concept_scores`.
@@ -61,8 +62,8 @@ class ConceptAttention:
         token: Which token of a word stands for it: "first" (the paper), "mean", "last", or "auto":
             "first" for words of one token, else "mean".
         vectors: Names of vectors to keep for `vectors`, on the model's device.
-        prompt: For "prompt_attention": the text, or one per image, that the pipeline is called
-            with; it must hold every concept.
+        prompt: For "prompt_attention" and "daam": the text, or one per image, that the pipeline is
+            called with; it must hold every concept.
         prompt_tokens: Instead of `prompt`: each concept's positions among the text tokens.
         concept_embeds: Text vectors (concepts, dim_text) to use instead of encoding the words.
         kernels: What computes the side attention and its scores: "torch", "triton", or "auto":
@@ -124,12 +125,16 @@ class ConceptAttention:
         default = self.adapter.default_layers(transformer)
         self.layers = resolve_layers(layers, len(blocks), default)
         self._embeds = check_embeds(concept_embeds, self.concepts)
-        prompt_layers: tuple[int, ...] = ()
+        asked = {
+            "prompt_attention": self.adapter.prompt_taps, "daam": self.adapter.heat_taps
+        }  # fmt: skip
+        further = [find for space, find in asked.items() if space in self.spaces]
         prompt_words = None
-        if "prompt_attention" in self.spaces:
-            prompt_layers = self.layers
+        if further:
+            for find in further:
+                find(blocks[0])  # families that cannot say so
             prompt_words = PromptWords(
-                find_in_prompt(self.adapter, pipe, blocks[0], self.concepts, prompt, prompt_tokens)
+                find_in_prompt(self.adapter, pipe, self.concepts, prompt, prompt_tokens)
             )
         recording = Recording(
             self.layers, self.spaces, store, normalize, temperature, self_attention,
@@ -137,7 +142,8 @@ class ConceptAttention:
         )  # fmt: skip
         self.router = Router(pipe, transformer, self.adapter, steps, recording, prompt_words)
         needed = blocks[: self.layers[-1] + 1]
-        self._taps = Taps(transformer, self.adapter, needed, prompt_layers, self.router)
+        taps = {layer: further for layer in self.layers}
+        self._taps = Taps(transformer, self.adapter, needed, taps, self.router)
 
     @property
     def runs(self) -> list[Run]:

@@ -24,14 +24,14 @@ class Run(Record):
 
     Args:
         timesteps: The scheduler's; every call of the pipeline makes a new list.
-        guided: Batches hold unconditional rows first.
+        images: Number of pictures; guided batches hold twice as many rows.
         step: Number of the present step.
         call: The latest conditional forward pass.
         index: What the scheduler counted at that pass.
     """
 
     timesteps: Any = None
-    guided: bool = False
+    images: int = 0
     step: int = 0
     call: Call | None = None
     index: int | None = None
@@ -65,7 +65,7 @@ class Router:
         adapter: Of the model family.
         steps: Which steps count.
         recording: What is recorded.
-        prompt: Where the concepts stand in the prompt, for "prompt_attention".
+        prompt: Where the concepts stand in the prompt, for `PROMPT_SPACES`.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Router:
             return
         run = self.runs[-1]
         self._stream = ConceptStream(
-            self.model, self.adapter, call, run.guided, self.embeds, self.prompt,
+            self.model, self.adapter, call, run.images, self.embeds, self.prompt,
             self.recording, run, run.step,
         )  # fmt: skip
 
@@ -129,7 +129,8 @@ class Router:
             if run is not None:
                 run.close(self.adapter)
             guided = not self.direct and self.adapter.guided(self.pipe)
-            run = Run(timesteps=timesteps, guided=guided)
+            rows = self.adapter.rows(call)
+            run = Run(timesteps=timesteps, images=rows // 2 if guided else rows)
             self.runs.append(run)
         elif (
             index == run.index

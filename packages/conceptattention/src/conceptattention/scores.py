@@ -34,6 +34,25 @@ def concept_scores(
     return concepts @ patches.mT
 
 
+def heat_map(
+    queries: Float[Tensor, "batch heads patches dim"],
+    keys: Float[Tensor, "batch heads tokens dim"],
+) -> Float[Tensor, "batch tokens patches"]:
+    """Return how much image tokens attend to each token of the text, on average over heads.
+
+    Args:
+        queries: Of the image tokens.
+        keys: Of the text tokens, which share the attention of every image token.
+
+    Source: Tang et al. 2023 (arXiv 2210.04885), for joint attention: its text columns alone.
+    """
+    total = queries.new_zeros(len(queries), queries.shape[2], keys.shape[2], dtype=torch.float32)
+    for head in range(queries.shape[1]):
+        logits = queries[:, head] @ keys[:, head].mT
+        total += (logits.float() / queries.shape[-1] ** 0.5).softmax(-1)
+    return total.mT / queries.shape[1]
+
+
 def normalized(
     concepts: Float[Tensor, "batch concepts dim"], normalize: Normalize | None
 ) -> Float[Tensor, "batch concepts dim"]:

@@ -14,6 +14,7 @@ from .adapters.base import execution_device
 from .maps import ConceptMaps
 from .observer import ConceptAttention
 from .runs import StopForward
+from .stream import PROMPT_SPACES
 
 
 def segment(
@@ -67,7 +68,7 @@ def segment(
             f"got {len(prompts)}."
         )
     space = settings.get("space", "output")
-    if "prompt_attention" in ((space,) if isinstance(space, str) else space):
+    if set(PROMPT_SPACES) & {*((space,) if isinstance(space, str) else space)}:
         settings.setdefault("prompt", None if "prompt_tokens" in settings else prompts)
     observer = ConceptAttention(pipe, concepts, **settings)
     observer.router.direct = True

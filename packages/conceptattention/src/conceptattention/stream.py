@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from .adapters import Adapter, Block, Call, ImageSide
 from .concepts import PromptWords
 from .kernels.concept import concept_attention, reference, usable
-from .scores import Normalize, RunningMean, Temperature
+from .scores import Normalize, RunningMean, Temperature, heat_map
 
-Space = Literal["output", "cross_attention", "prompt_attention", "value"]
+Space = Literal["output", "cross_attention", "prompt_attention", "value", "daam"]
+PROMPT_SPACES = ("prompt_attention", "daam")  # read from the words inside the prompt
 Store = Literal["mean", "layers", "steps", "all"]
 Vector = Literal["concept_output", "image_output", "concept_query", "image_key", "concept_value"]
 Kernels = Literal["auto", "torch", "triton"]
@@ -57,9 +58,9 @@ class ConceptStream:
         model: The transformer.
         adapter: Of its family.
         call: The forward pass.
-        guided: The batch holds unconditional rows first, then as many conditional ones.
+        images: Number of conditional rows; a larger batch holds as many unconditional ones.
         embeds: Text vectors of the concepts, (lists, concepts, dim_text).
-        prompt: Where the concepts stand in the prompt, for "prompt_attention".
+        prompt: Where the concepts stand in the prompt, for `PROMPT_SPACES`.
         recording: What is recorded.
         record: Where to.
         step: Number of the step.
@@ -70,14 +71,14 @@ class ConceptStream:
         model: nn.Module,
         adapter: Adapter,
         call: Call,
-        guided: bool,
+        images: int,
         embeds: Tensor,
         prompt: PromptWords | None,
         recording: Recording,
         record: Record,
         step: int,
     ) -> None:
-        self.model, self.adapter, self.call, self.guided = model, adapter, call, guided
+        self.model, self.adapter, self.call, self.images = model, adapter, call, images
         self.embeds, self.prompt = embeds, prompt
         self.recording, self.record, self.step = recording, record, step
         self.busy = False  # modules run for the concepts: taps on them must not listen
@@ -111,7 +112,7 @@ class ConceptStream:
             ValueError: Lists of concepts, vectors or prompts do not fit the batch.
         """
         with self._aside():
-            batch = len(text) // 2 if self.guided else len(text)
+            batch, rows = self.images, self.adapter.rows(self.call)
             embeds = self.embeds.to(text.device, inputs.dtype)
             if batch % len(embeds):
                 raise ValueError(
@@ -124,9 +125,10 @@ class ConceptStream:
                     f"prompt has; got {embeds.shape[-1]}."
                 )
             embeds = embeds.repeat_interleave(batch // len(embeds), dim=0)
-            self._rows = slice(len(text) - batch, None)
-            self._text = text.shape[1]
-            call = self._conditional(len(text))
+            first = 0 if self.adapter.conditional_first else rows - batch
+            self._rows = slice(first, first + batch)
+            self._text = self.adapter.text_tokens(self.call, text)
+            call = self._conditional(rows)
             self._concepts = self.adapter.start(self.model, call, embeds)
             self._temb = self.adapter.temb(self.model, call)
             if self.prompt is not None:
@@ -134,7 +136,7 @@ class ConceptStream:
 
     def _conditional(self, batch: int) -> Call:
         """Return the call with the rows of its conditional half alone."""
-        if self._rows.start == 0:
+        if batch == self.images:
             return self.call
         rows = {
             name: value[self._rows] if _per_row(value, batch) else value
@@ -161,7 +163,9 @@ class ConceptStream:
             return
         with self._aside():
             taps = {name: tap[self._rows] for name, tap in taps.items()}
-            given = {**arguments, "text_tokens": self._text}
+            given = {
+                **arguments, "text_tokens": self._text, "call": self.call, "rows": self._rows,
+            }  # fmt: skip
             image = self.adapter.image_side(block, taps, given)
             normed, state = self.adapter.pre(block, concepts, temb)
             q, k, v = self.adapter.qkv(block, normed, given)
@@ -171,11 +175,13 @@ class ConceptStream:
             out = attend(q, own[0], own[1], image.keys, image.values, image.rotary)
             outputs = out.transpose(1, 2).flatten(2)  # [batch, concepts, dim]
             if block.index in self.recording.layers:
-                asked = None
-                if self._shares is not None:
-                    patches = image.keys.shape[2]
+                patches = image.keys.shape[2]
+                asked = heat = None
+                if "prompt_attention" in self.recording.spaces:
                     asked = self.adapter.prompt_queries(block, taps["prompt"], given, patches)
-                self._score(block.index, image, q, v, outputs, asked, triton)
+                if "daam" in self.recording.spaces:
+                    heat = heat_map(*self.adapter.heat_sides(block, taps, given, patches))
+                self._score(block.index, image, q, v, outputs, asked, heat, triton)
                 self._keep_vectors(block.index, image, q, v, outputs)
             if block.index < self.recording.layers[-1]:
                 self._concepts = self.adapter.post(block, concepts, outputs, state)
@@ -188,12 +194,22 @@ class ConceptStream:
         v: Tensor,
         outputs: Tensor,
         asked: Tensor | None,
+        heat: Tensor | None,
         triton: bool,
     ) -> None:
         """Add the layer's scores in every space to the running means."""
         recording, record = self.recording, self.record
         record.seen[layer].add(self.step)
         for space in recording.spaces:
+            key = (
+                space,
+                layer if recording.store in ("layers", "all") else -1,
+                self.step if recording.store in ("steps", "all") else -1,
+            )
+            mean = record.means.setdefault(key, RunningMean())
+            if heat is not None and self._shares is not None and space == "daam":
+                mean.add(self._shares @ heat, recording.temperature)
+                continue
             scale, ours, theirs = 1.0, outputs, image.outputs
             if space == "value":
                 ours, theirs = _flat(v), _flat(image.values)
@@ -202,12 +218,6 @@ class ConceptStream:
                 if space == "prompt_attention" and asked is not None and self._shares is not None:
                     ours = self._shares.to(asked.dtype) @ _flat(asked)
                 scale = 1 / (q.shape[1] * q.shape[-1] ** 0.5)  # mean over heads
-            key = (
-                space,
-                layer if recording.store in ("layers", "all") else -1,
-                self.step if recording.store in ("steps", "all") else -1,
-            )
-            mean = record.means.setdefault(key, RunningMean())
             mean.add_vectors(
                 ours, theirs, recording.normalize, recording.temperature, scale, triton=triton
             )
@@ -244,4 +254,6 @@ def _flat(heads: Tensor) -> Tensor:
 
 
 def _per_row(value: Any, batch: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and len(value) == batch
+    return isinstance(value, list) and len(value) == batch

@@ -6,7 +6,7 @@ import inspect
 import logging
 import weakref
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from .adapters import Adapter, Block, Call
 
 _logger = logging.getLogger(__name__)
 _logger.addHandler(logging.NullHandler())
+Asked = Callable[[Block], dict[str, Any]]
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -48,7 +49,7 @@ class Taps:
         model: The transformer.
         adapter: Of its family.
         blocks: The layers to hear.
-        prompt_layers: Numbers of the layers whose prompt queries are wanted too.
+        further: What else the adapter is asked for in some layers, by number.
         listener: What is told.
     """
 
@@ -57,11 +58,11 @@ class Taps:
         model: nn.Module,
         adapter: Adapter,
         blocks: Sequence[Block],
-        prompt_layers: Collection[int],
+        further: Mapping[int, Collection[Asked]],
         listener: Listener,
     ) -> None:
         self.model, self.adapter, self.blocks = model, adapter, blocks
-        self.prompt_layers, self.listener = prompt_layers, listener
+        self.further, self.listener = further, listener
         self._signature = inspect.signature(type(model).forward)
         self._on_model: list[Any] = []
         self._on_modules: list[Any] = []
@@ -128,8 +129,8 @@ class Taps:
 
     def _wanted(self, block: Block) -> dict[str, Any]:
         taps: dict[str, Any] = self.adapter.taps(block)
-        if block.index in self.prompt_layers:
-            taps = taps | self.adapter.prompt_taps(block)
+        for ask in self.further.get(block.index, ()):
+            taps = taps | ask(block)
         return taps
 
     def _tap(self, index: int, name: str, module: nn.Module, side: str) -> Any:

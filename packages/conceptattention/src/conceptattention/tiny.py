@@ -46,6 +46,7 @@ class Family:
     vae: Any = None
     guider: bool = False
     encoder: bool = False  # the pipeline takes texts only, so it gets a stand-in encoder
+    lists: bool = False  # text vectors are lists, one tensor per picture, of unequal lengths
 
     def build(self, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
         """Return the stock pipeline with random weights and no text encoders."""
@@ -72,10 +73,10 @@ class Family:
 
     def texts(
         self, batch: int = 2, dtype: torch.dtype = torch.float32, negative: bool = False
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Return random text vectors under the names of the pipeline's arguments."""
         prefix = "negative_" if negative else ""
-        made = {}
+        made: dict[str, Any] = {}
         for index, name in enumerate(self.prompt):
             key = prefix + name
             if "mask" in name:
@@ -85,6 +86,9 @@ class Family:
             else:
                 width: tuple[int, ...] = (batch, TEXT) if "pooled" in name else (batch, 5, TEXT)
                 made[key] = normal(*width, seed=index + 10 * negative).to(dtype)
+                if self.lists:  # the second text is long enough to be filled up further
+                    long = normal(40, TEXT, seed=20 + negative).to(dtype)
+                    made[key] = [made[key][0], long, *made[key][2:]][:batch]
         return made
 
     def run(self, pipe: Any, guided: bool = False, batch: int = 2, **kwargs: Any) -> Tensor:
@@ -195,6 +199,12 @@ FAMILIES = {
         prompt=("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2"),
         extra=("text_encoder_2", "tokenizer_2"), guider=True,
         call={"height": 64, "width": 96},
+    ),
+    "z-image": Family(
+        "ZImagePipeline", "ZImageTransformer2DModel",
+        {"in_channels": 4, "dim": 32, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2,
+         "n_kv_heads": 2, "cap_feat_dim": TEXT, "axes_dims": (4, 6, 6), "axes_lens": (128, 16, 16)},
+        off={"guidance_scale": 0.0}, guidance={"guidance_scale": 4.0}, lists=True,
     ),
 }  # fmt: skip
 

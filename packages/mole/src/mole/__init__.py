@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .kernels.combine import combine
     from .lut import LutError, LutStore, open_lut
     from .modeling import DenseForCausalLM, MoeForCausalLM, MoleForCausalLM, register
-    from .upcycle import upcycle
+    from .upcycling import upcycle
     from .upstream import from_upstream, to_upstream
 
 _HOME = {
@@ -36,7 +36,7 @@ _HOME = {
     "open_lut": "lut",
     "register": "modeling",
     "to_upstream": "upstream",
-    "upcycle": "upcycle",
+    "upcycle": "upcycling",
     "verify": "conversion",
 }
 

@@ -416,23 +416,17 @@ def upcycle(
 ) -> None:
     """Add lookup experts to the dense or Llama-type model BASE; its logits stay as they are."""
     _quiet()
-    import torch
-    from transformers import AutoModelForCausalLM
+    from .upcycling import load_base
+    from .upcycling import upcycle as run
 
-    from .modeling import register
-    from .upcycle import upcycle as run
-
-    register()
     try:
         chosen = None if layers is None else [int(part) for part in layers.split(",")]
     except ValueError:
         raise ValueError(
             f"`--layers` must be numbers with commas between; got {layers!r}."
         ) from None
-    more = {} if gguf is None else {"gguf_file": gguf}
-    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **more)
     try:
-        model = run(loaded, experts, inner, chosen)
+        model = run(load_base(base, gguf), experts, inner, chosen)
     except TypeError as error:
         raise ValueError(str(error)) from None
     model.save_pretrained(output)

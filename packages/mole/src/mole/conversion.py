@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from .config import MoleConfig
 from .lookup import Lookup
 from .lut.errors import LutError, LutFingerprintError
+from .lut.files import verify_lut
 from .lut.format import DATA_FILE, FORMATS, HEADER_BYTES, META_FILE, LutMeta, LutRows
-from .lut.stores import verify_lut
 from .modeling import MoleForCausalLM
 
 _LUT_FOLDER = "lut"

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from .kernels.combine import combine_norm
 from .kernels.gather import gather
-from .lut import DeviceStore, LutRows, PinnedStore
-from .modeling import DenseForCausalLM, MoleForCausalLM, _rotate
+from .lut import CachedStore, DeviceStore, LutRows, PinnedStore
+from .modeling import DenseForCausalLM, MoleForCausalLM
+from .modeling.attention import rotate
 
 _ROUTER_ROWS = 8  # the up-projection grows by a multiple of this, for aligned matrix products
 _GROUPS = (1, 5)  # layers whose rows are waited for together: first group, second; then the rest
@@ -55,10 +56,10 @@ def _block(
     kv_heads, head = layer.keys.shape[1], layer.keys.shape[3]
     projected = nn.functional.linear(normed, layer.qkv).view(batch, -1, 1, head)
     query, key, value = projected.split([heads, kv_heads, kv_heads], dim=1)
-    layer.keys.index_copy_(2, position, _rotate(key, cos, sin))
+    layer.keys.index_copy_(2, position, rotate(key, cos, sin))
     layer.values.index_copy_(2, position, value)
     attended = nn.functional.scaled_dot_product_attention(
-        _rotate(query, cos, sin),
+        rotate(query, cos, sin),
         layer.keys,
         layer.values,
         attn_mask=mask,
@@ -79,6 +80,32 @@ def _block(
 def _choose(normed: Tensor, head: Tensor, ids: Tensor) -> None:
     """Write the likeliest next ids."""
     ids.copy_(nn.functional.linear(normed, head).argmax(-1))
+
+
+class _Sampling(NamedTuple):
+    """What a sampled step reads, on the device: a graph that was captured once serves all values.
+
+    Of independent exponential times with the ids' chances as rates, an id's is the first with that
+    id's chance; so the noise, drawn beforehand, decides and no step waits for the host.
+    """
+
+    noise: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+
+    def draw(self, logits: Tensor, some: bool) -> Tensor:
+        """Return an id for every row of logits, of `some` ids only if the limits are to count."""
+        logits = logits.float() / self.temperature
+        if not some:
+            return (logits.softmax(-1) / self.noise).argmax(-1)
+        logits, ids = logits.sort(-1, descending=True)
+        ranks = torch.arange(logits.shape[-1], device=logits.device)
+        chances = logits.masked_fill(ranks >= self.top_k, -torch.inf).softmax(-1)
+        before = chances.cumsum(-1) - chances
+        chances = chances.masked_fill(before >= self.top_p, 0)
+        first = (chances / self.noise.gather(-1, ids)).argmax(-1, keepdim=True)
+        return ids.gather(-1, first).squeeze(-1)
 
 
 def _fused(weights: list[nn.Parameter], rows: int) -> Tensor:
@@ -104,7 +131,7 @@ def _fused(weights: list[nn.Parameter], rows: int) -> Tensor:
 
 
 class Decoder:
-    """Greedy decoding of one batch of prompts of equal length.
+    """Decoding of one batch of prompts of equal length, greedy or sampled.
 
     Args:
         model: A `DenseForCausalLM`, or a `MoleForCausalLM` in table form whose table is open. Its
@@ -112,8 +139,9 @@ class Decoder:
         batch: Number of sequences.
         length: Longest sequence, prompt included.
         compiled: Compile the layers with Inductor.
-        captured: Replay a step as a CUDA graph. Needs a GPU and a table in pinned or device
-            memory; with other stores the rows are fetched before the replay.
+        captured: Replay a step as a CUDA graph; needs a GPU. It fetches the rows itself from a
+            table in pinned or device memory, and from a cache there with a slot for every sequence,
+            which the host fills before the replay. With other stores the host fetches the rows.
 
     Raises:
         TypeError: `model` is of another type.
@@ -155,7 +183,11 @@ class Decoder:
             block = torch.compile(_block, fullgraph=True, dynamic=False)
             choose = torch.compile(_choose, fullgraph=True, dynamic=False)
         self._run_block, self._run_choose = block, choose
-        self._graph: Any = None
+        # How ids are chosen ("greedy", "any" or "some" of them drawn), and a graph for each way.
+        self._way = "greedy"
+        self._graphs: dict[str, Any] = {}
+        self._generator: torch.Generator | None = None
+        self._sampling: _Sampling | None = None
         self._prepare()
 
     @torch.no_grad()
@@ -204,21 +236,27 @@ class Decoder:
         scales = [None] * meta.layers if staged.scales is None else staged.scales.unbind(1)
         found = iter(zip(staged.codes.unbind(1), scales, strict=True))
         self.rows = [None if layer.lookup is None else next(found) for layer in model.layers]
-        self.overlapped = self._readable()
-        if self.overlapped:
-            self.side = torch.cuda.Stream(self.device)
-            self.flag = torch.zeros(1, dtype=torch.int32, device=self.device)
-            self.spans = self._spans()
-
-    def _readable(self) -> bool:
-        """Return whether a kernel on the model's device can read the table."""
-        if self.device.type != "cuda":
-            return False
-        if isinstance(self.store, PinnedStore):
-            self.store.lock(self.device)
-            return True
         # A model may have been moved after its table was opened.
-        return isinstance(self.store, DeviceStore) and self.store.table.device == self.device
+        here = (
+            isinstance(self.store, (CachedStore, DeviceStore))
+            and self.store.table.device == self.device
+        )
+        cached = isinstance(self.store, CachedStore)
+        self.leased = here and cached and self.store.capacity >= self.batch
+        cuda = self.device.type == "cuda"
+        pinned = cuda and isinstance(self.store, PinnedStore)
+        if pinned:
+            self.store.lock(self.device)
+        # Whether a step fetches the rows itself, or finds them fetched.
+        self.fetched = pinned or self.leased or (here and not cached)
+        if self.fetched:
+            self.side = torch.cuda.Stream(self.device) if cuda else None
+            self.flag = torch.zeros(1, dtype=torch.int32, device=self.device)
+            self.spans = self._spans() if cuda else {0: [(0, meta.row_stride)]}
+        self.places = self.ids  # which rows of the store's table to fetch
+        if self.leased:
+            self.places = torch.zeros_like(self.ids)
+            self.slots = torch.zeros(self.batch, dtype=torch.long, pin_memory=cuda)
 
     def _spans(self) -> dict[int, list[tuple[int, int]]]:
         """Return, for the layers that begin a group, the parts of a row the group needs."""
@@ -239,17 +277,17 @@ class Decoder:
 
     def _fetch(self) -> dict[int, Any]:
         """Start to fetch the rows of the current ids; return the events of the groups."""
-        if self.store is None:
-            return {}
-        if not self.overlapped:
-            return {}
-        main, events = torch.cuda.current_stream(self.device), {}
-        self.side.wait_stream(main)
-        with torch.cuda.stream(self.side):
+        events: dict[int, Any] = {}
+        if self.store is None or not self.fetched:
+            return events
+        if self.side is not None:
+            self.side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side):  # does nothing without a stream
             for number, parts in self.spans.items():
                 for first, last in parts:
-                    gather(self.store.table, self.ids, self.staging, self.flag, first, last)
-                events[number] = self.side.record_event()
+                    gather(self.store.table, self.places, self.staging, self.flag, first, last)
+                if self.side is not None:
+                    events[number] = self.side.record_event()
         return events
 
     def _step(self) -> None:
@@ -281,8 +319,47 @@ class Decoder:
                 config.rms_norm_eps,
                 model.layers[0].mlp.act,
             )
-        self._run_choose(normed, self.model.lm_head.weight, self.ids)
+        if self._way == "greedy":
+            self._run_choose(normed, self.model.lm_head.weight, self.ids)
+        else:
+            self._draw(nn.functional.linear(normed, self.model.lm_head.weight))
         self.position += 1
+
+    def _draw(self, logits: Tensor) -> None:
+        """Write sampled next ids."""
+        assert self._sampling is not None
+        self.ids.copy_(self._sampling.draw(logits, self._way == "some"))
+
+    def _renew(self) -> None:
+        """Draw the noise that decides the next ids."""
+        if self._sampling is not None and self._way != "greedy":
+            self._sampling.noise.exponential_(generator=self._generator)
+
+    def _choose_by(
+        self,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        """Say how ids are chosen from now on."""
+        vocab = self.config.vocab_size
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"`temperature` must be at least 0 and finite; got {temperature}.")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1; got {top_k}.")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"`top_p` must be above 0 and at most 1; got {top_p}.")
+        self._way, self._generator = "greedy", generator
+        if not temperature:
+            return
+        self._way = "any" if top_k is None and top_p is None else "some"
+        if self._sampling is None:
+            scalars = (torch.zeros((), device=self.device) for _ in range(3))
+            self._sampling = _Sampling(torch.empty(self.batch, vocab, device=self.device), *scalars)
+        self._sampling.temperature.fill_(temperature)
+        self._sampling.top_k.fill_(vocab if top_k is None else top_k)
+        self._sampling.top_p.fill_(2 if top_p is None else top_p)  # no sum gets there
 
     @torch.no_grad()
     def prefill(self, prompts: Int[Tensor, "batch seq_q"]) -> None:
@@ -300,22 +377,37 @@ class Decoder:
             layer.keys[:, :, :count] = cached.keys
             layer.values[:, :, :count] = cached.values
         self.history[:, :count] = prompts
-        self.ids.copy_(found.logits[:, -1].argmax(-1))
+        if self._way == "greedy":
+            self.ids.copy_(found.logits[:, -1].argmax(-1))
+        else:
+            self._renew()
+            self._draw(found.logits[:, -1])
         self.position.fill_(count)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Decode one token of every sequence; does not wait for the device."""
-        if self.store is not None and not self.overlapped:
+        """Decode one token of every sequence; waits for the ids only if the host finds the rows."""
+        self._renew()
+        if self.store is not None and self.leased:
+            with self.store.lease(self.ids) as slots:
+                self.slots.copy_(torch.tensor(slots))
+                self.places.copy_(self.slots, non_blocking=True)
+                self._run()
+            return
+        if self.store is not None and not self.fetched:
             self.staging.copy_(self.store.read(self.ids), non_blocking=True)
-        if self._graph is None:
+        self._run()
+
+    def _run(self) -> None:
+        """Run a step, or replay it; it is captured when it comes for the first time."""
+        if self._way not in self._graphs:
             # One compiled block serves all decoders of a process, in a version for each shape.
             with torch._dynamo.config.patch(recompile_limit=64):
                 if not self.captured:
                     self._step()
                     return
                 self._capture()
-        self._graph.replay()
+        self._graphs[self._way].replay()
 
     def _capture(self) -> None:
         """Record a step as a graph; what the rehearsals changed is put back."""
@@ -327,21 +419,38 @@ class Decoder:
                 self.position.copy_(kept[1])
                 self._step()
         torch.cuda.current_stream(self.device).wait_stream(rehearsal)
-        self._graph = torch.cuda.CUDAGraph()
+        graph = self._graphs[self._way] = torch.cuda.CUDAGraph()
         self.position.copy_(kept[1])
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(graph):
             self._step()
         for tensor, value in zip((self.ids, self.position, self.history), kept, strict=True):
             tensor.copy_(value)
 
     def generate(
-        self, prompts: Int[Tensor, "batch seq_q"], new_tokens: int
+        self,
+        prompts: Int[Tensor, "batch seq_q"],
+        new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
     ) -> Int[Tensor, "batch total"]:
-        """Return the prompts with `new_tokens` greedily chosen ids after each.
+        """Return the prompts with `new_tokens` chosen ids after each.
+
+        Args:
+            prompts: Ids, one prompt a row.
+            new_tokens: How many ids to add.
+            temperature: What logits are divided by before one is drawn; 0 takes the likeliest.
+            top_k: Draw one of the likeliest so many only.
+            top_p: Draw one of the likeliest only that together have this chance.
+            generator: Source of chance, on the model's device; torch's own if None.
 
         Raises:
-            ValueError: The prompts are not `batch` rows, or do not fit into `length`.
+            ValueError: The prompts are not `batch` rows, or do not fit into `length`; temperature
+                or limits are out of range.
         """
+        self._choose_by(temperature, top_k, top_p, generator)
         total = prompts.shape[1] + new_tokens
         if new_tokens < 1 or total > self.length:
             raise ValueError(

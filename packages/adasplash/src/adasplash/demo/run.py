@@ -43,12 +43,12 @@ def load(kind: str) -> tuple[Any, Any]:
         ValueError: There is no such kind.
         FileNotFoundError: The installation lacks the models.
     """
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
     from transformers.utils import logging
 
     if kind not in ATTENTION:
         raise ValueError(f"`kind` must be 'entmax' or 'softmax'; got {kind!r}.")
-    folder = Path(str(files(__package__) / "assets"))
+    folder = _assets()
     if not (folder / kind / "model.safetensors").exists():
         raise FileNotFoundError(f"the demo's models are missing from {folder}: reinstall adasplash")
     register_with_transformers()
@@ -56,7 +56,18 @@ def load(kind: str) -> tuple[Any, Any]:
     model = LlamaForCausalLM.from_pretrained(
         folder / kind, dtype=torch.float32, attn_implementation=ATTENTION[kind]
     )
-    return model.eval(), AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return model.eval(), load_tokenizer()
+
+
+def load_tokenizer() -> Any:
+    """Return the shipped tokenizer; the models need not be there."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(_assets() / "tokenizer")
+
+
+def _assets() -> Path:
+    return Path(str(files(__package__) / "assets"))
 
 
 def measure_sparsity(

@@ -87,6 +87,7 @@ class Adapter(ABC):
     """
 
     family: ClassVar[str]
+    conditional_first: ClassVar[bool] = False  # of a guided batch's halves
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -119,8 +120,19 @@ class Adapter(ABC):
         return self.seed(model)(embeds)  # type: ignore[no-any-return]
 
     def guided(self, pipe: Any) -> bool:
-        """Return whether this run's batches hold unconditional rows first, then conditional."""
+        """Return whether this run's first batch holds both the conditional and unconditional rows.
+
+        Unconditional ones come first, or last with `conditional_first`.
+        """
         return False
+
+    def rows(self, call: Call) -> int:
+        """Return the size of the batch."""
+        return len(call.arguments["hidden_states"])
+
+    def text_tokens(self, call: Call, text: Tensor) -> int:
+        """Return how many tokens of text a layer sees, given the output of `seed`."""
+        return text.shape[1]
 
     @abstractmethod
     def temb(self, model: nn.Module, call: Call) -> Tensor:
@@ -140,7 +152,8 @@ class Adapter(ABC):
             block: The layer.
             taps: What the taps of the layer saw.
             arguments: Keyword arguments of the attention module's call, and "text_tokens", the
-                length of the prompt.
+                length of the prompt; "call", the forward pass; "rows", which rows of the batch
+                the taps hold.
         """
 
     def prompt_taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
@@ -159,6 +172,23 @@ class Adapter(ABC):
             patches: Number of image tokens.
         """
         raise ValueError(f"`space`: {self.family} has no 'prompt_attention' yet.")
+
+    def heat_taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
+        """Return the modules that `heat_sides` needs, beside those of `taps`."""
+        raise ValueError(f"`space`: {self.family} has no 'daam' yet.")
+
+    def heat_sides(
+        self, block: Block, taps: Mapping[str, Tensor], arguments: Mapping[str, Any], patches: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the picture's queries and the prompt's keys as attention used them.
+
+        Args:
+            block: The layer.
+            taps: What the taps of `taps` and `heat_taps` saw.
+            arguments: As in `image_side`.
+            patches: Number of image tokens.
+        """
+        raise ValueError(f"`space`: {self.family} has no 'daam' yet.")
 
     def prompt_positions(self, pipe: Any, prompt: str, word: str) -> list[int]:
         """Return where a word's tokens sit in the prompt, counted from the first text token."""
@@ -238,11 +268,12 @@ def known_adapters() -> list[Adapter]:
     from .hunyuan import HunyuanImageAdapter, HunyuanVideoAdapter
     from .qwen import QwenImageAdapter
     from .sd3 import SD3Adapter
+    from .zimage import ZImageAdapter
 
     return [
         *_ADAPTERS, FluxAdapter(), Flux2Adapter(), SD3Adapter(), CogVideoXAdapter(),
         QwenImageAdapter(), ChromaAdapter(), HunyuanVideoAdapter(), HunyuanImageAdapter(),
-        LongCatAdapter(), OvisAdapter(), BriaAdapter(), CogView4Adapter(),
+        LongCatAdapter(), OvisAdapter(), BriaAdapter(), CogView4Adapter(), ZImageAdapter(),
     ]  # fmt: skip
 
 

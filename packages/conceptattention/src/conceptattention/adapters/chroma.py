@@ -18,6 +18,7 @@ class ChromaAdapter(JointAdapter):
 
     family = "Chroma"
     model_class = "ChromaTransformer2DModel"
+    masked_text = True
 
     def default_layers(self, model: nn.Module) -> Sequence[int]:
         return range(15, 19) if len(self.blocks(model)) == 19 else super().default_layers(model)

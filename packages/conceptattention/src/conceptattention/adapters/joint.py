@@ -23,6 +23,7 @@ class JointAdapter(Adapter):
     model_class: ClassVar[str]
     heads_first: ClassVar[bool] = False  # layout of the keys where `norm_k` sees them
     prompt_tokenizer: ClassVar[str] = "tokenizer"
+    masked_text: ClassVar[bool] = False  # attention does not see the padding of the prompt
     prompt_start: ClassVar[int | None] = 0  # place of the prompt's first token; None: not known
 
     def matches(self, model: nn.Module) -> bool:
@@ -99,6 +100,32 @@ class JointAdapter(Adapter):
             return queries
         return reference.rotate(queries, *(part[: queries.shape[2]] for part in rotary))
 
+    def heat_taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
+        if self.masked_text:
+            return super().heat_taps(block)
+        attn: Any = block.attention
+        shared = getattr(attn, "add_k_proj", None) is None  # text and picture have one key weight
+        text = ("norm_k", "to_k", "to_qkv")
+        text = text if shared else ("norm_added_k", "add_k_proj", "to_added_qkv")
+        found = {}
+        for tap, names in (("queries", ("norm_q", "to_q", "to_qkv")), ("prompt_keys", text)):
+            module = getattr(attn, names[0], None)
+            if module is None:
+                module = getattr(attn, names[2 if attn.fused_projections else 1])
+            found[tap] = (module, "output")
+        return found  # type: ignore[return-value]
+
+    def heat_sides(
+        self, block: Block, taps: Mapping[str, Tensor], arguments: Mapping[str, Any], patches: int
+    ) -> tuple[Tensor, Tensor]:
+        queries, keys = taps["queries"], taps["prompt_keys"]
+        if queries.ndim == 3 and block.attention.fused_projections:
+            width = queries.shape[-1] // 3
+            queries, keys = queries[..., :width], keys.roll(-width, -1)  # keys where queries were
+        # Queries are laid out and rotated as keys are, and keys as queries.
+        image = self.image_side(block, {**taps, "keys": queries}, arguments)
+        return image.rotated, self.prompt_queries(block, keys, arguments, patches)
+
     def prompt_positions(self, pipe: Any, prompt: str, word: str) -> list[int]:
         if self.prompt_start is None:
             return super().prompt_positions(pipe, prompt, word)
@@ -166,7 +193,7 @@ def positions_from_latents(
 def word_vectors(
     tokenizer: Any,
     words: Sequence[str],
-    states: Tensor,
+    states: Tensor | Sequence[Tensor],
     token: Token,
     *,
     causal: bool = False,

@@ -20,6 +20,7 @@ class QwenImageAdapter(JointAdapter):
 
     family = "Qwen-Image"
     model_class = "QwenImageTransformer2DModel"
+    masked_text = True
 
     def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:
         states = pipe.encode_prompt(list(words), device=execution_device(pipe))[0]
@@ -42,14 +43,14 @@ class QwenImageAdapter(JointAdapter):
         return embed(*times, hidden, given.get("additional_t_cond"))  # type: ignore[no-any-return]
 
     def rotate(self, keys: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, None]:
-        return _turn(keys, arguments["image_rotary_emb"][0]), None
+        return turn(keys, arguments["image_rotary_emb"][0]), None
 
     def prompt_queries(
         self, block: Block, tap: Tensor, arguments: Mapping[str, Any], patches: int
     ) -> Tensor:
         if tap.ndim == 3:
             tap = super().prompt_queries(block, tap, {}, patches).transpose(1, 2)
-        return _turn(tap, arguments["image_rotary_emb"][1][: tap.shape[1]]).transpose(1, 2)
+        return turn(tap, arguments["image_rotary_emb"][1][: tap.shape[1]]).transpose(1, 2)
 
     def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
         module: Any = block.module
@@ -62,7 +63,7 @@ class QwenImageAdapter(JointAdapter):
         q, k, v = super().qkv(block, concepts, arguments)
         # Text starts behind the picture here: every concept takes the first text position.
         first = arguments["image_rotary_emb"][1][:1]
-        q, k = (_turn(part.transpose(1, 2), first).transpose(1, 2) for part in (q, k))
+        q, k = (turn(part.transpose(1, 2), first).transpose(1, 2) for part in (q, k))
         return q, k, v
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
@@ -80,7 +81,12 @@ class QwenImageAdapter(JointAdapter):
         return torch.arange(sum(sizes)) < sizes[0], tuple(shapes[0][1:])
 
 
-def _turn(states: Tensor, turns: Tensor) -> Tensor:
-    """Return states (batch, tokens, heads, dim_head) turned by complex numbers (tokens, pairs)."""
+def turn(states: Tensor, turns: Tensor) -> Tensor:
+    """Return states turned by complex numbers.
+
+    Args:
+        states: (batch, tokens, heads, dim_head).
+        turns: ([batch,] tokens, dim_head / 2).
+    """
     pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns[:, None]).flatten(-2).type_as(states)
+    return torch.view_as_real(pairs * turns[..., None, :]).flatten(-2).type_as(states)

@@ -105,7 +105,7 @@ def run(
 
     started = time.perf_counter()
     with ConceptAttention(pipe, words) as observer:
-        generated = _generate(pipe, prompt, seed, steps, guidance)
+        generated = generate(pipe, prompt, seed, steps, guidance)
     seconds = time.perf_counter() - started
     maps = observer.heatmaps()
     say(f'generated "{prompt}" with maps of {", ".join(words)} in {seconds:.1f} s')
@@ -138,7 +138,8 @@ def _add_random(found: Sequence[tuple[Any, Any, dict[str, ConceptMaps]]], seed: 
         by_space["random"] = replace(maps, raw=noise, soft=noise, space="random")
 
 
-def _generate(pipe: DemoPipeline, prompt: str, seed: int, steps: int, guidance: float) -> Image:
+def generate(pipe: DemoPipeline, prompt: str, seed: int, steps: int, guidance: float) -> Image:
+    """Return a picture of the demo model; guidance 1 is none."""
     generated: Any = pipe(
         prompt,
         negative_prompt="" if guidance > 1 else None,
@@ -234,4 +235,4 @@ def _overview(
     figure.savefig(path)
 
 
-__all__ = ["PROMPT", "VOCABULARY", "check_words", "content_words", "run"]
+__all__ = ["PROMPT", "VOCABULARY", "check_words", "content_words", "generate", "run"]

@@ -1,4 +1,4 @@
-"""Time of a decoding step: dense, and lookup tables by format, experts and store."""
+"""Time of a decoding step: dense, lookup tables by format, experts and store, and mixtures."""
 
 import tempfile
 import time
@@ -11,8 +11,10 @@ import torch
 from fourfold_common import Results
 
 from ..decode import Decoder
-from ..lut import CachedStore, PinnedStore, open_lut
-from ..lut.stores import _TensorStore
+from ..lut import CachedStore, DiskStore, LutMeta, LutStore, MmapStore, PinnedStore
+from ..lut.format import DATA_FILE
+from ..lut.memory import TensorStore
+from . import pages
 from .shapes import (
     fill_randomly,
     host_memory,
@@ -23,8 +25,9 @@ from .shapes import (
 )
 
 _PROMPT, _ROUNDS = 8, 12
-_FILL = 40  # rounds that fill a cache before those that count
+_FILL = 2**16  # tokens that fill a cache before those that count
 _CACHE = 4096
+_ON_DISK = ("mmap", "disk warm", "disk cold")
 
 
 def _steps(decoder: Decoder, position: int, fed: torch.Tensor) -> float:
@@ -55,7 +58,7 @@ def _device_bytes(decoder: Decoder, kind: str) -> int:
     tensors += [tensor for layer in decoder.layers for tensor in layer]
     if decoder.store is not None:
         tensors.append(decoder.staging)
-        tensors += [decoder.store._rows] if kind == "cached" else []
+        tensors += [decoder.store.table] if isinstance(decoder.store, CachedStore) else []
         tensors += [decoder.store.table] if kind == "device" else []
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
@@ -83,12 +86,15 @@ def measure(
     batches: Sequence[int] = (1, 32),
     cases: Sequence[tuple[int, str, str]] = (
         (4, "fp16", "pinned"),
-        (4, "nf4", "pinned"),
         (4, "fp16", "device"),
         (4, "fp16", "pageable"),
+        (4, "nf4", "pinned"),
+        (4, "nf4", "disk warm"),
+        (4, "nf4", "disk cold"),
     ),
     length: int = 1024,
     steps: int = 50,
+    mixtures: bool = True,
 ) -> None:
     """Add the time of a step of every case, next to the dense model's of the same rounds.
 
@@ -99,10 +105,12 @@ def measure(
         shape: One of `SHAPES`.
         batches: Numbers of sequences.
         cases: Experts, format and store; `"pageable"` gathers on the CPU into pageable memory and
-            copies, as the authors' code does; `"mmap"` reads a file that is in the page cache,
-            `"cached"` keeps 4,096 rows on the device and reads others past the page cache.
+            copies, as the authors' code does. `"mmap"` maps a file that is in the page cache. The
+            other two keep 4,096 rows on the device: `"disk warm"` reads others through the page
+            cache, which has the whole file, `"disk cold"` past it, and the file is not in it.
         length: Length of the static cache; steps are timed at its half.
         steps: Steps in a round.
+        mixtures: Also time mixtures of experts, resident and offloaded.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     dense = random_model("dense", shape, device, dtype).eval()
@@ -115,6 +123,7 @@ def measure(
         share = _check(decoder, prompts[:batch], 24)
         say(f"dense, batch {batch}: {100 * share:.1f} % of decoded ids are the model's choice")
     tables: dict[tuple[int, str], Any] = {}
+    folders: dict[tuple[int, str], Any] = {}
     for experts, fmt, kind in cases:
         begin = time.perf_counter()
         meta = table_meta(shape, experts, fmt)
@@ -127,28 +136,35 @@ def measure(
         model = random_model(
             "mole", shape, device, dtype, lookup_form="table", num_lookup_experts=experts
         ).eval()
-        store: Any
-        folder = tempfile.TemporaryDirectory()
-        if kind in ("mmap", "cached"):
-            write_table(Path(folder.name), memory, meta)
-            store = open_lut(
-                folder.name,
-                "mmap" if kind == "mmap" else "disk",
-                device,
-                cache=0 if kind == "mmap" else _CACHE,
-            )
-        elif kind == "pinned":
-            store = PinnedStore(meta, memory, device)
-        else:
-            store = _TensorStore(meta, memory.to(device) if kind == "device" else memory)
-        model.model.lut = store
+        if kind in _ON_DISK and (experts, fmt) not in folders:
+            folders[experts, fmt] = tempfile.TemporaryDirectory()
+            write_table(Path(folders[experts, fmt].name), memory, meta)
+        folder = Path(folders[experts, fmt].name) if kind in _ON_DISK else None
+        store = model.model.lut = _store(kind, meta, memory, folder, device)
         say(f"MoLE-{experts}E {fmt} {kind}: prepared in {time.perf_counter() - begin:.1f} s")
         for batch in batches:
-            _one(results, say, model, kind, batch, length, steps, baselines[batch], prompts)
+            _one(results, say, model, kind, batch, length, steps, baselines[batch], prompts, folder)
         store.close()
-        folder.cleanup()
+    for made in folders.values():
+        made.cleanup()
     tables.clear()
-    _mixtures(results, say, device, dtype, shape, batches, max(3, steps // 5))
+    if mixtures:
+        _mixtures(results, say, device, dtype, shape, batches, max(3, steps // 5))
+
+
+def _store(
+    kind: str, meta: LutMeta, memory: torch.Tensor, folder: Path | None, device: torch.device
+) -> LutStore:
+    """Return the store of a case, over the table in memory or its file."""
+    if kind == "pinned":
+        return PinnedStore(meta, memory, device)
+    if folder is None:
+        return TensorStore(meta, memory.to(device) if kind == "device" else memory)
+    if kind != "disk cold":
+        pages.load(folder / DATA_FILE)
+    if kind == "mmap":
+        return MmapStore(folder)
+    return CachedStore(DiskStore(folder, direct=kind == "disk cold"), _CACHE, device)
 
 
 def _one(
@@ -161,6 +177,7 @@ def _one(
     steps: int,
     dense: Decoder,
     prompts: torch.Tensor,
+    folder: Path | None,
 ) -> None:
     """Time one model and batch against the dense decoder, in alternating rounds."""
     cuda = dense.device.type == "cuda"
@@ -171,21 +188,29 @@ def _one(
     times: dict[str, list[float]] = {"dense": [], "mole": []}
     vocab = model.config.vocab_size
     # Ids that repeat as in prose; what a random model writes repeats itself too soon.
-    fed = zipf_ids((_ROUNDS + _FILL, steps, batch), vocab, seed=1).to(dense.device)
-    if isinstance(model.lut, CachedStore):
-        for ids in fed[:_FILL]:
-            _steps(decoder, length // 2, ids)
+    fill = _FILL if isinstance(model.lut, CachedStore) else 0
+    ids = zipf_ids((fill + _ROUNDS * steps * batch,), vocab, seed=1)
+    fed = ids[fill:].view(_ROUNDS, steps, batch).to(dense.device)
+    if fill:
+        for part in ids[:fill].split(1024):
+            model.lut.read(part)
         model.lut.hits = model.lut.misses = 0
-    for ids in fed[_FILL:]:
-        times["dense"].append(_steps(dense, length // 2, ids))
-        times["mole"].append(_steps(decoder, length // 2, ids))
+    parameters: dict[str, Any] = {"batch": batch, "length": length}
+    for given in fed:
+        if kind == "disk cold" and folder is not None:
+            pages.drop(folder / DATA_FILE)
+            parameters["resident"] = pages.resident(folder / DATA_FILE)
+        times["dense"].append(_steps(dense, length // 2, given))
+        times["mole"].append(_steps(decoder, length // 2, given))
     ratios = torch.tensor(times["mole"]) / torch.tensor(times["dense"])
     low, middle, high = (float(ratios.quantile(q)) for q in (0.2, 0.5, 0.8))
     meta = model.model.lut.meta
     name = f"MoLE-{meta.experts}E {meta.format} {kind}"
-    parameters: dict[str, Any] = {"batch": batch, "length": length}
-    if kind in ("mmap", "cached"):
-        parameters["page_cache"] = "warm" if kind == "mmap" else "passed by"
+    if folder is not None:
+        parameters["page_cache"] = "dropped" if kind == "disk cold" else "warm"
+        parameters.setdefault("resident", pages.resident(folder / DATA_FILE))
+    if isinstance(model.lut, CachedStore) and isinstance(model.lut.store, DiskStore):
+        parameters["direct"] = model.lut.store.direct
     if isinstance(model.lut, CachedStore):
         parameters["hit_rate"] = round(model.lut.hits / (model.lut.hits + model.lut.misses), 3)
     for provider, key in (("dense", "dense"), (name, "mole")):
@@ -224,7 +249,8 @@ def _mixtures(
 ) -> None:
     """Add plain eager steps: dense, lookup experts, mixture of experts resident and offloaded.
 
-    Models take turns step by step, after a few steps that are not counted.
+    A model's steps come one after the other, the first few of them not counted: a step right after
+    one that moved weights would pay for what that one did to the allocator and the host's caches.
     """
     from accelerate import cpu_offload
 
@@ -235,7 +261,7 @@ def _mixtures(
         "mole", shape, device, dtype, lookup_form="table", num_lookup_experts=experts
     )
     fill_randomly(table, meta, device)
-    lookup.model.lut = _TensorStore(meta, table.expand(meta.vocab, -1))  # one row for all ids
+    lookup.model.lut = TensorStore(meta, table.expand(meta.vocab, -1))  # one row for all ids
     models = {
         "dense": random_model("dense", shape, device, dtype),
         "MoLE-4E fp16 device": lookup,
@@ -250,22 +276,28 @@ def _mixtures(
             name: model.eval()(ids, use_cache=True).past_key_values
             for name, model in models.items()
         }
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for _ in range(steps + 3):
-            for name, model in models.items():
+        lookup_time = 0.0
+        for name, model in models.items():
+            times = []
+            for _ in range(steps + 3):
                 begin = time.perf_counter()
                 model(ids, past_key_values=caches[name])
                 if device.type == "cuda":
                     torch.cuda.synchronize()
-                times[name].append((time.perf_counter() - begin) * 1e3)
-        for name, found in times.items():
-            cuts = torch.tensor(found[3:])
-            low, middle, high = (float(cuts.quantile(q)) for q in (0.2, 0.5, 0.8))
+                times.append((time.perf_counter() - begin) * 1e3)
+            found = torch.tensor(times[3:])
+            low, middle, high = (float(found.quantile(q)) for q in (0.2, 0.5, 0.8))
+            figures: dict[str, Any] = {"n": steps, "batch": batch, "length": steps}
             results.add(
-                f"{name}, eager", "decode", middle, "ms/token", p20=low, p80=high, n=steps,
-                batch=batch, length=steps,
-            )  # fmt: skip
+                f"{name}, eager", "decode", middle, "ms/token", p20=low, p80=high, **figures
+            )
             say(f"{name}, eager, batch {batch}: {middle:.3f} ms [{low:.3f}, {high:.3f}]")
+            if model is lookup:
+                lookup_time = middle
+            if name.startswith("MoE"):
+                ratio = middle / lookup_time
+                results.add(f"{name}, eager", "over lookup experts", ratio, "x", **figures)
+                say(f"{name}, eager, batch {batch}: {ratio:.2f} times the lookup experts' step")
 
 
 def _on_device(model: Any, batch: int, length: int) -> Decoder:
@@ -273,7 +305,7 @@ def _on_device(model: Any, batch: int, length: int) -> Decoder:
     from ..lut import DeviceStore
 
     store = DeviceStore.__new__(DeviceStore)
-    _TensorStore.__init__(store, model.model.lut.meta, model.model.lut.table)
+    TensorStore.__init__(store, model.model.lut.meta, model.model.lut.table)
     model.model.lut = store
     return Decoder(model, batch, length)
 

@@ -9,7 +9,7 @@ import torch
 from fourfold_common import Results
 
 from ..lut import PinnedStore
-from ..lut.stores import _TensorStore
+from ..lut.memory import TensorStore
 from .shapes import fill_randomly, host_memory, random_model, table_meta, zipf_ids
 
 _ROUNDS = 8
@@ -31,7 +31,7 @@ def _gap(model: Any, ids: torch.Tensor) -> float:
     found = model(ids, use_cache=False, logits_to_keep=1).logits.float()
     store = model.lut
     rows = torch.stack([store.table[int(i)] for i in ids.flatten().cpu()]).to(ids.device)
-    model.model.lut = _TensorStore(store.meta, rows)
+    model.model.lut = TensorStore(store.meta, rows)
     own = torch.arange(ids.numel(), device=ids.device).view_as(ids)
     expected = model(ids, lookup_ids=own, use_cache=False, logits_to_keep=1).logits.float()
     model.model.lut = store
@@ -90,7 +90,7 @@ def measure(
         store: Any = (
             PinnedStore(meta, memory, device)
             if kind == "pinned"
-            else _TensorStore(meta, memory.to(device) if kind == "device" else memory)
+            else TensorStore(meta, memory.to(device) if kind == "device" else memory)
         )
         model.model.lut = store
         gap = _gap(model, prompts[:1, :32])

@@ -1,5 +1,9 @@
 """The lookup table: its file format, its errors, and the stores that serve its rows."""
 
+from .base import LutStore
+from .cached import CachedStore
+from .compute import ComputeStore
+from .disk import DiskStore
 from .errors import (
     LutChecksumError,
     LutError,
@@ -9,20 +13,10 @@ from .errors import (
     LutTruncatedError,
     LutVersionError,
 )
+from .files import copy_lut, verify_lut
 from .format import FORMATS, LutMeta, LutRows
-from .stores import (
-    STORES,
-    CachedStore,
-    ComputeStore,
-    DeviceStore,
-    DiskStore,
-    LutStore,
-    MmapStore,
-    PinnedStore,
-    copy_lut,
-    open_lut,
-    verify_lut,
-)
+from .memory import DeviceStore, MmapStore, PinnedStore
+from .stores import STORES, open_lut
 
 __all__ = [
     "FORMATS",

@@ -10,6 +10,7 @@ shape, the format, a CRC-32 for every chunk of rows, and the fingerprint of the 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ _LARGEST_BLOCK, _NF3_BLOCK = 768, 128
 _TOP = {"int8": 127.0, "fp8": 448.0, "nf4": 1.0, "nf3": 1.0}
 
 
+@cache
+def _largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor up to a limit; asked for in every step, so it is remembered."""
+    return max(d for d in range(1, min(number, limit) + 1) if number % d == 0)
+
+
 @dataclass(frozen=True)
 class LutMeta:
     """What `lut.json` holds.
@@ -76,8 +83,7 @@ class LutMeta:
     @property
     def block(self) -> int:
         """Elements that share a scale: the largest divisor of `dim` up to 768, 128 for nf3."""
-        largest = _NF3_BLOCK if self.format == "nf3" else _LARGEST_BLOCK
-        return max(b for b in range(1, min(self.dim, largest) + 1) if self.dim % b == 0)
+        return _largest_divisor(self.dim, _NF3_BLOCK if self.format == "nf3" else _LARGEST_BLOCK)
 
     @property
     def stored(self) -> int:

@@ -29,35 +29,28 @@ import torch
 import triton
 import triton.language as tl
 
-from .forward import mask_bytes
 from .tiles import (
+    SIZES,
     aligned,
     describe,
     hide,
+    is_partly_hidden,
     list_marked,
     load_tile,
     padded,
+    pose,
+    products,
     roots,
     store_rows,
-    tiles_for,
 )
 
-_SIZES = [
-    "heads",
-    "group",
-    "seq_q",
-    "seq_k",
-    "n_tiles",
-    "n_blocks",
-]  # a new length compiles nothing
 
-
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 @no_type_check
 def _queries_kernel(
     q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, active_ptr, list_ptr,
     dq_ptr, delta_ptr, dalpha_ptr,
-    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head, scale,
+    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale, dim_head,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HALF: tl.constexpr, ALPHA_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -71,10 +64,11 @@ def _queries_kernel(
     mask_ptr += batch.to(tl.int64) * stride_mask
     list_ptr += line * n_blocks
     count = list_marked(active_ptr + line * n_blocks, 1, n_blocks, list_ptr, True)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tile * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
     row_base = plane.to(tl.int64) * seq_q
-    q = load_tile(q_desc, batch, head, tile * BLOCK_M, BLOCK_M, BLOCK_D)
-    do = load_tile(do_desc, batch, head, tile * BLOCK_M, BLOCK_M, BLOCK_DV)
+    q = load_tile(q_desc, batch, head, first, BLOCK_M, BLOCK_D)
+    do = load_tile(do_desc, batch, head, first, BLOCK_M, BLOCK_DV)
     tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
 
     alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
@@ -89,24 +83,13 @@ def _queries_kernel(
     entropy = tl.zeros([BLOCK_M], tl.float32)
     for index in range(0, count):
         start = tl.load(list_ptr + index) * BLOCK_N
-        keys = start + tl.arange(0, BLOCK_N)
         k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
         v = load_tile(v_desc, batch, head_kv, start, BLOCK_N, BLOCK_DV)
-        z = tl.dot(q, k.T, input_precision="ieee") * factor
-        z = hide(
-            z,
-            rows[:, None],
-            keys[None, :],
-            seq_q,
-            seq_k,
-            mask_ptr,
-            left,
-            right,
-            IS_CAUSAL,
-            HAS_MASK,
-            HAS_WINDOW,
-        )
-        x, u = roots(z, tau[:, None], power, HALF)
+        s = products(
+            q, k, mask_ptr, first, start, seq_q, seq_k, left, right,
+            IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        x, u = roots(s * factor, tau[:, None], power, HALF)
         dp = tl.dot(do, v.T, input_precision="ieee")
         weighted += tl.sum(u * dp, 1)
         total += tl.sum(u, 1)
@@ -126,37 +109,26 @@ def _queries_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for index in range(0, count):
         start = tl.load(list_ptr + index) * BLOCK_N
-        keys = start + tl.arange(0, BLOCK_N)
         k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
         v = load_tile(v_desc, batch, head_kv, start, BLOCK_N, BLOCK_DV)
-        z = tl.dot(q, k.T, input_precision="ieee") * factor
-        z = hide(
-            z,
-            rows[:, None],
-            keys[None, :],
-            seq_q,
-            seq_k,
-            mask_ptr,
-            left,
-            right,
-            IS_CAUSAL,
-            HAS_MASK,
-            HAS_WINDOW,
-        )
-        x, u = roots(z, tau[:, None], power, HALF)
+        s = products(
+            q, k, mask_ptr, first, start, seq_q, seq_k, left, right,
+            IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        x, u = roots(s * factor, tau[:, None], power, HALF)
         ds = u * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     dq = dq * scale
     store_rows(dq_ptr + row_base * dim_head, dq, rows, seq_q, dim_head, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 @no_type_check
 def _keys_kernel(
     q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, active_ptr, list_ptr,
     delta_ptr, dk_ptr, dv_ptr,
-    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, dim_head, dim_value,
-    scale,
+    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
+    dim_head, dim_value,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -192,21 +164,15 @@ def _keys_kernel(
             do = load_tile(do_desc, batch, head, start, BLOCK_M, BLOCK_DV)
             tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
             delta = tl.load(delta_ptr + row_base + rows, mask=rows < seq_q, other=0.0)
-            z = tl.dot(k, q.T, input_precision="ieee") * factor  # [BLOCK_N, BLOCK_M]
-            z = hide(
-                z,
-                rows[None, :],
-                keys[:, None],
-                seq_q,
-                seq_k,
-                mask_ptr,
-                left,
-                right,
-                IS_CAUSAL,
-                HAS_MASK,
-                HAS_WINDOW,
-            )
-            x, u = roots(z, tau[None, :], power, HALF)
+            s = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+            if is_partly_hidden(
+                start, block * BLOCK_N, seq_q, seq_k, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N
+            ):  # fmt: skip
+                s = hide(
+                    s, rows[None, :], keys[:, None], seq_q, seq_k, mask_ptr, left, right,
+                    IS_CAUSAL, HAS_MASK, HAS_WINDOW,
+                )  # fmt: skip
+            x, u = roots(s * factor, tau[None, :], power, HALF)
             dv = tl.dot((x * u).to(do.dtype), do, dv, input_precision="ieee")
             ds = u * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -244,50 +210,27 @@ def launch_backward(
         is_causal: Row i sees keys up to `i + seq_k - seq_q`.
         window: How far a row sees to the left and to the right; None for all.
     """
-    grad, q, k, v = aligned(grad), aligned(q), aligned(k), aligned(v)
-    batch, heads, seq_q, dim_head = q.shape
-    heads_kv, seq_k, dim_value = v.shape[1:]
-    tiles = tiles_for(q, v)
-    n_tiles, n_blocks = active.shape[-2:]
+    problem, grad = pose(q, k, v, key_mask, alpha, scale, is_causal, window), aligned(grad)
+    tiles, (n_tiles, n_blocks) = problem.tiles, problem.grid
+    dim_head, dim_value = q.shape[-1], v.shape[-1]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(tau)
     dalpha = delta if alpha is None else torch.empty_like(tau)
-    mask, stride_mask = mask_bytes(key_mask, q)
     sources = (
-        describe(q, tiles.block_m), describe(k, tiles.block_n),
-        describe(v, tiles.block_n), describe(grad, tiles.block_m),
-        mask, q if alpha is None else alpha, tau, active,
-        torch.empty(active.shape, dtype=torch.int32, device=q.device),  # room for the lists
+        *problem.descriptors, describe(grad, tiles.block_m), problem.mask, problem.alpha, tau,
+        active, torch.empty(active.shape, dtype=torch.int32, device=q.device),  # for the lists
     )  # fmt: skip
-    sizes = (
-        stride_mask,
-        *(window or (0, 0)),
-        heads,
-        heads // heads_kv,
-        seq_q,
-        seq_k,
-        n_tiles,
-        n_blocks,
-        dim_head,
-    )
-    common = {
-        "IS_CAUSAL": is_causal,
-        "HAS_MASK": key_mask is not None,
-        "HAS_WINDOW": window is not None,
-        "HALF": alpha is None,
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_D": padded(dim_head),
+    constants = {
+        **problem.switches,
         "BLOCK_DV": padded(dim_value),
         "num_warps": tiles.num_warps,
         "num_stages": tiles.back_stages,
     }
-    _queries_kernel[(n_tiles * batch * heads,)](
-        *sources, dq, delta, dalpha, *sizes, scale,
-        ALPHA_GRAD=alpha is not None, **common,
+    _queries_kernel[(n_tiles * problem.planes,)](
+        *sources, dq, delta, dalpha, *problem.sizes, problem.scale, dim_head,
+        ALPHA_GRAD=alpha is not None, **constants,
     )  # fmt: skip
-    _keys_kernel[(n_blocks * batch * heads_kv,)](
-        *sources, delta, dk, dv,
-        *sizes, dim_value, scale, **common,
-    )  # fmt: skip
+    _keys_kernel[(n_blocks * k.shape[0] * k.shape[1],)](
+        *sources, delta, dk, dv, *problem.sizes, problem.scale, dim_head, dim_value, **constants
+    )
     return dq, dk, dv, tau.new_empty(0) if alpha is None else dalpha.sum(-1)

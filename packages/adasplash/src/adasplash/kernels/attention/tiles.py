@@ -13,12 +13,16 @@ the interpreter would no longer find the helpers that they call.
 
 from __future__ import annotations
 
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+# Arguments of every kernel; a new length compiles nothing.
+SIZES = ["first_place", "heads", "group", "seq_q", "seq_k", "n_tiles", "n_blocks"]
+TINY = 1e-30  # stands for a scale of 0, by which the -inf of hidden keys cannot be multiplied
 
 
 class Tiles(NamedTuple):
@@ -28,8 +32,6 @@ class Tiles(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
-    held: int  # blocks whose scores stay in registers while tau is solved for
-    solve_registers: int | None  # of a thread of the solver: fewer let more programs run at once
     screen_m: int  # a tile of the screening pass, multiples of the block
     screen_n: int
     screen_warps: int
@@ -39,14 +41,14 @@ class Tiles(NamedTuple):
 
 # By the padded head size; float32 products need twice the room.
 _HALF = {
-    64: Tiles(64, 64, 4, 3, 2, 168, 128, 128, 4, 3, 2),
-    128: Tiles(64, 64, 4, 2, 4, None, 64, 128, 4, 3, 2),
-    256: Tiles(64, 32, 8, 2, 0, None, 64, 64, 4, 2, 2),
+    64: Tiles(64, 64, 4, 2, 128, 128, 4, 3, 2),
+    128: Tiles(64, 64, 4, 2, 64, 128, 4, 3, 2),
+    256: Tiles(64, 32, 8, 2, 64, 64, 4, 2, 2),
 }
 _FULL = {
-    64: Tiles(64, 32, 8, 2, 0, None, 64, 32, 8, 2, 2),  # 8 warps: with 4 more registers spill
-    128: Tiles(32, 32, 8, 2, 0, None, 32, 32, 8, 2, 2),
-    256: Tiles(32, 16, 8, 1, 0, None, 32, 16, 8, 1, 1),
+    64: Tiles(64, 32, 8, 2, 64, 32, 8, 2, 2),  # 8 warps: with 4 more registers spill
+    128: Tiles(32, 32, 8, 2, 32, 32, 8, 2, 2),
+    256: Tiles(32, 16, 8, 1, 32, 16, 8, 1, 1),
 }
 
 
@@ -78,6 +80,64 @@ def describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
     # The stride of an axis of size 1 is never used, but it must be a legal one.
     strides = [s if n > 1 else 64 for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True)]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, padded(x.shape[-1])])
+
+
+class Problem(NamedTuple):
+    """What the launches of one call have in common; see `pose`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    tiles: Tiles
+    descriptors: tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]  # q, k, v by blocks
+    mask: torch.Tensor  # bytes; any tensor where there is no mask
+    alpha: torch.Tensor  # any tensor for 1.5
+    # stride of the mask, left, right, heads, group, seq_q, seq_k, tiles of queries, blocks of keys
+    sizes: tuple[int, ...]
+    scale: float
+    switches: dict[str, Any]  # constants of all kernels
+
+    @property
+    def planes(self) -> int:
+        """Heads of the whole batch."""
+        return self.q.shape[0] * self.q.shape[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tiles of queries, blocks of keys."""
+        return self.sizes[-2], self.sizes[-1]
+
+
+def pose(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    alpha: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+) -> Problem:
+    """Return the problem; arguments as for `launch_forward`."""
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    tiles = tiles_for(q, v)
+    m, n = tiles.block_m, tiles.block_n
+    mask, stride = (q, 0) if key_mask is None else (key_mask.view(torch.uint8), key_mask.stride(0))
+    heads, seq_q, seq_k = q.shape[1], q.shape[2], k.shape[2]
+    sizes = (stride, *(window or (0, 0)), heads, heads // k.shape[1], seq_q, seq_k,
+             triton.cdiv(seq_q, m), triton.cdiv(seq_k, n))  # fmt: skip
+    switches = {
+        "IS_CAUSAL": is_causal,
+        "HAS_MASK": key_mask is not None,
+        "HAS_WINDOW": window is not None,
+        "HALF": alpha is None,
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_D": padded(q.shape[-1]),
+    }
+    descriptors = describe(q, m), describe(k, n), describe(v, n)
+    return Problem(q, k, v, tiles, descriptors, mask, q if alpha is None else alpha, sizes,
+                   scale or TINY, switches)  # fmt: skip
 
 
 @triton.jit
@@ -159,3 +219,53 @@ def hide(
     if HAS_MASK:
         visible = visible & (tl.load(mask_ptr + keys, mask=keys < seq_k, other=0) != 0)
     return tl.where(visible, z, float("-inf"))
+
+
+@triton.jit
+@no_type_check
+def is_partly_hidden(
+    first, start, seq_q, seq_k,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return whether rows from `first` on may miss one of the keys of a block; most do not.
+
+    Rows beyond the last do not count: nobody reads them, and their tau is +inf.
+    """
+    partly = start + BLOCK_N > seq_k
+    if IS_CAUSAL:
+        partly = partly | (start + BLOCK_N > first + 1 + seq_k - seq_q)
+    if HAS_MASK or HAS_WINDOW:
+        partly = start >= 0
+    return partly
+
+
+@triton.jit
+@no_type_check
+def products(
+    q, k, mask_ptr, first, start, seq_q, seq_k, left, right,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return q k^T of the rows from `first` on and the keys from `start` on; -inf where hidden."""
+    s = tl.dot(q, k.T, input_precision="ieee")
+    if is_partly_hidden(
+        first, start, seq_q, seq_k, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N
+    ):  # fmt: skip
+        rows = first + tl.arange(0, BLOCK_M)
+        keys = start + tl.arange(0, BLOCK_N)
+        s = hide(
+            s, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, left, right,
+            IS_CAUSAL, HAS_MASK, HAS_WINDOW,
+        )  # fmt: skip
+    return s
+
+
+@triton.jit
+@no_type_check
+def saturated(a, b, c):
+    """Return a b + c between 0 and 1, NaN as 0, in one instruction; not in the interpreter."""
+    return tl.inline_asm_elementwise(
+        "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c],
+        dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip

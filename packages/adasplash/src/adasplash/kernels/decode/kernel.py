@@ -2,11 +2,11 @@
 
 1. *Scores*: every key is read once, by the split that owns its block. The maximum of every row in
    every block goes to memory, and z where a row rises above `maximum so far - 1`: other blocks
-   hold no weight. Blocks that were proved empty before are not read at all.
+   hold no weight. Blocks that `bounds.py` proved empty are not read at all.
 2. *List*: one program for the rows of a key head. The maxima give `top - 1 <= tau`; blocks above
    that in any row are listed.
 3. *Threshold*: one program for each row solves for tau over the listed scores as in
-   `attention/forward.py`.
+   `attention/threshold.py`.
 4. *Output*: each split adds up `p v` over its share of the listed blocks, reading no other values.
    The sums of the splits are added in a fixed order: the same input gives the same bits.
 
@@ -23,10 +23,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..attention.forward import _MAX_PASSES, _TOLERANCE, _improve
+from ..attention.threshold import MAX_PASSES, TOLERANCE, improve
 from ..attention.tiles import padded, roots
 
-_SPLITS = 264  # programs for two on each multiprocessor of a large GPU
+# Programs in all, for a large GPU; those of the output also write as many partial sums.
+_SCORE_SPLITS = 1056
+_OUTPUT_SPLITS = 264
 
 
 @triton.jit
@@ -42,10 +44,9 @@ def _place(table_ptr, batch, block, stride_table, PAGED: tl.constexpr):
 @triton.jit
 @no_type_check
 def _scores_kernel(
-    q_ptr, k_ptr, table_ptr, length_ptr, keep_ptr, z_ptr, peak_ptr,
+    q_ptr, k_ptr, table_ptr, length_ptr, kept_ptr, kept_count_ptr, z_ptr, peak_ptr,
     stride_kb, stride_kh, stride_ks, stride_table, heads, n_rows, seq_q, n_blocks, dim, factor,
-    per_split,
-    PAGED: tl.constexpr, HAS_KEEP: tl.constexpr,
+    PAGED: tl.constexpr, LISTED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write the scores of one split's blocks and their maxima."""
@@ -61,78 +62,81 @@ def _scores_kernel(
     line = (plane.to(tl.int64) * n_rows + rows[:, None]) * n_blocks * BLOCK
     real = rows < n_rows
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    for block in range(split * per_split, tl.minimum((split + 1) * per_split, n_blocks)):
-        wanted = block * BLOCK < length
-        if HAS_KEEP:
-            wanted = wanted & (tl.load(keep_ptr + plane * n_blocks + block) != 0)
-        peak = tl.full([ROWS], float("-inf"), tl.float32)
-        if wanted:
-            slab, inner = _place(table_ptr, batch, block, stride_table, PAGED)
-            places = block * BLOCK + tl.arange(0, BLOCK)
-            keys = inner * BLOCK + tl.arange(0, BLOCK)
-            k = tl.load(
-                k_ptr + slab * stride_kb + head.to(tl.int64) * stride_kh
-                + keys[:, None].to(tl.int64) * stride_ks + dims[None, :],
-                mask=(places[:, None] < length) & (dims[None, :] < dim), other=0.0,
-            )  # fmt: skip
-            z = tl.dot(q, k.T, input_precision="ieee") * factor
-            seen = (places[None, :] <= last[:, None]) & real[:, None]
-            z = tl.where(seen, z, float("-inf"))
-            poisoned = tl.max((z != z).to(tl.int32), 1) != 0
-            highest = tl.max(z, 1)
-            peak = tl.where(poisoned, float("nan"), highest)
-            needed = poisoned | ((highest > top - 1.0) & real)
-            if tl.max(needed.to(tl.int32), 0) != 0:
-                tl.store(z_ptr + line + places[None, :], z, mask=real[:, None])
-            top = tl.where(poisoned, top, tl.maximum(top, highest))
+    count = tl.cdiv(length, BLOCK)
+    if LISTED:
+        count = tl.load(kept_count_ptr + plane)
+    per_split = tl.cdiv(count, tl.num_programs(1))
+    # Nothing in the loop waits for a branch: loads run ahead.
+    for index in range(split * per_split, tl.minimum((split + 1) * per_split, count)):
+        block = index
+        if LISTED:
+            block = tl.load(kept_ptr + plane.to(tl.int64) * n_blocks + index)
+        slab, inner = _place(table_ptr, batch, block, stride_table, PAGED)
+        places = block * BLOCK + tl.arange(0, BLOCK)
+        keys = inner * BLOCK + tl.arange(0, BLOCK)
+        filled = places < length
+        k = tl.load(
+            k_ptr + slab * stride_kb + head.to(tl.int64) * stride_kh
+            + keys[:, None].to(tl.int64) * stride_ks + dims[None, :],
+            mask=filled[:, None] & (dims[None, :] < dim), other=0.0,
+        )  # fmt: skip
+        z = tl.dot(q, k.T, input_precision="ieee") * factor
+        z = tl.where(filled[None, :] & (places[None, :] <= last[:, None]), z, float("-inf"))
+        poisoned = tl.max((z != z).to(tl.int32), 1) != 0
+        highest = tl.max(z, 1)
+        needed = real & (poisoned | (highest > top - 1.0))
+        some = tl.max(needed.to(tl.int32), 0) != 0
+        tl.store(z_ptr + line + places[None, :], z, mask=real[:, None] & some)
+        top = tl.where(poisoned, top, tl.maximum(top, highest))
+        peak = tl.where(poisoned, float("nan"), highest)
         tl.store(
-            peak_ptr + (plane.to(tl.int64) * n_rows + rows) * n_blocks + block, peak, mask=real
+            peak_ptr + (plane.to(tl.int64) * n_rows + rows) * n_blocks + index, peak, mask=real
         )
 
 
 @triton.jit
 @no_type_check
-def _peak(peak_ptr, n_blocks, CHUNK: tl.constexpr):
-    """Return the maximum of a row over all blocks, and whether a NaN is among them."""
-    highest = tl.full([CHUNK], float("-inf"), tl.float32)
-    broken = tl.zeros([CHUNK], tl.int32)
-    for start in range(0, n_blocks, CHUNK):
-        blocks = start + tl.arange(0, CHUNK)
-        peaks = tl.load(peak_ptr + blocks, mask=blocks < n_blocks, other=float("-inf"))
-        highest = tl.maximum(highest, tl.where(peaks == peaks, peaks, float("-inf")))
-        broken = tl.maximum(broken, (peaks != peaks).to(tl.int32))
-    return tl.max(highest, 0), tl.max(broken, 0)
-
-
-@triton.jit
-@no_type_check
 def _list_kernel(
-    peak_ptr, top_ptr, list_ptr, count_ptr, n_rows, n_blocks, CHUNK: tl.constexpr
+    peak_ptr, top_ptr, list_ptr, count_ptr, length_ptr, kept_ptr, kept_count_ptr,
+    heads, n_rows, n_blocks, LISTED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """List the blocks in which a row of one key head may hold weight; write the rows' maxima."""
     plane = tl.program_id(0).to(tl.int64)
+    used = tl.cdiv(tl.load(length_ptr + plane // heads), BLOCK)
+    if LISTED:
+        used = tl.load(kept_count_ptr + plane)
+    rows = tl.arange(0, ROWS)
+    lines, real = plane * n_rows + rows, (rows < n_rows)[:, None]
     list_ptr += plane * n_blocks
-    for row in range(0, n_rows):
-        line = plane * n_rows + row
-        top, poisoned = _peak(peak_ptr + line * n_blocks, n_blocks, CHUNK)
-        tl.store(top_ptr + line, tl.where(poisoned != 0, float("nan"), top))
-    tl.debug_barrier()  # other threads read the maxima
+    highest = tl.full([ROWS, CHUNK], float("-inf"), tl.float32)
+    broken = tl.zeros([ROWS, CHUNK], tl.int32)
+    for start in range(0, used, CHUNK):
+        blocks = start + tl.arange(0, CHUNK)[None, :]
+        peaks = tl.load(
+            peak_ptr + lines[:, None] * n_blocks + blocks,
+            mask=real & (blocks < used), other=float("-inf"),
+        )  # fmt: skip
+        highest = tl.maximum(highest, tl.where(peaks == peaks, peaks, float("-inf")))
+        broken = tl.maximum(broken, (peaks != peaks).to(tl.int32))
+    top = tl.max(highest, 1)
+    poisoned = tl.max(broken, 1) != 0
+    tl.store(top_ptr + lines, tl.where(poisoned, float("nan"), top), mask=rows < n_rows)
     count = 0
-    for start in range(0, n_blocks, CHUNK):
+    for start in range(0, used, CHUNK):
         blocks = start + tl.arange(0, CHUNK)
-        needed = tl.zeros([CHUNK], tl.int32)
-        for row in range(0, n_rows):
-            line = plane * n_rows + row
-            top = tl.load(top_ptr + line)
-            peaks = tl.load(
-                peak_ptr + line * n_blocks + blocks, mask=blocks < n_blocks, other=float("-inf")
-            )
-            # Nothing at all rises above -inf; where there is a NaN its own blocks are enough.
-            above = (peaks > top - 1.0) | (peaks != peaks)
-            needed = tl.maximum(needed, above.to(tl.int32))
+        peaks = tl.load(
+            peak_ptr + lines[:, None] * n_blocks + blocks[None, :],
+            mask=real & (blocks < used)[None, :], other=float("-inf"),
+        )  # fmt: skip
+        # Nothing at all rises above -inf; where there is a NaN its own blocks are enough.
+        above = ((peaks > (top - 1.0)[:, None]) & (poisoned == 0)[:, None]) | (peaks != peaks)
+        needed = tl.max(above.to(tl.int32), 0)
+        if LISTED:
+            blocks = tl.load(kept_ptr + plane * n_blocks + blocks, mask=needed != 0, other=0)
         tl.store(list_ptr + count + tl.cumsum(needed, 0) - needed, blocks, mask=needed != 0)
         count += tl.sum(needed, 0)
-    tl.store(count_ptr + tl.program_id(0), count)
+    tl.store(count_ptr + plane, count)
 
 
 @triton.jit
@@ -170,7 +174,7 @@ def _threshold_kernel(
         a0 = tl.sum(tl.sum(p, 1), 0)
         a1 = tl.sum(tl.sum(slope, 1), 0)
         a2 = tl.sum(tl.sum(support, 1), 0)
-        t, lower, upper, done = _improve(t, a0, a1, a2, power, lower, upper, tolerance, HALF)
+        t, lower, upper, done = improve(t, a0, a1, a2, power, lower, upper, tolerance, HALF)
         unsolved = tl.where(done, 0, 1)
         passes += 1
     t = tl.where(empty, float("inf"), t)
@@ -222,7 +226,7 @@ def launch_decode(
     v: torch.Tensor,
     lengths: torch.Tensor,
     table: torch.Tensor | None,
-    keep: torch.Tensor | None,
+    kept: tuple[torch.Tensor, torch.Tensor] | None,
     seq_q: int,
     block: int,
     n_blocks: int,
@@ -237,7 +241,8 @@ def launch_decode(
         v: `[batch or pages, heads_kv, places, dim_value]`, last stride 1.
         lengths: int32 `[batch]`.
         table: int32 `[batch, pages]`, contiguous, or None.
-        keep: int8 `[batch, heads_kv, n_blocks]`, 0 for blocks that hold no weight; or None.
+        kept: Blocks that may hold weight, int32 `[batch, heads_kv, n_blocks]`, and how many they
+            are; or None for all.
         seq_q: Number of new tokens.
         block: Keys of a block; the size of a page if there is a table.
         n_blocks: Blocks of the longest sequence there can be.
@@ -246,8 +251,8 @@ def launch_decode(
     """
     batch, heads, n_rows, dim = q.shape
     planes, rows, dim_value = batch * heads, max(16, padded(n_rows)), v.shape[-1]
-    splits = max(1, min(n_blocks, triton.cdiv(_SPLITS, planes)))
-    per_split = triton.cdiv(n_blocks, splits)
+    score_splits = max(1, min(n_blocks, triton.cdiv(_SCORE_SPLITS, planes)))
+    splits = max(1, min(n_blocks, triton.cdiv(_OUTPUT_SPLITS, planes)))
     options = {"dtype": torch.float32, "device": q.device}
     z = torch.empty((planes, n_rows, n_blocks * block), **options)
     peaks = torch.empty((planes, n_rows, n_blocks), **options)
@@ -259,20 +264,21 @@ def launch_decode(
     pages = lengths if table is None else table
     stride_table = 0 if table is None else table.stride(0)
     half = alpha == 1.5
-    _scores_kernel[(planes, splits)](
-        q, k, pages, lengths, lengths if keep is None else keep, z, peaks,
+    lists = (lengths, lengths) if kept is None else kept
+    _scores_kernel[(planes, score_splits)](
+        q, k, pages, lengths, *lists, z, peaks,
         *k.stride()[:3], stride_table, heads, n_rows, seq_q, n_blocks, dim,
-        scale * (alpha - 1), per_split,
-        PAGED=table is not None, HAS_KEEP=keep is not None,
+        scale * (alpha - 1), PAGED=table is not None, LISTED=kept is not None,
         ROWS=rows, BLOCK=block, BLOCK_D=max(16, padded(dim)), num_warps=4,
     )  # fmt: skip
     _list_kernel[(planes,)](
-        peaks, top, listed, count, n_rows, n_blocks, CHUNK=512, num_warps=4
+        peaks, top, listed, count, lengths, *lists, heads, n_rows, n_blocks,
+        LISTED=kept is not None, ROWS=rows, BLOCK=block, CHUNK=max(16, 4096 // rows), num_warps=8,
     )  # fmt: skip
-    tolerance = _TOLERANCE[v.dtype] * (1 if half else 1 + 1 / (alpha - 1))
+    tolerance = TOLERANCE[v.dtype] * (1 if half else 1 + 1 / (alpha - 1))
     _threshold_kernel[(planes * n_rows,)](
-        z, top, listed, count, tau, n_rows, n_blocks, alpha, tolerance, _MAX_PASSES,
-        HALF=half, BLOCK=block, PARTS=max(1, 2048 // block), num_warps=4,
+        z, top, listed, count, tau, n_rows, n_blocks, alpha, tolerance, MAX_PASSES,
+        HALF=half, BLOCK=block, PARTS=max(1, 8192 // block), num_warps=8,
     )  # fmt: skip
     _output_kernel[(planes, splits)](
         v, pages, lengths, z, listed, count, tau, part,

@@ -101,6 +101,7 @@ def adasplash_decode(
         )
     if backend == "reference" or (backend == "auto" and not q.is_cuda) or not able:
         return _reference(q, k_cache, v_cache, lengths, block_table, alpha, factor)
+    from .bounds import launch_keep
     from .kernel import launch_decode
 
     batch, heads, seq_q, dim = q.shape
@@ -109,64 +110,19 @@ def adasplash_decode(
     table = None if block_table is None else block_table.to(torch.int32).contiguous()
     block = _BLOCK if table is None else places
     n_blocks = -(-places // _BLOCK) if table is None else table.shape[1]
-    keep = None
-    if page_stats is not None:
-        keep = _keep(
-            rows, k_cache, lengths, table, page_stats, seq_q, block, factor * (alpha - 1)
-        ).to(torch.int8)
     k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_cache, v_cache))
     with torch.cuda.device_of(q), torch.no_grad():
+        kept = None
+        if page_stats is not None:
+            low, high = (x.float().contiguous() for x in page_stats)
+            kept = launch_keep(
+                rows, k_cache, low, high, lengths, table, seq_q, block, n_blocks,
+                factor * (alpha - 1),
+            )  # fmt: skip
         output = launch_decode(
-            rows, k_cache, v_cache, lengths, table, keep, seq_q, block, n_blocks, alpha, factor
+            rows, k_cache, v_cache, lengths, table, kept, seq_q, block, n_blocks, alpha, factor
         )
     return output.reshape(batch, heads, seq_q, -1).to(q.dtype)
-
-
-def _keep(
-    rows: Tensor,
-    k_cache: Tensor,
-    lengths: Tensor,
-    table: Tensor | None,
-    stats: PageStats,
-    seq_q: int,
-    block: int,
-    factor: float,
-) -> Tensor:
-    """Return which blocks may hold weight, bool `[batch, heads_kv, blocks]`.
-
-    A score is at most the sum over features of the larger of `q low` and `q high`. The first block
-    is read for real: a block that stays at or below its maximum minus 1 in every row holds none.
-    """
-    q = rows.float() * factor
-    low, high = (_by_sequence(x, table) for x in stats)
-    up, down = q.clamp_min(0), q.clamp_max(0)
-    bound = up @ high.mT + down @ low.mT  # [batch, heads_kv, rows, blocks]
-    # Far more than float32 rounds by; sums of a few hundred terms each.
-    bound = bound + 1e-4 * (q.abs() @ torch.maximum(low.abs(), high.abs()).mT)
-    starts = block * torch.arange(bound.shape[-1], device=q.device)
-    # Every row sees all keys of these blocks; the best of them is read.
-    whole = starts + block <= (lengths - seq_q + 1)[:, None]
-    best = bound.masked_fill(~whole[:, None, None], -torch.inf).argmax(-1)
-    slabs = torch.arange(len(rows), device=q.device)[:, None, None]
-    if table is None:
-        offsets = block * best[..., None] + torch.arange(block, device=q.device)
-        offsets = offsets.clamp_max(k_cache.shape[2] - 1)
-    else:
-        slabs = table[slabs, best].long().clamp_min(0)
-        offsets = torch.arange(block, device=q.device).expand(*best.shape, block)
-    heads = torch.arange(rows.shape[1], device=q.device)[None, :, None]
-    keys = k_cache[slabs[..., None], heads[..., None], offsets].float()  # [.., rows, block, dim]
-    seed = (q[..., None, :] @ keys.mT).amax((-1, -2))
-    seed = torch.where(whole.any(-1)[:, None, None], seed - 1e-4 * seed.abs(), -torch.inf)
-    return ~(bound <= seed[..., None] - 1).all(2) & (starts < lengths[:, None])[:, None]
-
-
-def _by_sequence(stats: Tensor, table: Tensor | None) -> Tensor:
-    """Return bounds `[batch, heads_kv, blocks, dim]`, whatever the layout of the cache."""
-    if table is None:
-        return stats
-    # Entries behind the last page may be anything; their blocks are dropped by length.
-    return stats[:, :, 0][table.long().clamp(0, len(stats) - 1)].transpose(1, 2)
 
 
 def _reference(

@@ -3,7 +3,7 @@
     p_i = [1 + e (s_i - mu)]_+ ** (1 / e)        e = alpha - 1, mu such that sum(p) == 1
 
 Newton's method on the norm raises mu from the maximum of the row and never passes the solution; for
-alpha 1.5 the bounded steps of `attention/forward.py` need a pass less. A row of up to `HELD`
+alpha 1.5 the bounded steps of `attention/threshold.py` need a pass less. A row of up to `HELD`
 numbers stays in registers: one read and one write of memory. Longer rows are read in every pass.
 Backward: `dx = u (dp - sum(u dp) / sum(u))`, u = p ** (2 - alpha).
 
@@ -20,7 +20,7 @@ import triton.language as tl
 
 from fourfold_common import triton_status
 
-from ..attention.forward import _improve
+from ..attention.threshold import improve
 
 HELD = 16384
 _CHUNK = 8192
@@ -134,7 +134,7 @@ def _forward_kernel(
                 more, steeper, wider = _sums(p, u, (u > 0.0).to(tl.float32), INTERPRETED)
                 total, slope, support = total + more, slope + steeper, support + wider
         if KIND == 15:  # `_improve` works on half the scores
-            t, lower, upper, done = _improve(
+            t, lower, upper, done = improve(
                 0.5 * level, total, slope, support, 2.0, lower, upper, 2e-7, True
             )
             level = 2.0 * t

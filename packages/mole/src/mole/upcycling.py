@@ -4,17 +4,42 @@ Routers and experts are added so that they give nothing at first: the new model'
 old one's until it is trained further.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, GgufConfig
 
 from .config import DenseConfig, MoleConfig, plain_errors
-from .modeling import DenseForCausalLM, MoleForCausalLM
+from .modeling import DenseForCausalLM, MoleForCausalLM, register
 
 _FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
            "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings",
            "initializer_range", "rms_norm_eps", "tie_word_embeddings", "pad_token_id",
            "bos_token_id", "eos_token_id")  # fmt: skip
+
+
+def load_base(folder: str | Path, gguf: str | None = None) -> Any:
+    """Return a model that can be upcycled or trained on and saved: plain weights in float32.
+
+    Args:
+        folder: Folder of a model that transformers loads.
+        gguf: Name of a GGUF file in it, whose weights are unpacked; needs the package `gguf`.
+    """
+    register()
+    if gguf is None:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        gguf_file=gguf,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    # Nothing about it is quantised any more, but transformers would refuse to save it.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
 
 
 def upcycle(
@@ -113,4 +138,4 @@ def _check_llama(config: Any) -> None:
         )
 
 
-__all__ = ["upcycle"]
+__all__ = ["load_base", "upcycle"]

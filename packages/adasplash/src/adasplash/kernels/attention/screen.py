@@ -1,0 +1,290 @@
+"""Which blocks of keys can hold weight, from one dense pass over the scores.
+
+As `tau_i < max_j z_ij <= tau_i + 1`, a block of keys whose scores lie at or below `max - 1` in
+every row is exactly zero. Far better than `max - 1` is a bound from the maxima of the blocks: the
+weights of these alone must not exceed 1, so the tau that they would have lies below tau.
+
+1. *Screen*: one dense pass keeps the maximum of every row, and stores that of every block.
+2. *List*: every tile of queries lists the blocks that rise above the bound of one of its rows,
+   from right to left. The bound is where the solver begins.
+
+Stored maxima are float16; what that rounds by is added where a block is to be refuted, and taken
+off where a bound is raised. They take 2 bytes for 64 scores: long sequences are screened in parts
+that fit `_ROOM`.
+
+Scores and layout as in `forward.py`. Source: own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+
+from fourfold_common import triton_status
+
+from .threshold import step_left
+from .tiles import SIZES, Problem, describe, hide, load_tile, roots, saturated
+
+_ROOM = 2**28  # bytes of stored maxima
+_CHUNK, _LISTED, _WARPS = 8, 64, 1  # of the second kernel: blocks at a time
+_LIST_SWITCHES = "IS_CAUSAL", "HAS_WINDOW", "HALF", "BLOCK_M", "BLOCK_N"
+_STEPS = tl.constexpr(3)
+
+
+class Candidates(NamedTuple):
+    """What the screening finds.
+
+    Args:
+        top: Largest z of every row, float32 `[batch, heads, seq_q]`; -inf for empty rows.
+        bound: A lower bound of tau, as large.
+        listed: Blocks that may hold weight, right to left, int32 `[batch, heads, tiles, blocks]`.
+        length: How many they are, int32 `[batch, heads, tiles]`.
+    """
+
+    top: torch.Tensor
+    bound: torch.Tensor
+    listed: torch.Tensor
+    length: torch.Tensor
+
+
+@triton.jit
+@no_type_check
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+@no_type_check
+def _highest(z, AXIS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Return the maximum along an axis; NaN if one is in it."""
+    if INTERPRETED:  # the interpreter has no fast reduction that keeps NaN
+        poisoned = tl.max((z != z).to(tl.int32), AXIS) != 0
+        return tl.where(poisoned, float("nan"), tl.max(z, AXIS))
+    else:
+        return tl.reduce(z, AXIS, _larger)
+
+
+@triton.jit
+@no_type_check
+def _range(
+    first, rows: tl.constexpr, seq_q, seq_k, left, right,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Return the first key that rows of a tile may see, and the one behind the last."""
+    begin, end = 0, seq_k
+    shift = seq_k - seq_q
+    if IS_CAUSAL:
+        end = tl.maximum(tl.minimum(first + rows, seq_q) + shift, 0)
+    if HAS_WINDOW:
+        end = tl.minimum(end, tl.maximum(first + rows + shift + right, 0))
+        begin = tl.maximum(first + shift - left, 0)
+    return begin, end
+
+
+@triton.jit
+@no_type_check
+def _store_peaks(
+    peak_ptr, peaks, rows, first_block, n_blocks, TILE_M: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Store the maxima of some blocks; a finite one stays finite."""
+    blocks = first_block + tl.arange(0, PARTS)[None, :]
+    peaks = tl.where((peaks < -65504.0) & (peaks > float("-inf")), -65504.0, peaks)
+    peaks = tl.where(peaks > 65504.0, 65504.0, peaks)
+    tl.store(
+        peak_ptr + blocks * TILE_M + rows[:, None], peaks.to(tl.float16), mask=blocks < n_blocks
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
+@no_type_check
+def _screen_kernel(
+    q_desc, k_desc, mask_ptr, alpha_ptr, top_ptr, peak_ptr, first_place,
+    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Write the maximum of every row, and of every row in every block."""
+    PARTS: tl.constexpr = TILE_N // BLOCK_N
+    n_wide = tl.cdiv(seq_q, TILE_M)
+    place = first_place + tl.program_id(0)
+    plane = place // n_wide
+    first = (n_wide - 1 - place % n_wide) * TILE_M  # under a causal mask the longest rows first
+    batch, head = plane // heads, plane % heads
+    head_kv = head // group
+    mask_ptr += batch.to(tl.int64) * stride_mask
+    peak_ptr += tl.program_id(0).to(tl.int64) * n_blocks * TILE_M
+    inner = tl.arange(0, TILE_M)
+    rows = first + inner
+    q = load_tile(q_desc, batch, head, first, TILE_M, BLOCK_D)
+
+    alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
+    factor = scale * (alpha - 1.0)
+
+    begin, limit = _range(first, TILE_M, seq_q, seq_k, left, right, IS_CAUSAL, HAS_WINDOW)
+    full = limit // TILE_N  # tiles before `full` are visible to every row
+    if IS_CAUSAL:
+        full = tl.minimum(full, tl.maximum(first + 1 + seq_k - seq_q, 0) // TILE_N)
+    if HAS_MASK or HAS_WINDOW:
+        full = 0
+    begin, end = begin // TILE_N, tl.cdiv(limit, TILE_N)
+    top = tl.full([TILE_M], float("-inf"), tl.float32)
+    for tile in range(tl.maximum(full, begin), end):
+        keys = tile * TILE_N + tl.arange(0, TILE_N)
+        k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
+        z = tl.dot(q, k.T, input_precision="ieee") * factor
+        z = hide(
+            z, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, left, right,
+            IS_CAUSAL, HAS_MASK, HAS_WINDOW,
+        )  # fmt: skip
+        peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED)
+        top = _larger(top, _highest(peaks, 1, INTERPRETED))
+        _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
+    for tile in range(0, full):
+        k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
+        z = tl.dot(q, k.T, input_precision="ieee")
+        # The scale is positive: the largest product has the largest score.
+        peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED) * factor
+        top = _larger(top, _highest(peaks, 1, INTERPRETED))
+        _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
+    tl.store(top_ptr + plane.to(tl.int64) * seq_q + rows, top, mask=rows < seq_q)
+
+
+@triton.jit
+@no_type_check
+def _peaks(peak_ptr, blocks, rows, real, TILE_M: tl.constexpr):
+    """Return stored maxima `[blocks, rows]`; -inf for blocks that are none."""
+    peaks = tl.load(
+        peak_ptr + blocks[:, None] * TILE_M + rows[None, :], mask=real[:, None], other=float("-inf")
+    )
+    return peaks.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=SIZES)
+@no_type_check
+def _list_kernel(
+    alpha_ptr, top_ptr, peak_ptr, bound_ptr, list_ptr, count_ptr, first_place,
+    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HALF: tl.constexpr, SKIP: tl.constexpr,
+    SATURATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_M: tl.constexpr,
+    CHUNK: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    """Write the bounds of one tile's rows, and the blocks that rise above them.
+
+    All blocks are read once, for a list by `max - 1`; what follows reads those of the list.
+    """
+    PARTS: tl.constexpr = TILE_M // BLOCK_M
+    n_wide = tl.cdiv(seq_q, TILE_M)
+    local, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    place = first_place + local
+    plane = place // n_wide
+    first = (n_wide - 1 - place % n_wide) * TILE_M + part * BLOCK_M
+    if first < seq_q:
+        peak_ptr += local.to(tl.int64) * n_blocks * TILE_M
+        line = (plane * n_tiles + first // BLOCK_M).to(tl.int64)
+        list_ptr += line * n_blocks
+        inner = part * BLOCK_M + tl.arange(0, BLOCK_M)
+        rows = first + tl.arange(0, BLOCK_M)
+        row_base = plane.to(tl.int64) * seq_q
+        top = tl.load(top_ptr + row_base + rows, mask=rows < seq_q, other=float("-inf"))
+        alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
+        power = 1.0 / (alpha - 1.0)
+        begin, end = _range(first, BLOCK_M, seq_q, seq_k, left, right, IS_CAUSAL, HAS_WINDOW)
+        begin, end = begin // BLOCK_N, tl.cdiv(end, BLOCK_N)
+
+        # What the maxima near the top were rounded by, at most; beyond float16 nothing is known.
+        size = tl.abs(top)
+        slack = tl.where(size < 60000.0, (size + 1.0) * 2.0**-10, float("inf"))
+        bound = tl.where(top == float("-inf"), 0.0, top - 1.0)
+        limit = tl.where(rows < seq_q, bound - slack, float("inf"))
+        count = 0
+        for offset in range(0, end - begin, LISTED):
+            blocks = end - 1 - offset - tl.arange(0, LISTED)
+            real = blocks >= begin
+            peaks = _peaks(peak_ptr, blocks, inner, real, TILE_M)
+            needed = tl.max(((peaks <= limit[None, :]) == 0).to(tl.int32), 1)  # true for NaN
+            if not SKIP:
+                needed = needed * 0 + 1
+            needed = tl.where(real, needed, 0)
+            tl.store(list_ptr + count + tl.cumsum(needed, 0) - needed, blocks, mask=needed != 0)
+            count += tl.sum(needed, 0)
+        tl.debug_barrier()  # other threads read the list
+
+        # Newton's method and the like on the maxima alone, until it hardly moves.
+        t, steps, moving = bound, 0, 1
+        while (steps < _STEPS) & (moving > 0):
+            sum_p = tl.zeros([CHUNK, BLOCK_M], tl.float32)
+            sum_u = tl.zeros([CHUNK, BLOCK_M], tl.float32)
+            support = tl.zeros([CHUNK, BLOCK_M], tl.float32)
+            for offset in range(0, count, CHUNK):
+                index = offset + tl.arange(0, CHUNK)
+                real = index < count
+                blocks = tl.load(list_ptr + index, mask=real, other=0)
+                peaks = _peaks(peak_ptr, blocks, inner, real, TILE_M)
+                if SATURATE:
+                    x = saturated(peaks, 1.0, -(t + slack)[None, :])
+                    u, sign = x, saturated(x, 1e30, 0.0)
+                else:
+                    x, u = roots(peaks, (t + slack)[None, :], power, HALF)
+                    sign = (x > 0.0).to(tl.float32)
+                sum_p, sum_u, support = sum_p + x * u, sum_u + u, support + sign
+            a0, a1, a2 = tl.sum(sum_p, 0), tl.sum(sum_u, 0), tl.sum(support, 0)
+            t_next, below, _ = step_left(t, a0, 1.0, a1, a2, power, HALF)
+            # What rounds in these sums must not lift a bound over tau.
+            below = tl.where(a1 > 0.0, below - 1e-6 * (1.0 + tl.abs(below)), bound)
+            moved = below > bound + 0.02
+            bound = tl.where(below > bound, below, bound)  # stays NaN
+            t = tl.where(t_next > bound, t_next, bound)
+            moving = tl.max(moved.to(tl.int32), 0)
+            steps += 1
+        tl.store(bound_ptr + row_base + rows, bound, mask=rows < seq_q)
+
+        limit = tl.where(rows < seq_q, bound - slack, float("inf"))
+        kept = 0
+        for offset in range(0, count, CHUNK):
+            index = offset + tl.arange(0, CHUNK)
+            real = index < count
+            blocks = tl.load(list_ptr + index, mask=real, other=0)
+            peaks = _peaks(peak_ptr, blocks, inner, real, TILE_M)
+            needed = tl.max(((peaks <= limit[None, :]) == 0).to(tl.int32), 1)
+            if not SKIP:
+                needed = needed * 0 + 1
+            needed = tl.where(real, needed, 0)
+            tl.debug_barrier()  # never beyond what all have read
+            tl.store(list_ptr + kept + tl.cumsum(needed, 0) - needed, blocks, mask=needed != 0)
+            kept += tl.sum(needed, 0)
+        tl.store(count_ptr + line, kept)
+
+
+def screen(problem: Problem, *, skip: bool = True) -> Candidates:
+    """Return the blocks that may hold weight; all that are visible unless `skip`."""
+    q, tiles, switches = problem.q, problem.tiles, problem.switches
+    device, (n_tiles, n_blocks) = q.device, problem.grid
+    top = torch.empty(q.shape[:3], dtype=torch.float32, device=device)
+    bound = torch.empty_like(top)
+    listed = torch.empty((*q.shape[:2], n_tiles, n_blocks), dtype=torch.int32, device=device)
+    count = torch.empty((*q.shape[:2], n_tiles), dtype=torch.int32, device=device)
+    places = triton.cdiv(q.shape[2], tiles.screen_m) * problem.planes
+    at_once = min(places, max(1, _ROOM // (2 * n_blocks * tiles.screen_m)))
+    peaks = torch.empty(at_once * n_blocks * tiles.screen_m, dtype=torch.float16, device=device)
+    interpreting = triton_status().interpreting
+    sources = describe(q, tiles.screen_m), describe(problem.k, tiles.screen_n)
+    for first in range(0, places, at_once):
+        some = min(at_once, places - first)
+        _screen_kernel[(some,)](
+            *sources, problem.mask, problem.alpha, top, peaks, first, *problem.sizes,
+            problem.scale, **switches, TILE_M=tiles.screen_m, TILE_N=tiles.screen_n,
+            INTERPRETED=interpreting, num_warps=tiles.screen_warps,
+            num_stages=tiles.screen_stages,
+        )  # fmt: skip
+        _list_kernel[(some * (tiles.screen_m // tiles.block_m),)](
+            problem.alpha, top, peaks, bound, listed, count, first, *problem.sizes,
+            **{name: switches[name] for name in _LIST_SWITCHES}, SKIP=skip,
+            SATURATE=switches["HALF"] and not interpreting, TILE_M=tiles.screen_m,
+            CHUNK=_CHUNK, LISTED=_LISTED, num_warps=_WARPS,
+        )  # fmt: skip
+    return Candidates(top, bound, listed, count)

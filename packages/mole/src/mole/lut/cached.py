@@ -1,0 +1,136 @@
+"""The store that keeps recently used rows in front of a slower one."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from .base import LutStore
+
+
+class CachedStore(LutStore):
+    """A number of recently used rows in memory, in front of a slower store.
+
+    Which row has to go is decided by CLOCK: a hand walks round and takes the first row that was not
+    used since its last visit.
+
+    Args:
+        store: Where missing rows come from.
+        capacity: Rows to keep.
+        device: Memory to keep them in.
+
+    Attributes:
+        table: The rows that are kept, one in each slot.
+        hits: Distinct ids of all requests whose rows were there.
+        misses: Those whose rows were not.
+    """
+
+    def __init__(self, store: LutStore, capacity: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(store.meta)
+        if capacity < 1:
+            raise ValueError(f"`capacity` must be at least 1; got {capacity}.")
+        self.store, self.capacity = store, min(capacity, store.meta.vocab)
+        size = (self.capacity, store.meta.row_stride)
+        self.table = torch.empty(size, dtype=torch.uint8, device=device)
+        self._slot: dict[int, int] = {}
+        self._owner: list[int | None] = [None] * self.capacity
+        self._used = bytearray(self.capacity)
+        self._hand = 0
+        self.hits = self.misses = 0
+        self._lock = threading.Lock()
+        self._done: Any = None  # on a GPU, what the last reader's stream has to reach
+
+    @contextmanager
+    def lease(self, ids: Int[Tensor, " tokens"]) -> Iterator[list[int]]:
+        """Give the slots of the ids' rows in `table`, which keep them while the context is open.
+
+        On a GPU, work that reads the rows is to be queued on the current stream within the context;
+        it need not be done when the context ends.
+
+        Raises:
+            ValueError: There are more distinct ids than slots.
+        """
+        self._check_open()
+        wanted = ids.tolist()
+        distinct = list(dict.fromkeys(wanted))
+        if len(distinct) > self.capacity:
+            raise ValueError(
+                f"`ids` must have at most {self.capacity} distinct ids, the cache's slots; "
+                f"got {len(distinct)}."
+            )
+        with self._in_turn():
+            self._admit(distinct)
+            yield [self._slot[row] for row in wanted]
+
+    def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
+        """Return whole rows as they are on disk, on the ids' device."""
+        distinct, inverse = torch.unique(self._host_ids(ids), return_inverse=True)
+        with self._in_turn():
+            parts = []
+            for part in distinct.split(self.capacity):
+                rows = part.tolist()
+                self._admit(rows)
+                slots = torch.tensor([self._slot[row] for row in rows], dtype=torch.long)
+                parts.append(self.table.index_select(0, slots.to(self.table.device)))
+            found = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return found.index_select(0, inverse.to(found.device)).to(ids.device)
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Let one thread at a time have the slots; on a GPU, one stream's work after another's."""
+        with self._lock:
+            stream = None
+            if self.table.is_cuda:
+                stream = torch.cuda.current_stream(self.table.device)
+                if self._done is not None:
+                    stream.wait_event(self._done)
+            try:
+                yield
+            finally:
+                if stream is not None:
+                    self._done = stream.record_event()
+
+    def _admit(self, wanted: list[int]) -> None:
+        """Bring the rows of distinct ids, no more than there are slots, into slots of their own."""
+        missing = [row for row in wanted if row not in self._slot]
+        self.hits += len(wanted) - len(missing)
+        self.misses += len(missing)
+        held = {self._slot[row] for row in wanted if row in self._slot}
+        for slot in held:
+            self._used[slot] = 1
+        if not missing:
+            return
+        fresh = self.store.read(torch.tensor(missing)).to(self.table.device)
+        for row in missing:
+            held.add(self._claim(row, held))
+        slots = [self._slot[row] for row in missing]
+        if self.table.is_cuda:
+            self.table.index_copy_(0, torch.tensor(slots).to(self.table.device), fresh)
+            return
+        for slot, bytes_ in zip(slots, fresh, strict=True):  # many times faster for long rows
+            self.table[slot] = bytes_
+
+    def _claim(self, row: int, held: set[int]) -> int:
+        """Give a row the slot of one that was not used of late, none of those held."""
+        while self._used[self._hand] or self._hand in held:
+            if self._hand not in held:
+                self._used[self._hand] = 0
+            self._hand = (self._hand + 1) % self.capacity
+        slot, old = self._hand, self._owner[self._hand]
+        if old is not None:
+            del self._slot[old]
+        self._owner[slot], self._slot[row] = row, slot
+        self._hand = (slot + 1) % self.capacity
+        return slot
+
+    def close(self) -> None:
+        """Close the store behind the cache, too."""
+        super().close()
+        self.store.close()
+
+
+__all__ = ["CachedStore"]

@@ -1,0 +1,169 @@
+"""The store that reads rows from the file, past the page cache."""
+
+import mmap
+import os
+import warnings
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from .base import LutStore, Ticket
+from .errors import LutTruncatedError
+from .files import check_length
+from .format import DATA_FILE, HEADER_BYTES, LutMeta, LutRows
+
+_PIECE = 64 * 1024  # bytes of one direct read: longer rows are read in several at a time
+_DIRECT_ALIGNMENT = 4096
+_SPARE_BYTES = 2**25  # memory that is kept for the next rows
+
+
+class DiskStore(LutStore):
+    """Rows read from the file past the page cache, many at a time, each distinct id once.
+
+    Threads read with `preadv`, which lets others run meanwhile, in pieces of 64 KiB, into aligned
+    memory. Where the file system refuses direct reads, a warning says so and the page cache is
+    used.
+
+    Args:
+        folder: Folder of the table.
+        threads: Reads at a time.
+        direct: Read past the page cache.
+    """
+
+    def __init__(self, folder: str | Path, threads: int = 32, direct: bool = True) -> None:
+        super().__init__(LutMeta.load(folder))
+        check_length(Path(folder), self.meta)
+        path = Path(folder) / DATA_FILE
+        self.direct = direct
+        self._file = self._open(path) if direct else os.open(path, os.O_RDONLY)
+        self._spare: list[memoryview] = []
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lut")
+        self._release = weakref.finalize(self, _end, self._pool, self._file)
+
+    def _open(self, path: Path) -> int:
+        """Return a descriptor for direct reads, or a plain one with a warning."""
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        except (AttributeError, OSError):
+            file = -1
+        if file >= 0:
+            try:
+                os.preadv(file, [mmap.mmap(-1, _DIRECT_ALIGNMENT)], 0)
+                return file
+            except OSError:
+                os.close(file)
+        self.direct = False
+        warnings.warn(
+            f"direct reads are not supported for {path.name} here; reading through the page cache.",
+            stacklevel=4,
+        )
+        return os.open(path, os.O_RDONLY)
+
+    def prefetch(self, ids: Int[Tensor, "*tokens"]) -> Ticket:
+        """Begin to read the rows of the ids; returns at once."""
+        take = self._begin(ids.flatten())
+        return Ticket(lambda: LutRows.from_bytes(take(), self.meta))
+
+    def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
+        """Return whole rows as they are on disk, on the ids' device."""
+        return self._begin(ids, waiting=True)()
+
+    def rows(self, ids: Int[Tensor, "*tokens"]) -> LutRows:
+        """Return the rows of the ids, flattened, on the ids' device."""
+        return LutRows.from_bytes(self.read(ids.flatten()), self.meta)
+
+    def _begin(self, ids: Tensor, waiting: bool = False) -> Callable[[], Tensor]:
+        """Begin to read whole rows; the function that is returned waits for them.
+
+        What the page cache has is read at once, if it is used at all. A caller who waits anyway
+        reads the last piece himself: one alone needs no other thread.
+        """
+        rows = self._host_ids(ids).tolist()
+        stride = self.meta.row_stride
+        # Rows begin on 512 bytes, direct reads on 4,096: every frame has room for both ends.
+        size = (-(-stride // _DIRECT_ALIGNMENT) + 1) * _DIRECT_ALIGNMENT
+        distinct = list(dict.fromkeys(rows))
+        frames = self._frames(len(distinct), size)
+        places: dict[int, Tensor] = {}
+        pieces: list[tuple[memoryview, int]] = []
+        for row, frame in zip(distinct, frames, strict=True):
+            begin = HEADER_BYTES + row * stride
+            first = begin // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT
+            places[row] = torch.frombuffer(
+                frame, dtype=torch.uint8, count=stride, offset=begin - first
+            )
+            for start in range(0, size, _PIECE):
+                piece = frame[start : start + _PIECE], first + start
+                if self.direct or not self._fill_now(*piece):
+                    pieces.append(piece)
+        own = pieces.pop() if waiting and pieces else None
+        futures = [self._pool.submit(self._fill, *piece) for piece in pieces]
+
+        def take() -> Tensor:
+            if own is not None:
+                self._fill(*own)
+            for future in futures:
+                future.result()
+            if not rows:
+                return torch.empty(0, stride, dtype=torch.uint8, device=ids.device)
+            found = torch.stack([places[row] for row in rows]).to(ids.device)
+            if waiting and (len(self._spare) + len(frames)) * size <= _SPARE_BYTES:
+                self._spare.extend(frames)  # a ticket's rows may be asked for once more
+            return found
+
+        return take
+
+    def _frames(self, count: int, size: int) -> list[memoryview]:
+        """Return aligned memory for rows, as far as possible what the system has given already."""
+        frames: list[memoryview] = []
+        with suppress(IndexError):
+            while len(frames) < count:
+                frames.append(self._spare.pop())
+        if fresh := (count - len(frames)) * size:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # its pages are the quickest to get
+            block = memoryview(mmap.mmap(-1, fresh, flags=flags))
+            frames += [block[begin : begin + size] for begin in range(0, fresh, size)]
+        return frames
+
+    def _fill_now(self, view: memoryview, offset: int) -> bool:
+        """Fill the view if the page cache has all of it; return whether it had."""
+        left = min(len(view), self.meta.file_bytes - offset)
+        try:
+            return os.preadv(self._file, [view], offset, os.RWF_NOWAIT) >= left
+        except (AttributeError, OSError):
+            return False
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        """Fill the view from the file; what lies behind its end stays as it is."""
+        left = min(len(view), self.meta.file_bytes - offset)
+        done = 0
+        while done < left:
+            read = os.preadv(self._file, [view[done:]], offset + done)
+            if read <= 0:
+                raise LutTruncatedError(
+                    f"{DATA_FILE} must have {self.meta.file_bytes:,} bytes; it ends at "
+                    f"{offset + done:,}. Was it truncated while open? Convert the model again."
+                )
+            done += read
+
+    def close(self) -> None:
+        """Close the file and end the threads; the store cannot be used any more."""
+        if not self.closed:
+            super().close()
+            self._pool.shutdown()
+            self._release()
+
+
+def _end(pool: ThreadPoolExecutor, file: int) -> None:
+    """End threads that have nothing left to read, and close their file."""
+    pool.shutdown(wait=False)
+    os.close(file)
+
+
+__all__ = ["DiskStore"]
