@@ -222,14 +222,16 @@ def outcomes_of_runs(p: Tensor, steps: Sequence[Choice]) -> Iterator[tuple[float
     """The same for `verify_runs`; a bound is the target's share over that of all like runs."""
     bounds: list[float] = []
     for step in steps:
-        runs = [[int(t) for t in run if t >= 0] for run in step.runs]
+        possible = step.mass.nonzero()[:, 0].tolist()
+        weights = dict(zip(possible, step.mass[possible].tolist(), strict=True))
+        runs = {i: [t for t in step.runs[i].tolist() if t >= 0] for i in possible}
         chosen = runs[step.chosen]
         for depth, token in enumerate(chosen):
             if len(bounds) == len(p) - 1:
                 break
             longer = [
-                (run, float(m))
-                for run, m in zip(runs, step.mass, strict=True)
+                (run, weights[i])
+                for i, run in runs.items()
                 if run[:depth] == chosen[:depth] and len(run) > depth
             ]
             law = sum(m for run, m in longer if run[depth] == token) / sum(m for _, m in longer)
