@@ -3,7 +3,7 @@
     HETERO_SD_TOKENIZERS=FOLDER pytest -m slow packages/hetero-sd/tests/test_real_tokenizers.py
 
 Each subfolder is what `AutoTokenizer.from_pretrained` reads; the models are tiny and random. A pair
-takes some seconds, and half a minute where both vocabularies are large.
+takes about half a minute on one core, more where both vocabularies are large.
 """
 
 import itertools
