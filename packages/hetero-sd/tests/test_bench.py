@@ -18,7 +18,7 @@ from hetero_sd.bench.contenders import (
     find_contenders,
 )
 from hetero_sd.bench.costs import Costs
-from hetero_sd.bench.exactness import EXACT, NEAR, WRONG, judge_greedy, judge_sampled
+from hetero_sd.bench.exactness import EXACT, NEAR, WRONG, judge_greedy, judge_sampled, openest
 from hetero_sd.decoder import HeteroSpeculativeDecoder
 from hetero_sd.demo.inflate import inflate, shape_for
 from hetero_sd.pairs import Pair
@@ -229,6 +229,23 @@ def test_sampled_verdict_notices_another_temperature(pair, prompts):
     )
     assert verdict == WRONG, detail
     assert "200 draws" in detail
+
+
+@torch.no_grad()
+def test_samples_are_drawn_where_the_next_token_is_open(pair, prompts):
+    ids, options = prompts["some"][0], Decoding(0.3).options
+    new = pair.target.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
+    )[0, ids.shape[1] :].tolist()
+    place = openest(pair.target, ids, new, options)
+    taken = place.shape[1] - ids.shape[1]
+    assert place[0].tolist() == [*ids[0].tolist(), *new[:taken]]
+    best = []
+    for count in range(len(new)):
+        text = torch.cat([ids, torch.tensor([new[:count]], dtype=torch.long)], dim=1)
+        law = (pair.target(text).logits[0, -1].double() / 0.3).softmax(-1)
+        best.append(float(torch.special.entr(law).sum()))
+    assert taken == best.index(max(best))
 
 
 def test_costs_are_times_of_passes(pair, monkeypatch):

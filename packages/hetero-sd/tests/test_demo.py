@@ -191,7 +191,7 @@ def test_a_drafter_is_trained_and_drafts(corpora, tmp_path, monkeypatch, ships):
     from hetero_sd.demo import train
     from hetero_sd.pairs import load_pair
 
-    tiny = train.Shape(vocab=300, hidden=32, inner=48, layers=1, heads=2, kv_heads=1)
+    tiny = train.Shape(vocab=420, hidden=32, inner=48, layers=1, heads=2, kv_heads=1)
     monkeypatch.setattr(train, "SMALL_TARGET", tiny)
     monkeypatch.setitem(train.SIZES, "20m", train.Size(tiny, 3e-3, ships=ships))
     whole = smollm2.config
@@ -213,6 +213,7 @@ def test_a_drafter_is_trained_and_drafts(corpora, tmp_path, monkeypatch, ships):
     losses = [float(line.split(",")[2]) for line in log if line.startswith("drafter")]
     assert losses[-1] < losses[0]
     pair = load_pair(None, tmp_path / "made" / "drafter", dtype="float32", small=True)
-    assert len(pair.drafter_tokenizer) == 300
+    # Fewer tokens than asked for where the sampled text has no more to merge.
+    assert 258 < len(pair.drafter_tokenizer) == pair.drafter.config.vocab_size <= 420
     decoder = HeteroSpeculativeDecoder(*pair.parts, method="slem", lookahead=2)
     assert decoder.generate("What is tea?", max_new_tokens=4).stats.proposed > 0

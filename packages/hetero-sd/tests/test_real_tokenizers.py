@@ -3,7 +3,7 @@
     HETERO_SD_TOKENIZERS=FOLDER pytest -m slow packages/hetero-sd/tests/test_real_tokenizers.py
 
 Each subfolder is what `AutoTokenizer.from_pretrained` reads; the models are tiny and random. A pair
-takes some seconds, and half a minute where both vocabularies are large.
+takes about half a minute on one core, more where both vocabularies are large.
 """
 
 import itertools
@@ -138,7 +138,7 @@ def test_map_and_context(real, spellings, target, drafter):
 
 # ------------------------------------------------------------------------- the law, exactly
 def test_law_of_the_output_is_the_targets(build, target, drafter):
-    """By taking every course of two rounds, in float64; and a control whose law is wrong."""
+    """That of two tokens, by taking every course of the rounds that bring them, in float64."""
     ours, theirs, *tokenizers = build(target, drafter)
     parts = ours.double(), theirs.double(), *tokenizers
     try:

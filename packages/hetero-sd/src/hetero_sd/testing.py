@@ -222,14 +222,16 @@ def outcomes_of_runs(p: Tensor, steps: Sequence[Choice]) -> Iterator[tuple[float
     """The same for `verify_runs`; a bound is the target's share over that of all like runs."""
     bounds: list[float] = []
     for step in steps:
-        runs = [[int(t) for t in run if t >= 0] for run in step.runs]
+        possible = step.mass.nonzero()[:, 0].tolist()
+        weights = dict(zip(possible, step.mass[possible].tolist(), strict=True))
+        runs = {i: [t for t in step.runs[i].tolist() if t >= 0] for i in possible}
         chosen = runs[step.chosen]
         for depth, token in enumerate(chosen):
             if len(bounds) == len(p) - 1:
                 break
             longer = [
-                (run, float(m))
-                for run, m in zip(runs, step.mass, strict=True)
+                (run, weights[i])
+                for i, run in runs.items()
                 if run[:depth] == chosen[:depth] and len(run) > depth
             ]
             law = sum(m for run, m in longer if run[depth] == token) / sum(m for _, m in longer)
@@ -350,10 +352,10 @@ def law_of_output(
         options: Options of `generate`.
         length: Tokens to look at, 1 or more.
     """
-    end = dec.target_eos[0]
+    ends = dec.target_eos[:1]  # None where the target has no end token.
     weights: dict[tuple[int, ...], float] = {(): 1.0}
     for count in range(length):
-        for before in [key for key in weights if len(key) == count and end not in key]:
+        for before in [key for key in weights if len(key) == count and not {*key} & {*ends}]:
             weight = weights.pop(before)
             history = [*prompt, *before]
             for share, new in every_course(one_round(dec, history, options)):
@@ -372,7 +374,7 @@ def law_of_target(
     process = Processors(prepared.processors, False)
     weights: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(length):
-        for before in [k for k in weights if not k or k[-1] != dec.target_eos[0]]:
+        for before in [k for k in weights if not k or k[-1] not in dec.target_eos[:1]]:
             if len(before) == length:
                 continue
             weight = weights.pop(before)

@@ -42,6 +42,33 @@ def judge_greedy(
 
 
 @torch.no_grad()
+def _laws(target: Any, ids: Tensor, first: int, options: dict[str, Any]) -> Tensor:
+    """Return the laws of the tokens after place `first` of a text and after all later places."""
+    logits = target(ids.to(target.device)).logits[0, first:].double().cpu()
+    for process in warpers(temperature=options["temperature"], top_p=options["top_p"]):
+        logits = process(ids, logits)
+    laws: Tensor = logits.softmax(-1)
+    return laws
+
+
+def openest(target: Any, ids: Tensor, new: list[int], options: dict[str, Any]) -> Tensor:
+    """Return a prompt with some of its text, up to where the next token is least certain.
+
+    Where one token is almost sure, samples could not tell a wrong law from the right one.
+
+    Args:
+        target: The target.
+        ids: The prompt, shape `(1, length)`.
+        new: Tokens after it.
+        options: Options of `generate`.
+    """
+    text = torch.cat([ids, torch.tensor([new[:-1]], dtype=ids.dtype)], dim=1)
+    laws = _laws(target, text, ids.shape[1] - 1, options)
+    entropies = torch.special.entr(laws).sum(dim=1)
+    return text[:, : ids.shape[1] + int(entropies.argmax())]
+
+
+@torch.no_grad()
 def judge_sampled(
     target: Any,
     contender: Contender,
@@ -60,10 +87,7 @@ def judge_sampled(
         draws: How often to draw.
         one_by_one: Whether it takes one row at a time only.
     """
-    logits = target(ids.to(target.device)).logits[0, -1:].double().cpu()
-    for process in warpers(temperature=options["temperature"], top_p=options["top_p"]):
-        logits = process(ids, logits)
-    law = logits[0].softmax(-1)
+    law = _laws(target, ids, ids.shape[1] - 1, options)[0]
     counts = torch.zeros_like(law)
     left = draws
     while left:

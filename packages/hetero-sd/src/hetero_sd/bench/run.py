@@ -19,7 +19,7 @@ from ..decoder import HeteroSpeculativeDecoder
 from ..pairs import Pair
 from .contenders import COMPILED, EAGER, PLAIN, Contender, find_contenders, wait
 from .costs import Costs
-from .exactness import judge_greedy, judge_sampled
+from .exactness import judge_greedy, judge_sampled, openest
 from .plots import draw
 
 _logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def run_bench(
         batches: Numbers of rows decoded together: a prompt and those that follow it.
         tokens: New tokens of each prompt, 2 or more.
         repeats: Timed passes over the prompts, 1 or more.
-        draws: Draws of a first token, to compare with the target's law; 0 for no such test.
+        draws: Draws of one token, to compare with the target's law; 0 for no such test.
         peers: Time transformers' assisted generation and prompt lookup too, one row at a time.
         compiled: Time transformers with a static cache, compiled, too; compiling takes minutes.
         seed: Seed of sampling.
@@ -276,7 +276,8 @@ def _judge(
         return "", ""
     torch.manual_seed(seed)
     alone = contender.name.startswith(EAGER)
-    return judge_sampled(pair.target, contender, groups[0].rows[0], options, draws, alone)
+    place = openest(pair.target, groups[0].rows[0], reference.written[0][0], options)
+    return judge_sampled(pair.target, contender, place, options, draws, alone)
 
 
 class _Table:
