@@ -1,6 +1,8 @@
 """The web page: what it draws, and a running server asked as a browser asks it."""
 
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,25 +55,32 @@ def test_without_gradio_the_command_says_what_to_install(demo_pipe, monkeypatch)
     assert "pip install 'conceptattention[app]'" in result.output
 
 
-@pytest.mark.slow
-def test_the_running_page_draws(tmp_path):
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """A server of the embedded model in a process of its own."""
     pytest.importorskip("gradio", reason=NEEDS)
-    client_module = pytest.importorskip("gradio_client", reason=NEEDS)
     command = [sys.executable, "-m", "conceptattention", "app", "--port", "0", "--device", "cpu"]
+    folder = tmp_path_factory.mktemp("server")
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
     ) as server:
         try:
             line = server.stdout.readline()
             found = re.search(r"http://127\.0\.0\.1:\d+/", line)
             assert found, line + server.stderr.read()
-            client = client_module.Client(found[0], verbose=False, download_files=str(tmp_path))
-            words = "fish, water"
-            picture, maps = client.predict("a fish on water", words, 1, 2, api_name="/draw")
-            with pytest.raises(client_module.exceptions.AppError, match="words of the demo model"):
-                client.predict("a fish", "zeppelin", 1, 2, api_name="/draw")
+            yield found[0]
         finally:
             server.send_signal(signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_the_running_page_draws(address, tmp_path):
+    client_module = pytest.importorskip("gradio_client", reason=NEEDS)
+    client = client_module.Client(address, verbose=False, download_files=str(tmp_path))
+    words = "fish, water"
+    picture, maps = client.predict("a fish on water", words, 1, 2, api_name="/draw")
+    with pytest.raises(client_module.exceptions.AppError, match="words of the demo model"):
+        client.predict("a fish", "zeppelin", 1, 2, api_name="/draw")
     from conceptattention.demo.model import load_pipeline
 
     expected, overlays = app.draw(load_pipeline(), "a fish on water", words, seed=1, steps=2)
@@ -79,6 +88,36 @@ def test_the_running_page_draws(tmp_path):
     assert [entry["caption"] for entry in maps] == ["fish", "water"]
     for entry, (overlay, _) in zip(maps, overlays, strict=True):
         assert Image.open(entry["image"]).convert("RGB").tobytes() == overlay.tobytes()
+
+
+@pytest.mark.slow
+def test_a_browser_types_concepts_and_sees_overlays(address):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    names = (os.environ.get("CHROMIUM", ""), "chromium-headless-shell", "chromium", "google-chrome")
+    browser_path = next((path for path in map(shutil.which, filter(None, names)) if path), None)
+    if browser_path is None:
+        pytest.skip("needs a Chromium on the path, or its path in CHROMIUM")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1100})
+        failures = []
+        page.on("pageerror", lambda error: failures.append(str(error)))
+        page.goto(address)
+        page.get_by_label("Concepts, separated by commas").fill("bee, snow")
+        page.get_by_label("Prompt").fill("a bee on snow")
+        page.get_by_label("number input for Steps").fill("2")
+        page.get_by_role("button", name="Run").click()
+        gallery = page.locator(".gallery-item, .thumbnail-item")
+        gallery.nth(1).wait_for(timeout=120_000)
+        text = page.locator("body").inner_text()
+        widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
+        page.get_by_label("Concepts, separated by commas").fill("zeppelin")
+        page.get_by_role("button", name="Run").click()
+        page.get_by_text("must be words of the demo model").first.wait_for(timeout=60_000)
+        browser.close()
+    assert not failures
+    assert {"bee", "snow"} <= set(text.split("\n"))
+    assert sum(width == 512 for width in widths) >= 3  # the picture and two overlays
 
 
 def test_the_page_holds_every_field(demo_pipe):

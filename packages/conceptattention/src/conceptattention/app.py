@@ -94,9 +94,10 @@ def build(pipe: Any) -> Any:
                 ]
                 button = gradio.Button("Run", variant="primary")
                 picture = gradio.Image(label="Picture", format="png", interactive=False)
-            gallery = gradio.Gallery(
-                label="Maps", format="png", columns=2, object_fit="contain", scale=2
-            )
+            with gradio.Column(scale=2):
+                gallery = gradio.Gallery(
+                    label="Maps", format="png", columns=2, height=820, object_fit="contain"
+                )
         # One run at a time: hooks of two observers on one model would hear each other.
         click = {"fn": run, "inputs": fields, "outputs": [picture, gallery]}
         button.click(**click, api_name="draw", concurrency_limit=1, concurrency_id="model")
