@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from adasplash import AlphaSchedule, adasplash, register_with_transformers, set_alpha
-from adasplash.demo.run import load, measure_sparsity
+from adasplash.demo.run import load_tokenizer, measure_sparsity
 from adasplash.demo.train import encode, read_books
 from adasplash.testing import (
     attention_inputs,
@@ -429,7 +429,7 @@ def run(options: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")
     # Where a block cannot be compiled it runs as it is.
     torch._dynamo.config.suppress_errors = True
-    tokenizer = load("entmax")[1]
+    tokenizer = load_tokenizer()
     texts = read_books(options.train)
     texts = texts[: options.books] if options.books else texts
     stream = encode(tokenizer, texts).to(options.device)

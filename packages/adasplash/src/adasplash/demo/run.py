@@ -43,7 +43,7 @@ def load(kind: str) -> tuple[Any, Any]:
         ValueError: There is no such kind.
         FileNotFoundError: The installation lacks the models.
     """
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
     from transformers.utils import logging
 
     if kind not in ATTENTION:
@@ -56,7 +56,14 @@ def load(kind: str) -> tuple[Any, Any]:
     model = LlamaForCausalLM.from_pretrained(
         folder / kind, dtype=torch.float32, attn_implementation=ATTENTION[kind]
     )
-    return model.eval(), AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return model.eval(), load_tokenizer()
+
+
+def load_tokenizer() -> Any:
+    """Return the tokenizer of the shipped models; it needs none of their weights."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(Path(str(files(__package__) / "assets" / "tokenizer")))
 
 
 def measure_sparsity(
