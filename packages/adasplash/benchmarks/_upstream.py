@@ -1,6 +1,7 @@
 """Times the package adasplash 0.2.2, which shares our import name, in a process of its own.
 
-Called by `bench_ops.py` with that package in PYTHONPATH and a file of q, k and v; prints JSON.
+Called by our benchmarks with that package in PYTHONPATH and files of q, k, v and perhaps a gradient
+of the output; prints a line of JSON for each and leaves output and gradients in place of them.
 """
 
 import json
@@ -14,20 +15,28 @@ from triton.testing import do_bench
 assert version("adasplash") == "0.2.2", version("adasplash")
 import adasplash  # noqa: E402 -- after the check
 
-q, k, v = torch.load(sys.argv[1])
-leaves = [x.requires_grad_() for x in (q, k, v)]
-grad = torch.randn_like(v)
-begun = time.perf_counter()
-adasplash.adasplash_v2(*leaves).backward(grad)
-torch.cuda.synchronize()
-found = {"first call with tuning": time.perf_counter() - begun}
-with torch.no_grad():
-    found["forward"] = do_bench(lambda: adasplash.adasplash_v2(q, k, v), return_mode="median")
-found["forward + backward"] = do_bench(
-    lambda: adasplash.adasplash_v2(*leaves).backward(grad), return_mode="median"
-)
 x = torch.randn(8192, 8192, device="cuda")
-found["dense forward 8192 x 8192"] = do_bench(
-    lambda: adasplash.triton_entmax15(x), return_mode="median"
-)
-print(json.dumps(found))
+dense = do_bench(lambda: adasplash.triton_entmax15(x), return_mode="median")
+for file in sys.argv[1:]:
+    q, k, v, *rest = torch.load(file)
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    grad = rest[0] if rest else torch.randn_like(v)
+    begun = time.perf_counter()
+    output = adasplash.adasplash_v2(*leaves)
+    made = torch.autograd.grad(output, leaves, grad)
+    torch.cuda.synchronize()
+    found = {"first call with tuning": time.perf_counter() - begun}
+    torch.save([output.detach(), *made], file)
+    grad = torch.randn_like(v)
+
+    def both(leaves=leaves, grad=grad):
+        torch.autograd.grad(adasplash.adasplash_v2(*leaves), leaves, grad)
+
+    def forward(inputs=(q, k, v)):
+        with torch.no_grad():
+            adasplash.adasplash_v2(*inputs)
+
+    found["forward"] = do_bench(forward, return_mode="median")
+    found["forward + backward"] = do_bench(both, return_mode="median")
+    found["dense forward 8192 x 8192"] = dense
+    print(json.dumps(found), flush=True)

@@ -52,15 +52,10 @@ def split(
 
     Only authors with `least` books of at least `shortest` tokens count.
     """
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    encoded = backend.encode_batch([row["text"] for row in rows], add_special_tokens=False)
     by_author: dict[str, list[tuple[str, Tensor]]] = {}
-    for row, found in zip(rows, encoded, strict=True):
-        if len(found.ids) >= shortest:
-            one = (row["title"], torch.tensor(found.ids))
-            by_author.setdefault(row["author"], []).append(one)
+    for row, ids in zip(rows, encode([row["text"] for row in rows], tokenizer), strict=True):
+        if len(ids) >= shortest:
+            by_author.setdefault(row["author"], []).append((row["title"], ids))
     usable = {name: sorted(b, key=lambda x: x[0]) for name, b in by_author.items()}
     usable = {name: books for name, books in sorted(usable.items()) if len(books) >= least}
     if len(usable) < 2:
@@ -68,6 +63,21 @@ def split(
     training = [Book(ids, i) for i, books in enumerate(usable.values()) for _, ids in books[:-1]]
     held = [Book(books[-1][1], i) for i, books in enumerate(usable.values())]
     return training, held
+
+
+def encode(texts: list[str], tokenizer) -> list[Tensor]:
+    """Return the ids of every text, without special tokens.
+
+    No token of a BERT goes over a line feed, so lines are encoded on their own: in parallel,
+    however few the texts are, and without their places in the text.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    lines = [text.split("\n") for text in texts]
+    found = iter(backend.encode_batch_fast([x for own in lines for x in own],
+                                           add_special_tokens=False))  # fmt: skip
+    return [torch.tensor([i for _ in own for i in next(found).ids]) for own in lines]
 
 
 class Passages:
@@ -228,11 +238,17 @@ def fine_tune(
 def add_sparsity(
     results: Results, name: str, model: Encoder, ids: Tensor, alpha: float, case: dict
 ) -> None:
-    """Add the share of exact zeros in every layer for one passage, from dense float64 weights."""
+    """Add the share of exact zeros in every layer for one passage, from dense float64 weights.
+
+    Of a long passage 16 blocks of 64 queries are taken, evenly spread.
+    """
     model.eval()
     with autocast(ids.device):
         layers = attention_inputs(model.bert, ids)
     for layer, (q, k, _) in enumerate(layers):
+        if q.shape[2] > 1024:
+            blocks = torch.linspace(0, q.shape[2] // 64 - 1, 16).round().long()
+            q = q[:, :, (64 * blocks[:, None] + torch.arange(64)).flatten().to(q.device)]
         pairs = []
         for head in range(q.shape[1]):
             part = (q[:, head : head + 1], k[:, head : head + 1])
@@ -275,29 +291,14 @@ def draw(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Fine-tune and measure every length and alpha that `results.json` does not hold yet."""
-    register_with_transformers()
+def measure(
+    options: argparse.Namespace, tokenizer, books: list[Book], held: list[Book],
+    results: Results, rows: list[dict[str, object]],
+) -> None:  # fmt: skip
+    """Fine-tune and measure what the results lack; store and print after every one."""
     device = torch.device(options.device)
-    options.output.mkdir(parents=True, exist_ok=True)
     path, log = options.output / "results.json", options.output / "log.csv"
-    command = f"reproduce_encoder.py, positions {options.positions}, rate {options.rate}"
-    results = Results("adasplash", command=command, seed=options.seed)
-    rows: list[dict[str, object]] = []
-    if path.exists():
-        stored = Results.load(path)
-        if (stored.command, stored.seed) != (command, options.seed):
-            raise SystemExit(f"{path} holds another run: {stored.command}; choose a new folder")
-        results.cases = stored.cases
-        with log.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    # The same books at every length: those long enough for the longest.
-    shortest = max(options.lengths) - 2 + options.query
-    books, held = split(read_jsonl(options.books), tokenizer, options.min_books, shortest)
     classes = len(held)
-    print(f"{len(books)} books to train on, {classes} held out, one of each author, on {device}",
-          flush=True)  # fmt: skip
     for length, steps in zip(options.lengths, options.steps, strict=True):
         passages = Passages(tokenizer, length, options.query)
         batch = max(2, options.tokens // length)
@@ -309,14 +310,19 @@ def run(options: argparse.Namespace) -> None:
                    and {k: c["parameters"][k] for k in case} == case
                    for c in results.cases):  # fmt: skip
                 continue
+            begin = time.perf_counter()
             seed_everything(options.seed)
             model = Encoder(options.model, length, classes, alpha, options.positions).to(device)
             if alpha > 1:
                 set_alpha(model.bert, alpha)
             fresh = evaluate(model, evaluated, batch, device)[1]
+            ready = seconds_now(device)
+            print(f"{length} tokens, {name}: loaded and evaluated in {ready - begin:.1f} s",
+                  flush=True)  # fmt: skip
             made, peak = fine_tune(
                 model, books, passages, steps, batch, alpha, options, f"{name}, {length} tokens"
             )
+            trained = seconds_now(device)
             accuracy, ndcg = evaluate(model, evaluated, batch, device)
             count = len(evaluated[0])
             results.add(name, "nDCG@10 before", fresh, "", n=count, **case)
@@ -344,8 +350,43 @@ def run(options: argparse.Namespace) -> None:
             print(f"{length} tokens, {name}: accuracy {accuracy:.3f}, nDCG@10 {fresh:.3f} -> "
                   f"{ndcg:.3f} (n {count}), {1e3 * median(times):.1f} ms a step, peak MiB "
                   f"{'unknown' if peak is None else round(peak)}, empty blocks by layer "
-                  f"{' '.join(f'{x:.0f}%' for x in blocks)}", flush=True)  # fmt: skip
-    draw(results, options.output / "results.png")
+                  f"{' '.join(f'{x:.0f}%' for x in blocks)}, trained in {trained - ready:.1f} s, "
+                  f"measured in {seconds_now(device) - trained:.1f} s", flush=True)  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> None:
+    """Fine-tune and measure every length and alpha that `results.json` does not hold yet."""
+    register_with_transformers()
+    device = torch.device(options.device)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path, log = options.output / "results.json", options.output / "log.csv"
+    command = f"reproduce_encoder.py, positions {options.positions}, rate {options.rate}"
+    results = Results("adasplash", command=command, seed=options.seed)
+    rows: list[dict[str, object]] = []
+    if path.exists():
+        stored = Results.load(path)
+        if (stored.command, stored.seed) != (command, options.seed):
+            raise SystemExit(f"{path} holds another run: {stored.command}; choose a new folder")
+        results.cases = stored.cases
+        with log.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    # The same books at every length: those long enough for the longest.
+    shortest = max(options.lengths) - 2 + options.query
+    begin = time.perf_counter()
+    texts = read_jsonl(options.books)
+    print(f"{len(texts)} books read in {time.perf_counter() - begin:.1f} s", flush=True)
+    begin = time.perf_counter()
+    books, held = split(texts, tokenizer, options.min_books, shortest)
+    tokens = sum(len(book.ids) for book in books + held)
+    print(f"{tokens:,} tokens made in {time.perf_counter() - begin:.1f} s", flush=True)
+    print(f"{len(books)} books to train on, {len(held)} held out, one of each author, on {device}",
+          flush=True)  # fmt: skip
+    try:
+        measure(options, tokenizer, books, held, results, rows)
+    finally:  # also of a run that was stopped
+        if results.cases:
+            draw(results, options.output / "results.png")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -200,6 +200,30 @@ def test_passages_and_queries_partition_the_text():
     assert len(set(texts[:, 1:-1].flatten().tolist()) & set(asked[:, 1:-1].flatten().tolist())) == 0
 
 
+def test_lines_are_encoded_to_the_same_ids(encoder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(encoder[1])
+    texts = ["One line\r\nand\x0ba second.\n\n\u00e9 third", "", "\n"]
+    found = _script("reproduce_encoder").encode(texts, tokenizer)
+    want = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert [ids.tolist() for ids in found] == want
+    assert len(want[0]) > 5
+
+
+def test_the_tokenizer_needs_no_weights(tmp_path, monkeypatch):
+    import shutil
+
+    from adasplash.demo import run
+
+    assets = FOLDER.parent / "src/adasplash/demo/assets"
+    shutil.copytree(assets / "tokenizer", tmp_path / "assets/tokenizer")
+    monkeypatch.setattr(run, "files", lambda package: tmp_path)
+    assert run.load_tokenizer().decode(run.load_tokenizer()("a whale")["input_ids"]) == "a whale"
+    with pytest.raises(FileNotFoundError, match="models are missing"):
+        run.load("entmax")
+
+
 def test_ndcg_counts_only_the_first_ten_places():
     script = _script("reproduce_encoder")
     passages = torch.eye(12)

@@ -1,0 +1,78 @@
+"""The benchmark of attention runs from end to end on the CPU, and its check can fail."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from adasplash import adasplash
+from adasplash.testing import oracle_attention, oracle_weights, random_inputs
+from fourfold_common import Results
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script():
+    spec = importlib.util.spec_from_file_location("bench_attention", FOLDER / "bench_attention.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_grid_is_measured_once_and_drawn(script, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    tiny = [
+        "--output", str(tmp_path), "--lengths", "256", "--dims", "16", "--gains", "4", "0",
+        "--tokens", "256", "--rep", "1", "--device", "cpu",
+    ]  # fmt: skip
+    script.main([*tiny, "--budget", "0.001"])
+    assert not (tmp_path / "attention_grid.json").exists()
+    script.main(tiny)
+    cases = Results.load(tmp_path / "attention_grid.json").cases
+    ours = [c for c in cases if c["provider"] == "adasplash"]
+    assert len(ours) == 2 * 2 * 2  # gains, causal or not, forward and with backward
+    assert {c["metric"] for c in ours} == {"forward", "forward + backward"}
+    assert all(0 < c["error"] < 1e-2 for c in cases)
+    density = {(c["parameters"]["causal"], c["parameters"]["gain"]): c["parameters"]["density"]
+               for c in ours}  # fmt: skip
+    assert density[True, 4.0] < density[True, 0.0] == 1
+    assert (tmp_path / "attention_crossover.png").stat().st_size > 10_000
+    capsys.readouterr()
+    script.main(tiny)
+    assert "adasplash, {" not in capsys.readouterr().out  # nothing was measured again
+    assert Results.load(tmp_path / "attention_grid.json").cases == cases
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_sampled_rows_check_output_and_all_gradients(script, causal):
+    q, k, v = random_inputs(1, 2, 2, 150, 150, 16)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    grad = script.sampled_grad(v)
+    output = adasplash(*leaves, is_causal=causal, backend="reference")
+    found = [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+    assert script.worst_error(q, k, v, grad, found, causal, oracle_attention) < 1e-4
+    for place in range(4):
+        wrong = [x.clone() for x in found]
+        wrong[place][0, 0, 0] += 1
+        assert script.worst_error(q, k, v, grad, wrong, causal, oracle_attention) > 1e-2
+        wrong[place][0, 0, 0] = torch.nan
+        assert not script.worst_error(q, k, v, grad, wrong, causal, oracle_attention) < 1
+
+
+def test_density_counts_the_blocks_that_causality_leaves(script):
+    q, k, v = random_inputs(1, 2, 2, 150, 150, 16)
+    assert script.density_of(q, k, v, True) == 1
+    k[:, :, 64:128] = 0
+    q[:, :, 64:], k[:, :, :64] = 20.0, 20.0  # later queries look at the first block only
+    weights = oracle_weights(q, k, True)
+    assert weights[:, :, 64:, 64:128].abs().max() == 0
+    holds = [weights[:, h : h + 1, i : i + 64, j : j + 64].any()
+             for h in range(2) for i in (0, 64, 128) for j in range(0, i + 1, 64)]  # fmt: skip
+    assert script.density_of(q, k, v, True) == pytest.approx(sum(map(int, holds)) / 12)
+
+
+def test_crossover_is_interpolated_in_the_logarithms(script):
+    assert script.crossover([(0.01, 4.0), (0.1, 2.0), (0.4, 0.5)]) == pytest.approx(0.2)
+    assert script.crossover([(0.1, 0.9), (1.0, 0.5)]) is None
