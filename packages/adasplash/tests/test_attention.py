@@ -172,8 +172,7 @@ def test_half_precision_is_as_good_as_a_dense_half_precision_computation(device)
 
 
 @pytest.mark.parametrize("gain", [0.0, 1.0, 6.0])
-def test_blocks_in_registers_and_blocks_in_memory_agree_with_the_oracle(gain, device):
-    """Half precision holds some blocks in registers: lists shorter and longer than those."""
+def test_short_lists_of_blocks_and_full_ones_agree_with_the_oracle(gain, device):
     q, k, v = clustered_inputs(1, 1, 512, 16, gain, dtype=torch.float16, device=device)
     grad = torch.randn_like(v)
     found = _run(q, k, v, "triton", grad)

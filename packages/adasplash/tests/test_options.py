@@ -73,7 +73,6 @@ def test_alpha_per_head_equals_the_heads_one_by_one():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("alpha", [1.01, 1.2, 2.0])
 def test_kernels_equal_the_reference_for_any_alpha(alpha, dtype, device):
-    """Float16 holds blocks in registers; half of the lists are longer than those."""
     length = 150 if dtype is torch.float32 else 400
     q, k, v = clustered_inputs(1, 2, length, 16, 0.5, dtype=dtype, device=device)
     grad = torch.randn(v.shape, generator=torch.Generator(device).manual_seed(1), device=device)
