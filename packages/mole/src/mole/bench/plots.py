@@ -52,13 +52,33 @@ def draw(path: str | Path) -> Path | None:
         (_quant if topic == "quant" else _cache)(axis, results.cases)
     gpus = results.environment.get("gpus") or ["CPU"]
     axis.set_title(f"mole bench {topic} ({gpus[0]})", fontsize=10, loc="left")
-    axis.spines[["top", "right"]].set_visible(False)
     picture = Path(path).with_suffix(".png")
-    partial = picture.with_name(picture.name + ".tmp")
+    save(figure, picture)
+    return picture
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all, without the frames above and to the right."""
+    from matplotlib import pyplot
+
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    partial = path.with_name(path.name + ".tmp")
     figure.savefig(partial, dpi=150, format="png")
     pyplot.close(figure)
-    partial.replace(picture)
-    return picture
+    partial.replace(path)
+
+
+def held_out_losses(axis: Any, models: dict[str, Any], colours: dict[str, str], text: str) -> None:
+    """Draw a point with its interval for the `validation` of every model of a report."""
+    figures = [model["validation"] for model in models.values()]
+    nats = [f["nats"] for f in figures]
+    errors = [[f["nats"] - f["low"] for f in figures], [f["high"] - f["nats"] for f in figures]]
+    axis.errorbar(nats, range(len(nats)), xerr=errors, fmt="none", ecolor="#444444", capsize=4)
+    axis.scatter(nats, range(len(nats)), color=[colours[name] for name in models], zorder=3)
+    axis.set_yticks(range(len(nats)), list(models))
+    axis.invert_yaxis()
+    axis.set_xlabel(f"loss on {text}, nats per token (95 % interval)")
 
 
 def _bars(axis: Any, cases: list[dict[str, Any]], line: float | None) -> None:

@@ -40,6 +40,7 @@ from ..demo.train import (
 from ..evaluation import paired_difference, summarise, window_losses
 from ..lut import FORMATS
 from ..modeling import DenseForCausalLM, MoeForCausalLM, MoleForCausalLM
+from .plots import held_out_losses, save
 
 _NAME = re.compile(r"dense|moe-[1-9]\d*e|mole-[1-9]\d*e(-uniform)?")
 _COLOURS = ("#999999", "#E69F00", "#56B4E9", "#0072B2", "#CC79A7", "#009E73", "#D55E00", "#000000")
@@ -117,20 +118,8 @@ def draw(path: Path, log: str, models: dict[str, Any]) -> Path | None:
     left.set_xlabel("million tokens")
     left.set_ylabel("training loss, nats per token")
     left.legend(frameon=False)
-    figures = [models[name]["validation"] for name in models]
-    nats = [f["nats"] for f in figures]
-    errors = [[f["nats"] - f["low"] for f in figures], [f["high"] - f["nats"] for f in figures]]
-    right.errorbar(nats, range(len(nats)), xerr=errors, fmt="none", ecolor="#444444", capsize=4)
-    right.scatter(nats, range(len(nats)), color=[colours[name] for name in models], zorder=3)
-    right.set_yticks(range(len(nats)), list(models))
-    right.invert_yaxis()
-    right.set_xlabel("loss on unseen books, nats per token (95 % interval)")
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    partial = path.with_name(path.name + ".tmp")
-    figure.savefig(partial, dpi=150, format="png")
-    pyplot.close(figure)
-    partial.replace(path)
+    held_out_losses(right, models, colours, "unseen books")
+    save(figure, path)
     return path
 
 

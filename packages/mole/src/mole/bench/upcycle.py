@@ -35,6 +35,7 @@ from fourfold_common import environment_report, pick_device, seed_everything
 from ..evaluation import paired_difference, summarise, token_bytes, window_losses
 from ..training import TrainSettings, load_tokens, train
 from ..upcycling import load_base, upcycle
+from .plots import held_out_losses, save
 from .reproduce import table_losses
 
 ARMS = ("continued", "experts", "experts-only")
@@ -106,21 +107,8 @@ def draw(path: Path, log: str, report: dict[str, Any]) -> Path | None:
     left.set_xlabel("million tokens")
     left.set_ylabel("training loss, nats per token")
     left.legend(frameon=False)
-    names = list(report["models"])
-    found = [report["models"][name]["validation"] for name in names]
-    nats = [f["nats"] for f in found]
-    errors = [[f["nats"] - f["low"] for f in found], [f["high"] - f["nats"] for f in found]]
-    right.errorbar(nats, range(len(nats)), xerr=errors, fmt="none", ecolor="#444444", capsize=4)
-    right.scatter(nats, range(len(nats)), color=[_COLOURS[name] for name in names], zorder=3)
-    right.set_yticks(range(len(nats)), names)
-    right.invert_yaxis()
-    right.set_xlabel("loss on held-out text, nats per token (95 % interval)")
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    partial = path.with_name(path.name + ".tmp")
-    figure.savefig(partial, dpi=150, format="png")
-    pyplot.close(figure)
-    partial.replace(path)
+    held_out_losses(right, report["models"], _COLOURS, "held-out text")
+    save(figure, path)
     return path
 
 
