@@ -7,6 +7,7 @@ PACKAGES := adasplash hetero-sd conceptattention mole
 PKG ?= # one package folder: narrows test, demo, bench and wheels
 ARGS ?=
 OUTPUT ?= demo-output
+WORKERS ?= 2 # processes of the CPU suite, one thread each
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
@@ -46,7 +47,8 @@ demo: setup $(VENV)/.smollm2  ## run the main job of all four packages on CPU
 	done
 
 test: setup  ## the whole CPU suite
-	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu and not network and not slow" $(TEST_PATHS) $(ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) --dist loadfile \
+	  -m "not gpu and not network and not slow" $(TEST_PATHS) $(ARGS)
 
 test-slow: setup  ## the tests that take long on a CPU
 	TRITON_INTERPRET=1 $(PYTEST) -m "slow and not gpu and not network" $(TEST_PATHS) $(ARGS)
