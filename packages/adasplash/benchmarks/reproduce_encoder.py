@@ -35,6 +35,7 @@ from adasplash.demo.train import read_jsonl
 from adasplash.testing import attention_inputs, oracle_weights
 from fourfold_common import Results, pick_device, seed_everything
 
+SAMPLED = 16  # blocks of queries that the sparsity of a long passage is counted in
 LOG = ("length", "alpha", "step", "loss", "classification_loss", "retrieval_loss", "seconds")
 
 
@@ -240,14 +241,14 @@ def add_sparsity(
 ) -> None:
     """Add the share of exact zeros in every layer for one passage, from dense float64 weights.
 
-    Of a long passage 16 blocks of 64 queries are taken, evenly spread.
+    Of a long passage `SAMPLED` blocks of 64 queries are taken, evenly spread.
     """
     model.eval()
     with autocast(ids.device):
         layers = attention_inputs(model.bert, ids)
     for layer, (q, k, _) in enumerate(layers):
-        if q.shape[2] > 1024:
-            blocks = torch.linspace(0, q.shape[2] // 64 - 1, 16).round().long()
+        if q.shape[2] > SAMPLED * 64:
+            blocks = torch.linspace(0, q.shape[2] // 64 - 1, SAMPLED).round().long()
             q = q[:, :, (64 * blocks[:, None] + torch.arange(64)).flatten().to(q.device)]
         pairs = []
         for head in range(q.shape[1]):

@@ -143,8 +143,11 @@ def encoder(tmp_path):
     return ["--model", f"{tmp_path}/model", "--books", f"{tmp_path}/books.jsonl.gz"]
 
 
-def test_the_encoder_is_fine_tuned_and_measured_for_every_alpha(encoder, tmp_path, capsys):
+def test_the_encoder_is_fine_tuned_and_measured_for_every_alpha(
+    encoder, tmp_path, capsys, monkeypatch
+):
     script = _script("reproduce_encoder")
+    monkeypatch.setattr(script, "SAMPLED", 1)  # 128 tokens are a long passage
     out = tmp_path / "out"
     options = [
         *encoder, "--output", str(out), "--lengths", "48", "128", "--steps", "6", "2",
@@ -264,6 +267,7 @@ def test_the_measures_of_sparsity_also_hold_without_a_causal_mask():
     weights[0, :, :2] = 0.5
     both = measure_sparsity(weights, 2, is_causal=False)[0]
     assert (both.zero_weights, both.empty_blocks) == (0.5, 0.5)
+    assert measure_sparsity(weights[:, :2], 2, is_causal=False)[0] == both
     causal = measure_sparsity(weights, 2)[0]
     assert (causal.zero_weights, causal.empty_blocks) == (pytest.approx(0.3), pytest.approx(1 / 3))
     q, k = torch.randn(2, 1, 2, 9, 4, dtype=torch.float64).unbind(0)

@@ -79,15 +79,15 @@ def measure_sparsity(
     blocks that hold any of them.
 
     Args:
-        weights: Attention weights, as many rows as columns.
+        weights: Attention weights; as many rows as columns if `is_causal`.
         block: Rows and columns of a block.
         is_causal: Whether what is above the diagonal is left out.
 
     Raises:
-        ValueError: The weights are not square.
+        ValueError: `is_causal`, and the weights are not square.
     """
     seq_q, seq_k = weights.shape[-2:]
-    if seq_q != seq_k:
+    if is_causal and seq_q != seq_k:
         raise ValueError(f"`weights` must be square; got {seq_q} rows and {seq_k} columns.")
     seen = torch.ones(seq_q, seq_k, dtype=torch.bool, device=weights.device)
     seen = seen.tril() if is_causal else seen
