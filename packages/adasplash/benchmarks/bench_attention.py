@@ -364,6 +364,9 @@ def draw(results: Results, path: Path) -> None:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(xscale="log", yscale="log", xlabel="share of blocks that hold weight",
                  title=f"head size {dim}")  # fmt: skip
+        axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}x")
+        axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("times as fast as the best softmax\n(forward + backward)")
     keys = [Line2D([], [], color=c, label=f"{n:,}") for n, c in zip(lengths, shades, strict=True)]
