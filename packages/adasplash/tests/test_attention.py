@@ -162,6 +162,26 @@ def test_only_the_values_may_require_gradients(device):
     assert v.grad.isfinite().all()
 
 
+def test_only_alpha_may_require_gradients(device):
+    q, k, v = random_inputs(1, 2, 1, 20, 20, 16, device=device)
+    alpha = torch.full((2,), 1.4, device=device, requires_grad=True)
+    adasplash(q, k, v, alpha, backend="triton").square().sum().backward()
+    assert alpha.grad.isfinite().all()
+    assert (alpha.grad != 0).all()
+
+
+def test_gradients_that_nobody_asked_for_change_no_bit_and_keep_nothing(device):
+    q, k, v = random_inputs(1, 2, 1, 20, 20, 16, device=device)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    want = adasplash(*leaves, backend="triton")
+    with torch.no_grad():
+        found = adasplash(*leaves, backend="triton")
+    for output in (found, adasplash(q, k, v, backend="triton")):
+        assert torch.equal(output, want)
+        assert output.grad_fn is None
+    assert want.grad_fn is not None
+
+
 def test_half_precision_is_as_good_as_a_dense_half_precision_computation(device):
     q, k, v = random_inputs(1, 2, 2, 50, 50, 16, dtype=torch.float16, device=device)
     want = oracle_attention(q, k, v, True)[0]
@@ -196,12 +216,14 @@ def test_an_empty_batch_gives_an_empty_output():
 
 
 def test_torch_knows_the_operators(device):
-    from adasplash.kernels.attention import op
+    from adasplash.kernels.attention import operators
 
     q, k, v = random_inputs(1, 2, 1, 20, 20, 16, device=device)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(op._forward, (*leaves, None, None, 0.25, True, -1, -1), test_utils=checks)
+    torch.library.opcheck(
+        operators._forward, (*leaves, None, None, 0.25, True, -1, -1), test_utils=checks
+    )
 
 
 def test_autocast_computes_in_its_dtype():

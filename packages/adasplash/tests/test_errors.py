@@ -30,10 +30,11 @@ def test_tensors_that_do_not_fit(index, value, message):
         adasplash(*inputs)
 
 
-def test_heads_must_divide():
+def test_heads_must_divide_in_every_call():
     q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 3, 6, 8), torch.randn(1, 3, 6, 8)
-    with pytest.raises(ValueError, match=r"divides 4, the heads of `q`; got 3"):
-        adasplash(q, k, v)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"divides 4, the heads of `q`; got 3"):
+            adasplash(q, k, v)
 
 
 def test_there_must_be_a_key():

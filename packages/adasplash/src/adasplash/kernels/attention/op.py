@@ -1,24 +1,22 @@
-"""The public function: checks, choice of the backend, and the operators that torch knows."""
+"""The public function: what its options mean, and the choice of the backend."""
 
 import logging
-import math
+from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils.flop_counter import register_flop_formula
 
 from fourfold_common import triton_status
 
 from . import reference
+from .checks import KERNEL_DTYPES, check_once, check_options, check_tensors
+from .operators import attend, unheard
 
 _logger = logging.getLogger(__name__)
-_MAX_DIM = 256
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_DTYPES = (*_KERNEL_DTYPES, torch.float64)
+_status_of_gpus = cache(triton_status)  # whether kernels are interpreted matters on a CPU alone
 # Asked once: torch.compile cannot trace the question in torch 2.11.
 _AUTOCAST = [
     kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)
@@ -113,8 +111,13 @@ def adasplash(
     if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    _check(q, k, v, scale, key_padding_mask)
-    _check_options(q, k, alpha, window, alibi_slopes, attn_bias, softcap, dropout_p)
+    direct = unheard(q, k, v)
+    (check_once if direct else check_tensors)(
+        (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
+    )
+    check_options(
+        q, k, alpha, scale, key_padding_mask, window, alibi_slopes, attn_bias, softcap, dropout_p
+    )
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = reference.Options(
         factor, is_causal, key_padding_mask, window, softcap, alibi_slopes, attn_bias, dropout_p
@@ -146,12 +149,12 @@ def adasplash(
         # One query sees all keys: the heads that share them become the rows of one tile.
         rows = q.reshape(q.shape[0], k.shape[1], group, q.shape[3])
         alphas = None if alphas is None else alphas[:, ::group].contiguous()
-        folded: Tensor = _run(rows, k, v, mask, alphas, factor, False, -1, -1)
+        folded = attend(rows, k, v, mask, alphas, factor, False, -1, -1, direct=direct)
         return folded.reshape(*q.shape[:3], v.shape[3])
     # -1 stands for no window in the operator; one open side sees as far as there are keys.
     far = q.shape[2] + k.shape[2]
     sides = (-1, -1) if window is None else [far if side < 0 else side for side in window]
-    return _run(q, k, v, mask, alphas, factor, is_causal, *sides)
+    return attend(q, k, v, mask, alphas, factor, is_causal, *sides, direct=direct)
 
 
 def _within(x: Tensor, lengths: Tensor) -> Tensor:
@@ -174,18 +177,6 @@ def _shown(q: Tensor, k: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor
     if mask is not None:
         raise ValueError("`key_padding_mask` cannot go with `varlen`; leave one of them out.")
     return _within(k, lengths)
-
-
-def _run(*inputs: Any) -> Tensor:
-    """Return the output of the operator, past the dispatcher where nobody listens there.
-
-    On the way through it an operator spends as long as its kernels take on short sequences. Traces,
-    dispatch modes (FLOP counters, selective checkpointing) and subclasses of tensors listen.
-    """
-    plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in inputs[:3])
-    listened = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-    output: Tensor = _Eager.apply(*inputs)[0] if plain and not listened else _forward(*inputs)[0]
-    return output
 
 
 def _packed(
@@ -235,96 +226,6 @@ def _packed(
     return torch.cat(outputs) if outputs else q.new_zeros(0, q.shape[1], v.shape[-1])
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> None:
-    """Refuse what the backends cannot compute, naming the argument, its value and the remedy."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"`{name}` must have 4 dimensions; got shape {tuple(x.shape)}.")
-        if x.dtype not in _DTYPES:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-            raise TypeError(f"`{name}` must be one of {allowed}; got {x.dtype}.")
-        if x.dtype != q.dtype:
-            raise TypeError(f"`{name}` must be {q.dtype} as `q` is; got {x.dtype}.")
-        if x.device != q.device:
-            raise ValueError(f"`{name}` must be on {q.device} as `q` is; got {x.device}.")
-        if x.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"`{name}` must have `batch` {q.shape[0]} as `q` does; got {x.shape[0]}."
-            )
-        if not 1 <= x.shape[3] <= _MAX_DIM:
-            raise ValueError(
-                f"`{name}` must have a last size of 1 to {_MAX_DIM}; got {x.shape[3]}."
-            )
-    if k.shape[3] != q.shape[3]:
-        raise ValueError(f"`k` must have `dim_head` {q.shape[3]} as `q` does; got {k.shape[3]}.")
-    if v.shape[1:3] != k.shape[1:3]:
-        raise ValueError(
-            f"`v` must have `heads_kv` and `seq_k` {tuple(k.shape[1:3])} as `k` does; "
-            f"got {tuple(v.shape[1:3])}."
-        )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"`k` must have a number of heads that divides {q.shape[1]}, the heads of `q`; "
-            f"got {k.shape[1]}."
-        )
-    if k.shape[2] == 0:
-        raise ValueError("`k` must hold at least one key; got `seq_k` 0.")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"`scale` must be finite; got {scale}.")
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"`key_padding_mask` must be bool, True for keys; got {mask.dtype}.")
-        if mask.shape != (q.shape[0], k.shape[2]):
-            raise ValueError(
-                f"`key_padding_mask` must have shape {(q.shape[0], k.shape[2])}, `batch` and "
-                f"`seq_k`; got {tuple(mask.shape)}."
-            )
-        if mask.device != q.device:
-            raise ValueError(f"`key_padding_mask` must be on {q.device}; got {mask.device}.")
-
-
-def _check_options(
-    q: Tensor,
-    k: Tensor,
-    alpha: float | Tensor,
-    window: tuple[int, int] | None,
-    slopes: Tensor | None,
-    bias: Tensor | None,
-    softcap: float | None,
-    dropout: float,
-) -> None:
-    """Refuse options that do not fit q and k."""
-    heads = tuple(q.shape[:2])
-    if isinstance(alpha, Tensor):
-        if tuple(alpha.shape) not in ((), heads[1:], heads):
-            raise ValueError(
-                f"`alpha` must have shape (), {heads[1:]} or {heads}; got {tuple(alpha.shape)}."
-            )
-        # Values on a GPU are not looked at: that would wait for the device. No trace can either.
-        visible = alpha.device.type == "cpu" and not torch.compiler.is_compiling()
-        if visible and not bool(((alpha > 1) & (alpha <= 2)).all()):
-            raise ValueError(f"`alpha` must be above 1 and at most 2; got {alpha.tolist()}.")
-    elif not 1 <= alpha <= 2:
-        raise ValueError(f"`alpha` must be between 1 and 2; got {alpha}.")
-    if window is not None and (len(window) != 2 or min(window) < -1):
-        raise ValueError(f"`window` must be two lengths, at least 0, or -1 for all; got {window}.")
-    if slopes is not None and tuple(slopes.shape) not in (heads[1:], heads):
-        raise ValueError(
-            f"`alibi_slopes` must have shape {heads[1:]} or {heads}; got {tuple(slopes.shape)}."
-        )
-    if bias is not None:
-        if not bias.is_floating_point():
-            raise TypeError(f"`attn_bias` must be floating point; got {bias.dtype}.")
-        shape = (*heads, q.shape[2], k.shape[2])
-        sizes = zip(reversed(bias.shape), reversed(shape), strict=False)
-        if bias.ndim > 4 or any(size not in (1, full) for size, full in sizes):
-            raise ValueError(f"`attn_bias` must broadcast to {shape}; got {tuple(bias.shape)}.")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"`softcap` must be positive and finite; got {softcap}.")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"`dropout_p` must be at least 0 and below 1; got {dropout}.")
-
-
 def _choose(backend: str, q: Tensor, covered: bool) -> str:
     """Return the backend to run; raise if the one asked for cannot."""
     if backend not in ("auto", "triton", "reference"):
@@ -332,13 +233,13 @@ def _choose(backend: str, q: Tensor, covered: bool) -> str:
     if backend == "reference" or (backend == "auto" and not q.is_cuda):
         return "reference"
     compiling = torch.compiler.is_compiling()  # it comes with Triton, and traces no imports
-    status = None if compiling else triton_status()
+    status = None if compiling else _status_of_gpus() if q.is_cuda else triton_status()
     problem = ""
     if status is not None and not status.importable:
         problem = f"Triton cannot be imported ({status.reason})"
     elif status is not None and not q.is_cuda and not status.interpreting:
         problem = f"Triton needs CUDA tensors, or TRITON_INTERPRET=1; `q` is on {q.device}"
-    elif q.dtype not in _KERNEL_DTYPES:
+    elif q.dtype not in KERNEL_DTYPES:
         problem = f"the kernels do not compute {q.dtype}"
     elif not covered:
         problem = "the kernels compute no softmax, ALiBi, bias, softcap or dropout"
@@ -349,163 +250,3 @@ def _choose(backend: str, q: Tensor, covered: bool) -> str:
     if not compiling:
         _logger.debug("using the reference: %s", problem)
     return "reference"
-
-
-@torch.library.custom_op("adasplash::attention_forward", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    alpha: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    left: int,
-    right: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch_forward(q, k, v, key_mask, alpha, scale, is_causal, left, right)
-
-
-def _launch_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from .forward import launch_forward
-
-    *most, left, right = inputs
-    with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device
-        return launch_forward(*[*most, None if left < 0 else (left, right)])
-
-
-@_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    alpha: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    left: int,
-    right: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from .tiles import tiles_for
-
-    tiles = tiles_for(q, v)
-    n_tiles = (q.shape[2] + tiles.block_m - 1) // tiles.block_m
-    n_blocks = (k.shape[2] + tiles.block_n - 1) // tiles.block_n
-    output = q.new_empty(*q.shape[:-1], v.shape[-1])
-    tau = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    active = torch.empty((*q.shape[:2], n_tiles, n_blocks), dtype=torch.int8, device=q.device)
-    return output, tau, active
-
-
-@torch.library.custom_op("adasplash::attention_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    alpha: Tensor | None,
-    tau: Tensor,
-    active: Tensor,
-    scale: float,
-    is_causal: bool,
-    left: int,
-    right: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _launch_backward(
-        grad, q, k, v, key_mask, alpha, tau, active, scale, is_causal, left, right
-    )
-
-
-def _launch_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .backward import launch_backward
-
-    *most, left, right = inputs
-    with torch.cuda.device_of(inputs[0]):
-        return launch_backward(*[*most, None if left < 0 else (left, right)])
-
-
-@_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    alpha: Tensor | None,
-    tau: Tensor,
-    active: Tensor,
-    scale: float,
-    is_causal: bool,
-    left: int,
-    right: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dalpha = torch.empty(0 if alpha is None else alpha.shape, dtype=tau.dtype, device=q.device)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dalpha
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, key_mask, alpha, *ctx.settings = inputs
-    _, tau, active = output
-    ctx.mark_non_differentiable(tau, active)
-    ctx.save_for_backward(q, k, v, key_mask, alpha, tau, active)
-
-
-def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return _gradients(_backward, ctx, grad)
-
-
-def _gradients(backward: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: checkpointing recomputes them
-    made = backward(grad, *saved, *ctx.settings)
-    if torch.is_grad_enabled():  # the graph goes on: somebody may differentiate twice
-        made = _NoSecond.apply(len(made), *made, grad, *saved[:3], saved[4])
-    dq, dk, dv, dalpha = made
-    return dq, dk, dv, None, None if saved[4] is None else dalpha, None, None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-# Counted like torch's own attention, as if every block held weight: shapes do not tell which do.
-# Registered on import: a counter copies the table of formulas when it is made.
-@register_flop_formula(torch.ops.adasplash.attention_forward)  # type: ignore[untyped-decorator]
-def _forward_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    """Return the operations of q k^T and p v, from shapes."""
-    batch, heads, seq_q, dim = q
-    return int(2 * batch * heads * seq_q * k[2] * (dim + v[3]))
-
-
-@register_flop_formula(torch.ops.adasplash.attention_backward)  # type: ignore[untyped-decorator]
-def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    """Return the operations of q k^T again, dP, dV, dQ and dK, from shapes."""
-    batch, heads, seq_q, dim = q
-    return int(2 * batch * heads * seq_q * k[2] * (3 * dim + 2 * v[3]))
-
-
-class _NoSecond(torch.autograd.Function):
-    """Gradients that refuse to be differentiated, and say why."""
-
-    @staticmethod
-    def forward(ctx: Any, made: int, *inputs: Any) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in inputs[:made])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(
-            "the kernels of `adasplash` have no second derivatives; use `backend='reference'`."
-        )
-
-
-class _Eager(torch.autograd.Function):
-    """The operator without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _launch_forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return _gradients(_launch_backward, ctx, grad)

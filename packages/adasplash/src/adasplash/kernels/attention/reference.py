@@ -33,8 +33,8 @@ class Options:
     @property
     def plain(self) -> bool:
         """Whether the kernels cover it: scale, causal mask, window and key mask alone."""
-        others = (self.softcap, self.slopes, self.bias)
-        return self.dropout == 0.0 and all(option is None for option in others)
+        added = self.slopes is not None or self.bias is not None
+        return not added and self.softcap is None and self.dropout == 0.0
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, alpha: float | Tensor, options: Options) -> Tensor:

@@ -1,0 +1,106 @@
+"""What attention refuses, naming the argument, its value and what is allowed."""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (*KERNEL_DTYPES, torch.float64)
+_MAX_DIM = 256
+
+
+def check_tensors(
+    shapes: tuple[torch.Size, ...],
+    dtypes: tuple[torch.dtype, ...],
+    devices: tuple[torch.device, ...],
+) -> None:
+    """Refuse what the backends cannot compute; each argument is that of q, of k and of v."""
+    q, k, v = shapes
+    for name, shape, dtype, device in zip("qkv", shapes, dtypes, devices, strict=True):
+        if len(shape) != 4:
+            raise ValueError(f"`{name}` must have 4 dimensions; got shape {tuple(shape)}.")
+        if dtype not in DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise TypeError(f"`{name}` must be one of {allowed}; got {dtype}.")
+        if dtype != dtypes[0]:
+            raise TypeError(f"`{name}` must be {dtypes[0]} as `q` is; got {dtype}.")
+        if device != devices[0]:
+            raise ValueError(f"`{name}` must be on {devices[0]} as `q` is; got {device}.")
+        if shape[0] != q[0]:
+            raise ValueError(f"`{name}` must have `batch` {q[0]} as `q` does; got {shape[0]}.")
+        if not 1 <= shape[3] <= _MAX_DIM:
+            raise ValueError(f"`{name}` must have a last size of 1 to {_MAX_DIM}; got {shape[3]}.")
+    if k[3] != q[3]:
+        raise ValueError(f"`k` must have `dim_head` {q[3]} as `q` does; got {k[3]}.")
+    if v[1:3] != k[1:3]:
+        raise ValueError(
+            f"`v` must have `heads_kv` and `seq_k` {tuple(k[1:3])} as `k` does; "
+            f"got {tuple(v[1:3])}."
+        )
+    if k[1] == 0 or q[1] % k[1]:
+        raise ValueError(
+            f"`k` must have a number of heads that divides {q[1]}, the heads of `q`; got {k[1]}."
+        )
+    if k[2] == 0:
+        raise ValueError("`k` must hold at least one key; got `seq_k` 0.")
+
+
+check_once = lru_cache(1024)(check_tensors)  # what fits once fits again; shapes must be integers
+
+
+def check_options(
+    q: Tensor,
+    k: Tensor,
+    alpha: float | Tensor,
+    scale: float | None,
+    mask: Tensor | None,
+    window: tuple[int, int] | None,
+    slopes: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    dropout: float,
+) -> None:
+    """Refuse options that do not fit q and k."""
+    heads = tuple(q.shape[:2])
+    if isinstance(alpha, Tensor):
+        if tuple(alpha.shape) not in ((), heads[1:], heads):
+            raise ValueError(
+                f"`alpha` must have shape (), {heads[1:]} or {heads}; got {tuple(alpha.shape)}."
+            )
+        # Values on a GPU are not looked at: that would wait for the device. No trace can either.
+        visible = alpha.device.type == "cpu" and not torch.compiler.is_compiling()
+        if visible and not bool(((alpha > 1) & (alpha <= 2)).all()):
+            raise ValueError(f"`alpha` must be above 1 and at most 2; got {alpha.tolist()}.")
+    elif not 1 <= alpha <= 2:
+        raise ValueError(f"`alpha` must be between 1 and 2; got {alpha}.")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"`scale` must be finite; got {scale}.")
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"`key_padding_mask` must be bool, True for keys; got {mask.dtype}.")
+        if mask.shape != (q.shape[0], k.shape[2]):
+            raise ValueError(
+                f"`key_padding_mask` must have shape {(q.shape[0], k.shape[2])}, `batch` and "
+                f"`seq_k`; got {tuple(mask.shape)}."
+            )
+        if mask.device != q.device:
+            raise ValueError(f"`key_padding_mask` must be on {q.device}; got {mask.device}.")
+    if window is not None and (len(window) != 2 or min(window) < -1):
+        raise ValueError(f"`window` must be two lengths, at least 0, or -1 for all; got {window}.")
+    if slopes is not None and tuple(slopes.shape) not in (heads[1:], heads):
+        raise ValueError(
+            f"`alibi_slopes` must have shape {heads[1:]} or {heads}; got {tuple(slopes.shape)}."
+        )
+    if bias is not None:
+        if not bias.is_floating_point():
+            raise TypeError(f"`attn_bias` must be floating point; got {bias.dtype}.")
+        shape = (*heads, q.shape[2], k.shape[2])
+        sizes = zip(reversed(bias.shape), reversed(shape), strict=False)
+        if bias.ndim > 4 or any(size not in (1, full) for size, full in sizes):
+            raise ValueError(f"`attn_bias` must broadcast to {shape}; got {tuple(bias.shape)}.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"`softcap` must be positive and finite; got {softcap}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"`dropout_p` must be at least 0 and below 1; got {dropout}.")
