@@ -2,11 +2,13 @@
 
 import io
 import logging
+import random
 
 import pytest
 import torch
 
 from hetero_sd import HeteroSpeculativeDecoder
+from hetero_sd.control import PLAIN, Arm, Bandit
 from hetero_sd.testing import make_model, make_tokenizer
 
 PROMPTS = ["the cat sat on", "café", "a dog ran over the hill and the mat.\n", "42"]
@@ -51,6 +53,39 @@ def test_a_batch_is_what_generate_makes_of_it(pair, caplog, method, backend):
     again = dec.generate(input_ids=ids, attention_mask=mask, max_new_tokens=20)
     assert again.sequences.tolist() == wanted.tolist()
     assert "no CUDA graphs" not in caplog.text
+
+
+class Wandering(Bandit):
+    """Chooses at random, plain rounds in stretches."""
+
+    def __init__(self, methods, seed):
+        super().__init__(methods)
+        self.draw, self.methods, self.arm = random.Random(seed), methods, PLAIN
+
+    def choose(self):
+        if self.draw.random() < 0.4:
+            arms = [PLAIN, PLAIN, *(Arm(m, self.draw.randint(1, 6)) for m in self.methods)]
+            self.arm = self.draw.choice(arms)
+        return self.arm
+
+    def learn(self, arm, tokens, seconds, readied=0.0):
+        assert 1 <= tokens <= 1 + 8 * arm.lookahead
+        assert readied >= 0
+        assert seconds > 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "cudagraph"])
+def test_plain_rounds_may_begin_ahead_of_any_other(pair, backend):
+    """Whatever follows them, and wherever rows end meanwhile."""
+    ids, mask = padded(pair[2], "left")
+    options = {"max_new_tokens": 24, "eos_token_id": list(range(0, 300, 11))}
+    wanted = pair[0].generate(ids, attention_mask=mask, do_sample=False, **options)
+    dec = HeteroSpeculativeDecoder(*pair, backend=backend)
+    for seed in range(6):
+        dec._policies[True, 3] = Wandering(["tli", "slem"], seed)
+        made = dec.generate(input_ids=ids, attention_mask=mask, **options)
+        assert made.sequences.tolist() == wanted.tolist()
+        assert len(made.stats.arms) > 1
 
 
 def test_rows_do_not_depend_on_their_neighbours(pair):

@@ -26,7 +26,7 @@ class World:
             while tokens <= arm.lookahead and self.draw.random() < self.acceptance[arm.method]:
                 tokens += 1
             seconds = (1 + self.cost * arm.lookahead) * self.draw.lognormvariate(0, self.noise)
-            bandit.learn(arm, tokens, seconds)
+            bandit.learn(arm, float(tokens), seconds)
             self.now += seconds
             self.tokens += tokens
         return self.tokens / self.now
@@ -125,9 +125,9 @@ def test_what_was_learned_lasts_from_call_to_call(tokenizers):
     model = make_model(tokenizer, 3)
     dec = HeteroSpeculativeDecoder(model, model, tokenizer, tokenizer)
     dec.generate("the cat", max_new_tokens=20)
-    policy = dec._policy(True)
+    policy = dec._policy(True, 1)
     known = len(policy.history)
     dec.generate("the cat", max_new_tokens=20)
-    assert dec._policy(True) is policy
+    assert dec._policy(True, 1) is policy
     assert len(policy.history) > known
-    assert dec._policy(False) is not policy
+    assert dec._policy(False, 1) is not policy

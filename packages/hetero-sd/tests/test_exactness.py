@@ -208,11 +208,11 @@ def test_forbidden_proposal_is_never_accepted():
 
 
 def test_greedy_stops_at_the_first_difference():
-    choices = torch.tensor([4, 2, 9, 1])
-    assert verify_greedy(choices, torch.tensor([4, 2, 8])) == (2, 9)
-    assert verify_greedy(choices, torch.tensor([5, 2, 9])) == (0, 4)
-    assert verify_greedy(choices, torch.tensor([4, 2, 9])) == (3, 1)
-    assert verify_greedy(choices[:1], torch.tensor([], dtype=torch.long)) == (0, 4)
+    choices = [4, 2, 9, 1]
+    assert verify_greedy(choices, [4, 2, 8]) == (2, 9)
+    assert verify_greedy(choices, [5, 2, 9]) == (0, 4)
+    assert verify_greedy(choices, [4, 2, 9]) == (3, 1)
+    assert verify_greedy(choices[:1], []) == (0, 4)
 
 
 def test_shapes_that_do_not_belong_together_are_refused():

@@ -9,7 +9,13 @@ import torch
 from hetero_sd import linear, llama
 from hetero_sd.graphs import GraphRunner
 from hetero_sd.llama import LlamaRunner, why_not_llama
-from hetero_sd.runners import EagerRunner, OneByOneRunner, make_runner, why_not_one_cache
+from hetero_sd.runners import (
+    EagerRunner,
+    OneByOneRunner,
+    best_of,
+    make_runner,
+    why_not_one_cache,
+)
 from hetero_sd.testing import make_model
 
 SIZE = 60
@@ -76,6 +82,38 @@ def test_rows_are_independent(kind, rows):
     model = random_model()
     for seed in range(3):
         wander(kind(model, rows), model, rows, seed)
+
+
+@pytest.mark.parametrize("among", [None, torch.arange(1, SIZE, 3)])
+@torch.no_grad()
+def test_likeliest_ids_are_taken_on_the_device(among):
+    """As the same runner's logits say, for rows of unequal length and prompts of any."""
+    model, draw = random_model(), random.Random(0)
+    runner, plain = graph_runner(model, 3), graph_runner(model, 3)
+    for length in (30, 3, 1):
+        feeds = [[draw.randrange(SIZE) for _ in range(draw.randint(1, length))] for _ in range(3)]
+        feeds[1] = [] if length == 3 else feeds[1]
+        counts = [4, 3, 1]
+        written = runner.write(feeds, counts, among)
+        wanted = [[], [], []]
+        for step in range(4):
+            going = [feed if step < n else [] for feed, n in zip(feeds, counts, strict=True)]
+            said = plain.extend(going, [int(bool(feed)) for feed in going])
+            for row, logits in enumerate(said):
+                if going[row]:
+                    logits = logits[0] if among is None else logits[0, among]
+                    best = int(logits.argmax())
+                    wanted[row].append(best if among is None else int(among[best]))
+            feeds = [ids[-1:] if step < len(ids) else [] for ids in wanted]
+        assert written == wanted
+        assert runner.lengths == plain.lengths
+    feeds, keep = [[1, 2, 3], [4], []], [2, 1, 0]
+    best = best_of(plain.extend(feeds, keep))
+    assert runner.choose(feeds, keep) == best
+    assert best_of([torch.tensor([[0.0, 2.0], [1.0, torch.nan]]), torch.ones(0, 2)]) == [
+        [1, -1],
+        [],
+    ]
 
 
 @torch.no_grad()

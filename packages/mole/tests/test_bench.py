@@ -77,7 +77,9 @@ def test_prefill(tmp_path):
     )  # fmt: skip
     cases = json.loads(path.read_text())["cases"]
     assert {(c["provider"], c["parameters"]["batch"]) for c in cases if c["unit"] == "x"} == {
-        (name, batch) for name in ("MoLE-4E fp16 pinned", "MoLE-2E nf4 pageable")
+        (name, batch)
+        for name in ("MoLE-4E fp16 pinned", "MoLE-2E nf4 pageable", "MoE-10E resident",
+                     "MoE-10E offloaded by accelerate")
         for batch in (1, 2)
     }  # fmt: skip
     assert all(c["error"] < 1e-5 for c in cases if c["error"] is not None)
@@ -104,8 +106,9 @@ def test_machine_and_tables(tmp_path):
     assert all(c["median"] > 0 for c in found["hw"])
     assert {c["parameters"].get("depth") for c in found["hw"]} == {None, 1, 4, 16, 64}
     speeds = {c["provider"]: c["median"] for c in found["convert"] if c["metric"] == "speed"}
-    (share,) = (c["median"] for c in found["convert"] if c["metric"] == "of a plain write")
-    assert share == pytest.approx(speeds["convert"] / speeds["plain write"])
+    (share,) = (c for c in found["convert"] if c["metric"] == "of a plain write")
+    assert (share["n"], set(speeds)) == (3, {"convert", "plain write"})
+    assert 0 < share["p20"] <= share["median"] <= share["p80"]
     path = run("convert", tmp_path, print, "cpu", shape="tiny", fmt="nf4")
     assert json.loads(path.read_text())["cases"][0]["parameters"]["model"] == "tiny"
     losses = {c["provider"]: c["median"] for c in found["quant"] if c["metric"] == "loss"}

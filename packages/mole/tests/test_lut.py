@@ -31,6 +31,7 @@ from mole.lut import (
     LutTruncatedError,
     LutVersionError,
     MmapStore,
+    cached,
 )
 
 
@@ -285,6 +286,12 @@ def test_all_stores_serve_the_same_bytes(table, make_mole):
             assert torch.equal(store.read(ids.flatten()), expected), name
             ticket = store.prefetch(ids)
             assert torch.equal(ticket.rows().to_bytes(store.meta), expected), name
+    rows = [59, 0, 7]
+    expected = stores["mmap"].read(torch.tensor(rows))
+    for name, store in stores.items():
+        out = torch.zeros_like(expected)
+        store.read_into(rows, list(out))
+        assert torch.equal(out, expected), name
     for store in stores.values():
         store.close()
 
@@ -323,7 +330,7 @@ def test_memory_for_reads_is_used_again_and_never_shared(fp16, direct):
     for first in range(0, 57, 3):
         ids = torch.tensor([first, first + 2, first])
         kept.append((ids, store.read(ids)))
-    assert len(store._spare) == 2  # as many as one request has distinct rows
+    assert len(store._spare) == 2 * direct  # as many as one request has distinct rows
     assert all(torch.equal(rows, table[ids]) for ids, rows in kept)
     for _ in range(2):  # a ticket's rows stay what they are
         assert torch.equal(ticket.rows().to_bytes(store.meta), table[[7, 8]])
@@ -378,8 +385,10 @@ def test_threads_that_share_a_store_get_their_own_rows(fp16, kind, cache):
         store.close()
 
 
+@pytest.mark.parametrize("staged", [2, 64])
 @pytest.mark.parametrize("capacity", [1, 4, 7, 60])
-def test_a_cache_never_gives_a_slot_to_two_rows(fp16, capacity):
+def test_a_cache_never_gives_a_slot_to_two_rows(fp16, monkeypatch, capacity, staged):
+    monkeypatch.setattr(cached, "_STAGED", staged)
     table = open_lut(fp16).read(torch.arange(60))
     store = CachedStore(open_lut(fp16), capacity)
     generator = torch.Generator().manual_seed(0)

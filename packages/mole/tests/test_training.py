@@ -153,6 +153,20 @@ def test_bad_options_are_named(make_mole, text, tmp_path, options, message):
         run(make_mole, text, tmp_path, **options)
 
 
+def test_experts_may_learn_at_a_rate_of_their_own(make_mole, text, tmp_path):
+    first = weights(make_mole())
+
+    def trained(folder, expert_lr, **options):
+        settings = TrainSettings(**SETTINGS, expert_lr=expert_lr)
+        return train(make_mole(), text, tmp_path / folder, settings, progress=False, **options)
+
+    assert_same(trained("same", SETTINGS["lr"]), run(make_mole, text, tmp_path / "one"))
+    for name, value in weights(trained("still", 0.0)).items():
+        assert torch.equal(value, first[name]) == (".lookup." in name), name
+    trained("parts", 1e-3, stop_after=2)
+    assert_same(trained("parts", 1e-3), trained("whole", 1e-3), rtol=0, atol=0)
+
+
 def test_a_table_is_not_trained(make_mole, text, tmp_path):
     with pytest.raises(ValueError, match="`model` must be in expert form"):
         train(make_mole(lookup_form="table"), text, tmp_path, TrainSettings(**SETTINGS))

@@ -28,7 +28,19 @@ def invoke(output, *more):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     output = tmp_path_factory.mktemp("upcycling")
-    done = invoke(output, "--steps", 6, "--inner", 64, "--every", 3, "--formats", "fp32,nf3")
+    done = invoke(
+        output,
+        "--steps",
+        6,
+        "--inner",
+        64,
+        "--every",
+        3,
+        "--formats",
+        "fp32,nf3",
+        "--expert-lr",
+        3e-3,
+    )
     assert done.exit_code == 0, done.output
     return output
 
@@ -42,6 +54,7 @@ def test_figures_are_those_of_the_weights(trained, base):
     report = json.loads((trained / "upcycling.json").read_text())
     assert list(report["models"]) == ["base", *ARMS]
     assert report["seen_tokens"] == 6 * 4 * 32
+    assert (report["settings"]["lr"], report["settings"]["expert_lr"]) == (1e-3, 3e-3)
     assert report["experts"] == {"number": 2, "inner": 64, "layers": [0, 3]}
     assert report["untrained_difference"] < 1e-4
     vocab = base.config.vocab_size

@@ -80,20 +80,18 @@ def verify(
     return accepted, law if bool(law.sum() > 0) else p[accepted]
 
 
-def verify_greedy(
-    choices: Int[Tensor, " positions"], proposed: Int[Tensor, " proposals"]
-) -> tuple[int, int]:
+def verify_greedy(choices: Sequence[int], proposed: Sequence[int]) -> tuple[int, int]:
     """Return how many proposals equal the target's choices, and the target's next choice.
 
     Args:
-        choices: The target's best token at each proposal and after the last, shape `(n + 1,)`.
-        proposed: Target ids, shape `(n,)`.
+        choices: The target's best token at each proposal and after the last.
+        proposed: Target ids, one fewer.
 
     Source: own.
     """
-    count = len(proposed)
-    accepted = int((choices[:count] == proposed).int().cumprod(0).sum())
-    return accepted, int(choices[accepted])
+    pairs = enumerate(zip(proposed, choices, strict=False))
+    accepted = next((i for i, (t, best) in pairs if t != best), len(proposed))
+    return accepted, choices[accepted]
 
 
 def verify_block(

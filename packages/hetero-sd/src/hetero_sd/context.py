@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from ._bytes import ByteEncoder, unfinished_tail
-from .runners import Runner
+from .runners import Chooser, Runner
 from .vocab import VocabMap
 
 _LOOKBACK = 4  # Tokens before new text that may be encoded anew with it.
@@ -147,12 +148,7 @@ class DrafterMemory:
                 self._dropped[row] = max(len(context.ids) - self._limit // 2, 0)
                 held.clear()
             ids = context.ids[self._dropped[row] :]
-            common = 0
-            for ours, theirs in zip(held, ids, strict=False):
-                if ours != theirs:
-                    break
-                common += 1
-            keep.append(min(common, len(ids) - 1))
+            keep.append(min(_common(held, ids), len(ids) - 1))
             feeds.append(ids[keep[-1] :])
         self.crop(keep)
         return feeds
@@ -187,6 +183,42 @@ class DrafterMemory:
             keep = [int(bool(feed)) for feed in feeds]
         return self._runner.extend(feeds, keep, head)
 
+    def write(
+        self,
+        feeds: Sequence[Sequence[int]],
+        rooms: Sequence[int],
+        ends: Container[int],
+        among: Tensor | None = None,
+    ) -> list[list[int]]:
+        """Return the drafter's likeliest ids after each feed.
+
+        Args:
+            feeds: Ids that `missing` returned.
+            rooms: Most ids to write in each row.
+            ends: Ids after which a row writes no more.
+            among: Ids to choose from, ascending; all if missing.
+        """
+        written: list[list[int]] = [[] for _ in feeds]
+        if isinstance(self._runner, Chooser) and any(feeds):
+            for row, ids in enumerate(self._runner.write(feeds, rooms, among)):
+                self._held[row] += [*feeds[row], *ids[:-1]]
+                end = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+                written[row] = ids[:end]
+            return written
+        while any(feeds):
+            active = [row for row, feed in enumerate(feeds) if feed]
+            said = self.feed(feeds)
+            logits = torch.cat([said[row] for row in active])
+            best = (logits if among is None else logits[:, among]).argmax(dim=1)
+            feeds = [[] for _ in feeds]
+            for row, token in zip(
+                active, (best if among is None else among[best]).tolist(), strict=True
+            ):
+                written[row].append(token)
+                if len(written[row]) < rooms[row] and token not in ends:
+                    feeds[row] = [token]
+        return written
+
     def note(self, feeds: Sequence[Sequence[int]]) -> None:
         """Take note of ids that were fed to the drafter without this object."""
         for held, feed in zip(self._held, feeds, strict=True):
@@ -198,3 +230,15 @@ class DrafterMemory:
         self.contexts = [self.contexts[row] for row in rows]
         self._held = [self._held[row] for row in rows]
         self._dropped = [self._dropped[row] for row in rows]
+
+
+def _common(left: list[int], right: list[int]) -> int:
+    """Return how many ids two lists begin with in common; they seldom part but near the end."""
+    shorter = min(len(left), len(right))
+    start = max(shorter - 16, 0)
+    if left[:start] != right[:start]:
+        start = 0
+    for place in range(start, shorter):
+        if left[place] != right[place]:
+            return place
+    return shorter

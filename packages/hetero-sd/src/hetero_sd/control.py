@@ -11,7 +11,7 @@ METHODS = ("auto", "tli", "slem", "slrs", "c-slrs", "slrs-plain", "standard")
 LADDER = (1, 2, 3, 4, 6, 8, 12)
 _DISCOUNT = 0.99  # Weight of a round at the next one: a memory of some 100 rounds.
 _WIDTH = 0.12  # Breadth of the confidence bound, in rates of the best arm.
-_ALLOWANCE = 5.0  # Tokens' worth of plain decoding that trials may cost at first,
+_ALLOWANCE = 5.0  # Rounds' worth of plain decoding that trials may cost at first,
 _SHARE = 0.015  # and share of all time after that.
 _HOPE = 1.1  # What an arm that was never tried is hoped to bring, in rates of the best arm.
 _FRESH = 0.2  # Weight below which what is known of plain decoding is measured anew.
@@ -50,7 +50,7 @@ class Fixed:
         """Return the arm of the next round."""
         return self._arm
 
-    def learn(self, arm: Arm, tokens: int, seconds: float) -> None:
+    def learn(self, arm: Arm, tokens: float, seconds: float, readied: float = 0.0) -> None:
         """Take note of a round."""
 
 
@@ -129,13 +129,14 @@ class Bandit:
         method = -1 if arm == PLAIN else self._methods.index(arm.method)
         return method, abs(arm.lookahead - self._start)
 
-    def learn(self, arm: Arm, tokens: int, seconds: float) -> None:
+    def learn(self, arm: Arm, tokens: float, seconds: float, readied: float = 0.0) -> None:
         """Take note of a round.
 
         Args:
             arm: What was done.
-            tokens: Tokens that it brought.
+            tokens: Tokens that it brought to each row, so that rows may end meanwhile.
             seconds: Time that it took, in seconds.
+            readied: Time that getting ready for it took beside, which says nothing about it.
         """
         for record in self._records.values():
             record.tokens *= _DISCOUNT
@@ -145,10 +146,10 @@ class Bandit:
         record.tokens += tokens
         record.seconds += seconds
         record.weight += 1
-        self._elapsed += seconds
+        self._elapsed += seconds + readied
         plain = self._records.get(PLAIN)
         if arm != PLAIN and plain is not None:
-            lost = self._lost + seconds - tokens / plain.rate
+            lost = self._lost + readied + seconds - tokens / plain.rate
             # What was gained long ago is little credit for new trials.
             self._lost = max(lost, -_ALLOWANCE / plain.rate)
 

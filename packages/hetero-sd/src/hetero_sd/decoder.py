@@ -135,7 +135,7 @@ class HeteroSpeculativeDecoder:
         self._limit = getattr(drafter.config, "max_position_embeddings", None) or 1 << 30
         self._kept = Runners()
         self._graphs = self._use_graphs()
-        self._policies: dict[bool, Fixed | Bandit] = {}
+        self._policies: dict[tuple[bool, int], Fixed | Bandit] = {}
         if method == "slrs-plain":
             _ = self._spelled
 
@@ -205,18 +205,22 @@ class HeteroSpeculativeDecoder:
         # A greedy proposal needs no law: the whole vocabulary by SLEM, or shared tokens.
         return ["slem", *shared] if greedy else [*shared, "slrs", "slem"]
 
-    def _policy(self, greedy: bool) -> Fixed | Bandit:
-        """Return the choice of method and lookahead, which goes on learning between calls."""
-        if greedy not in self._policies:
+    def _policy(self, greedy: bool, rows: int) -> Fixed | Bandit:
+        """Return the choice of method and lookahead, which goes on learning between calls.
+
+        Batches learn apart from single rows, by powers of two: what pays differs.
+        """
+        key = greedy, rows.bit_length()
+        if key not in self._policies:
             methods = self._methods_to_try(greedy)
             if self.lookahead == 0:
-                self._policies[greedy] = Fixed(Arm("plain", 0))
+                self._policies[key] = Fixed(Arm("plain", 0))
             elif self.method != "auto" and isinstance(self.lookahead, int):
-                self._policies[greedy] = Fixed(Arm(self.method, self.lookahead))
+                self._policies[key] = Fixed(Arm(self.method, self.lookahead))
             else:
                 ladder = LADDER if self.lookahead == "auto" else (int(self.lookahead),)
-                self._policies[greedy] = Bandit(methods, ladder)
-        return self._policies[greedy]
+                self._policies[key] = Bandit(methods, ladder)
+        return self._policies[key]
 
     # ------------------------------------------------------------------------ generation
     def generate(
@@ -409,7 +413,7 @@ class HeteroSpeculativeDecoder:
             chat = chats[row.place // repeats] if chats else []
             contexts.append(self._context(chat))
             row.told = len(row.ids) if chat else 0
-        policy = self._policy(greedy)
+        policy = self._policy(greedy, len(rows))
         methods = {name: self._method(name) for name in self._methods_to_try(greedy)}
         longest = max(len(row.ids) for row in rows) + request.max_new_tokens
         target = self._runner(self.target, len(rows), longest)
@@ -424,6 +428,8 @@ class HeteroSpeculativeDecoder:
                 )
 
             def at_end() -> None:
+                if whole is not None:
+                    whole.land()
                 self._kept.give_back(self.target, target)
                 self._kept.give_back(self.drafter, drafter)
 

@@ -312,24 +312,15 @@ class ExactText:
         """Return the drafter's likeliest tokens, whether it ended there, and how many it took."""
         rooms = [min(room, steps) for room in now.rooms]
         feeds = now.memory.missing(rooms)
-        written: list[list[int]] = [[] for _ in feeds]
-        ended = [False for _ in feeds]
-        active = [row for row, feed in enumerate(feeds) if feed]
-        drafted = 0
-        while active:
-            said = now.memory.feed(feeds)
-            best = torch.cat([said[row] for row in active]).argmax(dim=1).tolist()
-            drafted += len(active)
-            feeds = [[] for _ in feeds]
-            for row, token in zip(active, best, strict=True):
-                if token in self._text.drafter_eos:
-                    ended[row] = True
-                    continue
-                written[row].append(token)
-                if len(written[row]) < rooms[row]:
-                    feeds[row] = [token]
-            active = [row for row in active if feeds[row]]
-        return written, ended, drafted
+        ends = self._text.drafter_eos
+        written = now.memory.write(feeds, rooms, ends)
+        ended = [bool(ids) and ids[-1] in ends for ids in written]
+        drafted = sum(map(len, written))
+        return (
+            [ids[: len(ids) - end] for ids, end in zip(written, ended, strict=True)],
+            ended,
+            drafted,
+        )
 
 
 class TokenRuns:
@@ -371,11 +362,19 @@ class TokenRuns:
         self.runs = torch.tensor(padded, device=device).view(len(usable), longest)
         self._run_of = [runs[index] for index in usable]
         self._usable = usable
+        self._place = {index: place for place, index in enumerate(usable)}
 
     def draft(self, now: Situation) -> tuple[list[Draft], int]:
         """See `Method`."""
         rooms = [min(room, now.lookahead) for room in now.rooms]
         feeds = now.memory.missing(rooms)
+        drafts = _nothing(len(feeds))
+        if now.processors.greedy:
+            written = now.memory.write(feeds, rooms, self._text.drafter_eos, self.usable)
+            for row, ids in enumerate(written):
+                run = [token for d in ids for token in self._run_of[self._place[d]]]
+                drafts[row] = Certain(run[: now.rooms[row]])
+            return drafts, sum(map(len, written))
         tokens: list[list[int]] = [[] for _ in feeds]
         steps: list[list[Choice]] = [[] for _ in feeds]
         active = [row for row, feed in enumerate(feeds) if feed]
@@ -384,25 +383,19 @@ class TokenRuns:
             said = now.memory.feed(feeds)
             logits = torch.cat([said[row] for row in active])[:, self.usable]
             drafted += len(active)
-            if now.processors.greedy:
-                places = logits.argmax(dim=1).tolist()
-            else:
-                law = now.processors.scores_only(logits).softmax(dim=1)
-                places = now.chance.draw(law)
+            law = now.processors.scores_only(logits).softmax(dim=1)
+            places = now.chance.draw(law)
             feeds = [[] for _ in feeds]
             for i, (row, place) in enumerate(zip(active, places, strict=True)):
-                if not now.processors.greedy:
-                    steps[row].append(Choice(self.runs, law[i], place))
+                steps[row].append(Choice(self.runs, law[i], place))
                 tokens[row] += self._run_of[place]
                 ended = self._usable[place] in self._text.drafter_eos
                 if len(tokens[row]) < rooms[row] and not ended:
                     feeds[row] = [self._usable[place]]
             active = [row for row in active if feeds[row]]
-        drafts = _nothing(len(feeds))
         for row, run in enumerate(tokens):
-            cut = run[: now.rooms[row]]
             if run:
-                drafts[row] = Certain(cut) if now.processors.greedy else Runs(cut, steps[row])
+                drafts[row] = Runs(run[: now.rooms[row]], steps[row])
         return drafts, drafted
 
 

@@ -16,10 +16,12 @@ from .chance import Chance
 from .drafting import SharedTokens
 from .llama import LlamaBody
 from .processors import Processors
+from .runners import best_of
 
 _logger = logging.getLogger(__name__)
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)  # Tokens of a row in one graph.
 MARGIN = 2 * WIDTHS[-1]  # Cache entries beyond a text that drafts and padding may touch.
+_IDLE = [*[0] * (WIDTHS[-1] + 1), 1, 0, 0, 0]  # What a round says of a row that has ended.
 _CHUNK = 512  # Longest stretch of a prompt in one pass.
 
 
@@ -65,7 +67,8 @@ class GraphRunner:
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.setup_seconds = 0.0
         self._given = torch.zeros(2, rows, WIDTHS[-1], dtype=torch.long, device=self.device)
-        self._graphs: dict[tuple[int, int], tuple[Any, Tensor]] = {}
+        self._last = torch.zeros(rows, dtype=torch.long, device=self.device)
+        self._graphs: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -112,14 +115,8 @@ class GraphRunner:
             cut = [min(_CHUNK, max(len(feed) - most, 0)) for feed in feeds]
             self.extend([f[:c] for f, c in zip(feeds, cut, strict=True)], [0] * len(feeds))
             return self.extend([f[c:] for f, c in zip(feeds, cut, strict=True)], keep, head)
-        self._check(width)
         bucket = next((w for w in WIDTHS if w >= width), width)
-        ids = torch.zeros(self.rows, bucket, dtype=torch.long)
-        starts = torch.zeros(self.rows, 1, dtype=torch.long)
-        for slot, feed, length in zip(self.slots, feeds, self.lengths, strict=True):
-            ids[slot, : len(feed)] = torch.tensor(feed, dtype=torch.long)
-            starts[slot] = length
-        given = torch.stack([ids, (starts + torch.arange(bucket)).clamp(max=self.capacity - 1)])
+        given = self._padded(feeds, bucket)
         if bucket > WIDTHS[-1]:
             given = given.to(self.device)
             states = self.forward(given[0], given[1], min(max(self.lengths) + width, self.capacity))
@@ -131,8 +128,7 @@ class GraphRunner:
             if most:
                 logits = list(self.body.logits(torch.cat(wanted), head).split(list(keep)))
         else:
-            self._given[:, :, :bucket].copy_(_pinned(given, self.device), non_blocking=True)
-            out = self._replay(bucket, head)
+            out = self._replay(given, head)
             logits = [
                 out[slot, len(feed) - k : len(feed)].clone()
                 for slot, feed, k in zip(self.slots, feeds, keep, strict=True)
@@ -140,26 +136,102 @@ class GraphRunner:
         self.lengths = [n + len(feed) for n, feed in zip(self.lengths, feeds, strict=True)]
         return logits
 
+    def choose(self, feeds: Sequence[Sequence[int]], keep: Sequence[int]) -> list[list[int]]:
+        """See `Chooser`."""
+        width = max(map(len, feeds))
+        if not 0 < width <= WIDTHS[-1]:
+            return best_of(self.extend(feeds, keep))
+        given = self._padded(feeds, next(w for w in WIDTHS if w >= width))
+        best = self._replay(given, best=True).tolist()
+        self.lengths = [n + len(feed) for n, feed in zip(self.lengths, feeds, strict=True)]
+        return [
+            best[slot][len(feed) - k : len(feed)]
+            for slot, feed, k in zip(self.slots, feeds, keep, strict=True)
+        ]
+
+    def write(
+        self, feeds: Sequence[Sequence[int]], counts: Sequence[int], among: Tensor | None = None
+    ) -> list[list[int]]:
+        """See `Chooser`."""
+        if max(map(len, feeds)) > WIDTHS[-1]:  # A prompt: all but its end in one pass.
+            self.extend([feed[:-1] for feed in feeds], [0] * len(feeds))
+            feeds = [feed[-1:] for feed in feeds]
+        counts = [count if feed else 0 for count, feed in zip(counts, feeds, strict=True)]
+        given = self._padded(feeds, next(w for w in WIDTHS if w >= max(map(len, feeds))))
+        last = torch.zeros(self.rows, dtype=torch.long)
+        for slot, feed in zip(self.slots, feeds, strict=True):
+            last[slot] = max(len(feed), 1) - 1
+        self._last.copy_(_pinned(last, self.device), non_blocking=True)
+        written = self._replay_draft(given, max(counts), among).tolist()
+        for row, (feed, count) in enumerate(zip(feeds, counts, strict=True)):
+            self.lengths[row] += len(feed) + max(count - 1, 0)
+        return [written[slot][:count] for slot, count in zip(self.slots, counts, strict=True)]
+
+    def _padded(self, feeds: Sequence[Sequence[int]], width: int) -> Tensor:
+        """Return ids and places of all slots, shape `(2, rows, width)`."""
+        self._check(max(map(len, feeds)))
+        ids, starts = [[0] * width] * self.rows, [0] * self.rows
+        for slot, feed, length in zip(self.slots, feeds, self.lengths, strict=True):
+            ids[slot] = [*feed, *[0] * (width - len(feed))]
+            starts[slot] = length
+        places = torch.tensor(starts)[:, None] + torch.arange(width)
+        return torch.stack([torch.tensor(ids), places.clamp(max=self.capacity - 1)])
+
     def _check(self, width: int) -> None:
         if max(self.lengths) + width > self.capacity:
             raise ValueError(
                 f"the cache has room for {self.capacity} ids; {max(self.lengths) + width} are more."
             )
 
-    def _replay(self, width: int, head: Tensor | None) -> Tensor:
-        key = width, 0 if head is None else head.data_ptr()
+    def _replay(self, given: Tensor, head: Tensor | None = None, best: bool = False) -> Tensor:
+        """Return the logits of ids and places, or the likeliest ids, by a graph."""
+        ids, places = self._take(given)
+        key = "best" if best else "logits", ids.shape[1], 0 if head is None else head.data_ptr()
+
+        def run() -> Tensor:
+            states = self.forward(ids, places)
+            logits = self.body.logits(states.reshape(-1, states.shape[-1]), head)
+            if best:
+                chosen = torch.where(logits.isnan().any(dim=1), -1, logits.argmax(dim=1))
+                return chosen.view(self.rows, -1)
+            return logits.reshape(self.rows, ids.shape[1], -1)
+
+        return self._result(key, run)
+
+    def _replay_draft(self, given: Tensor, steps: int, among: Tensor | None) -> Tensor:
+        """Return the likeliest ids after each row's last, shape `(rows, steps)`, by a graph."""
+        ids, places = self._take(given)
+        key = "draft", ids.shape[1], steps, 0 if among is None else among.data_ptr()
+
+        def run() -> Tensor:
+            line = torch.arange(self.rows, device=self.device)
+            states = self.forward(ids, places)
+            state, place = states[line, self._last], places[line, self._last]
+            written: list[Tensor] = []
+            for step in range(steps):
+                if step:
+                    place = (place + 1).clamp(max=self.capacity - 1)
+                    state = self.forward(written[-1][:, None], place[:, None])[:, 0]
+                logits = self.body.logits(state)
+                best = (logits if among is None else logits[:, among]).argmax(dim=1)
+                written.append(best if among is None else among[best])
+            return torch.stack(written, dim=1)
+
+        return self._result(key, run)
+
+    def _take(self, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Put ids and places where the graphs read them."""
+        width = given.shape[2]
+        self._given[:, :, :width].copy_(_pinned(given, self.device), non_blocking=True)
+        return self._given[0, :, :width], self._given[1, :, :width]
+
+    def _result(self, key: tuple[Any, ...], run: Callable[[], Tensor]) -> Tensor:
         if key not in self._graphs:
-            ids, places = self._given[0, :, :width], self._given[1, :, :width]
-
-            def run() -> Tensor:
-                states = self.forward(ids, places)
-                logits = self.body.logits(states.reshape(-1, states.shape[-1]), head)
-                return logits.view(self.rows, width, -1)
-
             self._graphs[key] = self.capture(run)
         graph, out = self._graphs[key]
         graph.replay()
-        return out
+        result: Tensor = out
+        return result
 
     def crop(self, lengths: Sequence[int]) -> None:
         """See `Runner`."""
@@ -169,6 +241,33 @@ class GraphRunner:
         """See `Runner`."""
         self.slots = [self.slots[row] for row in rows]
         self.lengths = [self.lengths[row] for row in rows]
+
+
+class _Answer:
+    """Where the result of a round is read, once it is there.
+
+    Args:
+        rows: Rows of the result.
+        numbers: Numbers of each.
+        device: Where it comes from.
+    """
+
+    def __init__(self, rows: int, numbers: int, device: torch.device) -> None:
+        self._numbers = _pinned(torch.zeros(rows, numbers, dtype=torch.long), device)
+        self._done = torch.cuda.Event() if device.type == "cuda" else None
+
+    def ask(self, result: Tensor) -> None:
+        """Have the result copied when it is there."""
+        self._numbers.copy_(result, non_blocking=True)
+        if self._done is not None:
+            self._done.record()
+
+    def read(self) -> list[list[int]]:
+        """Wait for the result and return it."""
+        if self._done is not None:
+            self._done.synchronize()
+        numbers: list[list[int]] = self._numbers.tolist()
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -192,7 +291,8 @@ class GraphRound:
     """A round of TLI, or of plain decoding, as two graphs and one wait.
 
     One graph drafts, one runs the target and judges; draws are made from noise that is put in
-    before, so that any generator serves.
+    before, so that any generator serves. Of plain rounds that follow each other, each begins before
+    the result of the last one is read.
 
     Args:
         target: Runner of the target.
@@ -217,10 +317,11 @@ class GraphRound:
         kept = len(method.kept_target)
         vocab = len(target.body.head.weight)
         # All that the host says in a round, in one copy: fed ids, and numbers of each row.
-        self._said = torch.zeros(rows, most + 6, dtype=torch.long, device=device)
-        self._host = _pinned(torch.zeros(rows, most + 6, dtype=torch.long), device)
+        self._said = torch.zeros(rows, most + 5, dtype=torch.long, device=device)
+        self._host = _pinned(torch.zeros(rows, most + 5, dtype=torch.long), device)
         self._result = torch.zeros(rows, most + 2, dtype=torch.long, device=device)
-        self._answer = _pinned(torch.zeros(rows, most + 2, dtype=torch.long), device)
+        self._answers = [_Answer(rows, most + 2, device) for _ in range(2)]
+        self._flying: _Answer | None = None  # Of a plain round that was begun ahead.
         self._columns = torch.zeros(rows, most, dtype=torch.long, device=device)
         wide = torch.promote_types(target.body.weight.dtype, torch.float32)
 
@@ -241,6 +342,7 @@ class GraphRound:
         limits: Sequence[int],
         lookahead: int,
         chance: Chance,
+        ahead: bool = False,
     ) -> Settled:
         """Draft, verify and wait for the result.
 
@@ -250,49 +352,79 @@ class GraphRound:
             limits: How many proposals of each row count; 0 where nothing is drafted.
             lookahead: Proposals to draft, 0 to 15.
             chance: Source of noise.
+            ahead: Whether the next round will be plain too, as this one is: it begins before the
+                result of this one is read, which the device goes on from by itself.
         """
+        if lookahead or self._flying is None:
+            self._say(pending, feeds, limits, lookahead, chance)
+            flying = self._fly(lookahead, chance)
+        else:
+            flying = self._flying
+        self._flying = self._fly(0, chance) if ahead and not lookahead else None
+        return self._settled(flying.read(), feeds, limits, lookahead)
+
+    def land(self) -> None:
+        """Forget a round that was begun ahead."""
+        self._flying = None
+
+    def _say(
+        self,
+        pending: Sequence[int],
+        feeds: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        lookahead: int,
+        chance: Chance,
+    ) -> None:
+        """Tell the device what it needs to know of a round, and draft."""
         target, drafter, most = self._target, self._drafter, WIDTHS[-1]
-        width = max(map(len, feeds), default=0) if lookahead else 0
-        if width > most:  # A prompt: all but its end in one pass.
+        if lookahead and max(map(len, feeds)) > most:  # A prompt: all but its end in one pass.
             drafter.extend([feed[:-1] for feed in feeds], [0] * len(feeds))
-        behind = drafter.lengths
-        self._host.zero_()
-        self._host[:, most + 1] = 1
-        fed = []
+            feeds = [feed[-1:] for feed in feeds]
+        lines = [_IDLE] * target.rows
         for row, slot in enumerate(target.slots):
-            feed = list(feeds[row][-1:] if width > most else feeds[row])
-            fed.append(feed)
-            self._host[slot, : len(feed)] = torch.tensor(feed, dtype=torch.long)
-            numbers = [behind[row], max(len(feed), 1), target.lengths[row], pending[row]]
-            self._host[slot, most : most + 5] = torch.tensor([*numbers, limits[row]])
+            feed, held = feeds[row], (drafter.lengths[row], target.lengths[row])
+            numbers = held[0], max(len(feed), 1), held[1], pending[row], limits[row]
+            lines[slot] = [*feed, *[0] * (most - len(feed)), *numbers]
+        self._host.copy_(torch.tensor(lines))
         self._said.copy_(self._host, non_blocking=True)
-        if not self._process.greedy:
-            chance.fill(self._noise, "exponential")
-            if lookahead:
+        if lookahead:
+            if not self._process.greedy:
                 chance.fill(self._coins, "uniform")
                 chance.fill(self._draft_noise[:, :lookahead], "exponential")
-        if lookahead:
-            bucket = next(w for w in WIDTHS if w >= max(map(len, fed)))
-            self._draft(bucket, lookahead)
+            self._draft(next(w for w in WIDTHS if w >= max(map(len, feeds))), lookahead)
+
+    def _fly(self, lookahead: int, chance: Chance) -> _Answer:
+        """Begin a verification, and return what its result will be read from."""
+        if not self._process.greedy:
+            chance.fill(self._noise, "exponential")
         self._verify(lookahead)
-        self._answer.copy_(self._result, non_blocking=True)
-        if target.device.type == "cuda":
-            torch.cuda.current_stream(target.device).synchronize()
-        answer = [self._answer[slot].tolist() for slot in target.slots]
-        if any(line[0] < 0 for line in answer):
-            raise ValueError("`target` gave logits that are no numbers.")
+        self._answers.reverse()
+        self._answers[0].ask(self._result)
+        return self._answers[0]
+
+    def _settled(
+        self,
+        answer: list[list[int]],
+        feeds: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        lookahead: int,
+    ) -> Settled:
+        target, drafter = self._target, self._drafter
         result = Settled([], [], [], [])
-        for row, line in enumerate(answer):
-            drawn = line[2 : 2 + limits[row]]
-            target.lengths[row] += 1 + line[0]
-            result.accepted.append(line[0])
-            result.following.append(line[1])
-            result.proposed.append(drawn)
+        wide = lookahead and max(map(len, feeds)) > WIDTHS[-1]
+        for row, slot in enumerate(target.slots):
+            accepted, following, *drafted = answer[slot]
+            if accepted < 0:
+                raise ValueError("`target` gave logits that are no numbers.")
+            target.lengths[row] += 1 + accepted
+            result.accepted.append(accepted)
+            result.following.append(following)
+            result.proposed.append(drafted[: limits[row]])
             held: list[int] = []
             if lookahead and feeds[row]:
-                later = line[2 : 1 + lookahead]
-                held = [*feeds[row], *(self._method.forth(token) for token in later)]
-                drafter.lengths[row] = behind[row] + len(fed[row]) + len(later)
+                later = [self._method.forth(token) for token in drafted[: lookahead - 1]]
+                held = [*feeds[row], *later]
+                drafter.lengths[row] += (1 if wide else len(feeds[row])) + len(later)
             result.fed.append(held)
         return result
 
@@ -332,6 +464,7 @@ class GraphRound:
             self._verify_graphs[lookahead], _ = self._target.capture(
                 lambda: self._run_verify(lookahead)
             )
+            self._said.copy_(self._host)  # As it was before the passes of the capture.
         self._verify_graphs[lookahead].replay()
 
     def _run_verify(self, lookahead: int) -> None:
@@ -344,7 +477,7 @@ class GraphRound:
         states = target.forward(ids, places)
         logits = target.body.logits(states.reshape(-1, states.shape[-1]))
         logits = self._process.scores_only(logits)
-        broken = logits.isnan().view(len(said), -1).any(dim=1)
+        broken = logits.isnan().any(dim=1).view(len(said), -1).any(dim=1)
         limits = said[:, most + 4]
         if self._process.greedy:
             best = logits.argmax(dim=1).view(len(said), -1)
@@ -367,6 +500,9 @@ class GraphRound:
         self._result[:, 0] = torch.where(broken, -1, accepted)
         self._result[:, 1] = following
         self._result[:, 2 : 2 + lookahead] = drafted
+        if not lookahead:  # What the next round needs to know, if it is plain too.
+            said[:, most + 2] += 1
+            said[:, most + 3] = following
 
 
 class Runners:

@@ -19,9 +19,10 @@ from .control import PLAIN, Arm, Bandit, Fixed
 from .drafting import Certain, Draft, Method, Situation
 from .graphs import WIDTHS, GraphRound
 from .processors import Processors
-from .runners import Runner
+from .runners import Chooser, Runner, best_of
 
 _logger = logging.getLogger(__name__)
+_NO_NUMBERS = "`target` gave logits that are no numbers."
 WIDEST = WIDTHS[-1]  # Tokens of a row that a graph takes.
 
 
@@ -200,32 +201,45 @@ class Rounds:
                 self._at_end()
 
     def _run(self) -> Iterator[list[tuple[Row, list[int]]]]:
-        clock = self._request.clock
-        first = True
+        clock, policy = self._request.clock, self._policy
+        # The prompt goes through the target alone: it says nothing about any arm.
+        arm = PLAIN if isinstance(policy, Bandit) else policy.choose()
+        before: Arm | None = None
         while self.rows:
-            begun, setup = clock(), self._setup_seconds()
-            if first:
-                # The prompt goes through the target alone: it says nothing about any arm.
-                arm = PLAIN if isinstance(self._policy, Bandit) else self._policy.choose()
-            else:
-                arm = self._policy.choose()
-            if first and self._policy.hopeful:
-                self._read_prompt()
-            new = self._round(arm)
+            begun, setup, readied = clock(), self._setup_seconds(), 0.0
+            # What a trial costs once is no part of what a round costs.
+            if policy.hopeful if before is None else arm.lookahead and before == PLAIN:
+                self._catch_up()
+                readied = clock() - begun
+            # A plain round may begin before the last one's result is known: chosen ahead, then.
+            ahead = policy.choose() if arm == PLAIN and self._chainable() else None
+            rows = len(self.rows)
+            new = self._round(arm, ahead == PLAIN)
             setup = self._setup_seconds() - setup
             seconds = clock() - begun - setup
             self.stats.seconds["total"] += seconds
             # What is done once, and a round with it, say nothing about an arm.
-            if not first and not setup:
-                self._policy.learn(arm, sum(len(tokens) for _, tokens in new), seconds)
-            first = False
+            if before is not None and not setup:
+                tokens = sum(len(tokens) for _, tokens in new) / rows
+                policy.learn(arm, tokens, seconds - readied, readied)
+            before = arm
             yield new
+            if self.rows:
+                arm = ahead or policy.choose()
 
-    def _round(self, arm: Arm) -> list[tuple[Row, list[int]]]:
+    def _chainable(self) -> bool:
+        """Return whether a plain round may begin before the result of the last one is known."""
+        return (
+            self._whole is not None
+            and self._fits(PLAIN)
+            and any(self._room(row) > 0 for row in self.rows)
+        )
+
+    def _round(self, arm: Arm, ahead: bool = False) -> list[tuple[Row, list[int]]]:
         name = f"{arm.method} {arm.lookahead}"
         self.stats.arms[name] = self.stats.arms.get(name, 0) + 1
         if self._whole is not None and self._fits(arm):
-            new = self._play(arm)
+            new = self._play(arm, ahead)
         else:
             drafts: list[Draft] = [Certain() for _ in self.rows]
             if arm.lookahead:
@@ -253,16 +267,15 @@ class Rounds:
         pairs = zip(self.rows, self._target.lengths, strict=True)
         return all(len(row.ids) == length + 1 for row, length in pairs)
 
-    def _play(self, arm: Arm) -> list[list[int]]:
-        """Do a round as a whole."""
+    def _play(self, arm: Arm, ahead: bool) -> list[list[int]]:
+        """Do a round as a whole, and begin the next one if that is plain too."""
         request, memory = self._request, self._memory
         assert self._whole is not None
         rooms = [0 for _ in self.rows]
         feeds: list[list[int]] = [[] for _ in self.rows]
         if arm.lookahead:
             self._tell()
-            left = [request.max_new_tokens - len(row.ids) + row.prompt - 1 for row in self.rows]
-            rooms = [min(room, arm.lookahead) for room in left]
+            rooms = [min(self._room(row), arm.lookahead) for row in self.rows]
             with self._timed("text"):
                 feeds = memory.missing([arm.lookahead if room else 0 for room in rooms])
             rooms = [room if feed else 0 for room, feed in zip(rooms, feeds, strict=True)]
@@ -270,7 +283,7 @@ class Rounds:
             pending = [row.ids[-1] for row in self.rows]
             lookahead = arm.lookahead if any(feeds) else 0
             try:
-                done = self._whole.play(pending, feeds, rooms, lookahead, request.chance)
+                done = self._whole.play(pending, feeds, rooms, lookahead, request.chance, ahead)
             except RuntimeError as error:
                 _logger.debug("no CUDA graphs: %s", error)
                 self._whole = None
@@ -285,6 +298,10 @@ class Rounds:
             new.append(self._append(row, [*proposed[:accepted], following]))
         return new
 
+    def _room(self, row: Row) -> int:
+        """Return how many proposals may come before a row's last token."""
+        return self._request.max_new_tokens - len(row.ids) + row.prompt - 1
+
     def _tell(self) -> None:
         """Let the drafter's contexts know what has been settled."""
         with self._timed("text"):
@@ -292,11 +309,11 @@ class Rounds:
                 context.extend(row.ids[row.told :])
                 row.told = len(row.ids)
 
-    def _read_prompt(self) -> None:
-        """Let the drafter read the prompt, so that its first draft costs what every draft does."""
+    def _catch_up(self) -> None:
+        """Let the drafter read what it has not, so that its next draft costs what others do."""
         self._tell()
         feeds = self._memory.missing([1 for _ in self.rows])
-        if any(feeds):
+        if max(map(len, feeds)) > WIDEST:  # A few go with the draft.
             with self._timed("draft"):
                 self._memory.feed([feed[:-1] for feed in feeds], keep=[0 for _ in feeds])
 
@@ -311,7 +328,7 @@ class Rounds:
             histories=[[] if plain else row.history for row in self.rows],
             rows=[row.place for row in self.rows],
             recent=[row.ids[-8:] for row in self.rows],
-            rooms=[request.max_new_tokens - len(row.ids) + row.prompt - 1 for row in self.rows],
+            rooms=[min(self._room(row), max(WIDEST - 1, arm.lookahead)) for row in self.rows],
             lookahead=arm.lookahead,
         )
         with self._timed("draft"):
@@ -326,8 +343,12 @@ class Rounds:
                 row.ids[held:] + draft.tokens
                 for row, held, draft in zip(self.rows, self._target.lengths, drafts, strict=True)
             ]
-            logits = self._target.extend(feeds, [len(draft.tokens) + 1 for draft in drafts])
-            settled = self._settle(logits, drafts)
+            keeps = [len(draft.tokens) + 1 for draft in drafts]
+            process = self._request.processors
+            if process.greedy and process.empty and isinstance(self._target, Chooser):
+                settled = _agree(self._target.choose(feeds, keeps), drafts)
+            else:
+                settled = self._settle(self._target.extend(feeds, keeps), drafts)
             new: list[list[int]] = []
             keep: list[int] = []
             for row, draft, (accepted, following) in zip(self.rows, drafts, settled, strict=True):
@@ -346,13 +367,7 @@ class Rounds:
                 for rows, row, draft in zip(logits, self.rows, drafts, strict=True)
             ]
         if process.greedy:
-            _check_finite(logits)
-            best = torch.cat([rows.argmax(dim=1) for rows in logits]).cpu()
-            choices = best.split([len(rows) for rows in logits])
-            return [
-                verify_greedy(choice, torch.tensor(draft.tokens, dtype=torch.long))
-                for choice, draft in zip(choices, drafts, strict=True)
-            ]
+            return _agree(best_of(logits), drafts)
         settled = []
         for rows, draft in zip(logits, drafts, strict=True):
             p = rows.softmax(dim=1)
@@ -375,9 +390,18 @@ class Rounds:
         return tokens[:taken]
 
 
+def _agree(choices: list[list[int]], drafts: list[Draft]) -> list[tuple[int, int]]:
+    """Return how many proposals are the target's choices, and its next one, for each row."""
+    if any(token < 0 for row in choices for token in row):
+        raise ValueError(_NO_NUMBERS)
+    return [
+        verify_greedy(choice, draft.tokens) for choice, draft in zip(choices, drafts, strict=True)
+    ]
+
+
 def _check_finite(rows: Sequence[Tensor]) -> None:
     if any(bool(r.isnan().any()) for r in rows):
-        raise ValueError("`target` gave logits that are no numbers.")
+        raise ValueError(_NO_NUMBERS)
 
 
 def stop_by(criterion: Any, device: torch.device) -> Callable[[Row], bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -44,6 +45,35 @@ class Runner(Protocol):
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows only, in this order."""
         ...
+
+
+@runtime_checkable
+class Chooser(Protocol):
+    """A runner that takes the likeliest ids on its own device, and so is waited for only once."""
+
+    def choose(self, feeds: Sequence[Sequence[int]], keep: Sequence[int]) -> list[list[int]]:
+        """Feed ids and return the likeliest id after each of a row's last few; see `best_of`."""
+        ...
+
+    def write(
+        self, feeds: Sequence[Sequence[int]], counts: Sequence[int], among: Tensor | None = None
+    ) -> list[list[int]]:
+        """Feed ids and go on with the likeliest ones; all of these but the last are fed too.
+
+        Args:
+            feeds: Ids for each row; an empty list leaves a row as it is.
+            counts: How many ids to write in each row that is fed.
+            among: Ids to choose from; all if missing.
+        """
+        ...
+
+
+def best_of(logits: Sequence[Tensor]) -> list[list[int]]:
+    """Return the likeliest id of each row of each tensor; −1 where one is no number."""
+    rows = logits[0] if len(logits) == 1 else torch.cat(list(logits))
+    best: list[int] = torch.where(rows.isnan().any(dim=1), -1, rows.argmax(dim=1)).tolist()
+    ends = list(itertools.accumulate(map(len, logits)))
+    return [best[end - len(part) : end] for end, part in zip(ends, logits, strict=True)]
 
 
 class EagerRunner:

@@ -278,6 +278,7 @@ def generate(
 @click.option("--micro-batch", default=8, show_default=True, help="Sequences in a forward pass.")
 @click.option("--context", default=512, show_default=True, help="Tokens in a sequence.")
 @click.option("--lr", default=6e-4, show_default=True, help="Peak learning rate.")
+@click.option("--expert-lr", type=float, help="That of routers and experts, if it is another.")
 @click.option("--seed", default=0, show_default=True, help="Seed of weights and data order.")
 @click.option(
     "--dedup",

@@ -3,7 +3,8 @@
 A dense model and a lookup model in table form run the same code. The router's weights ride in the
 up-projection, and one kernel ends a layer: softmax, dequantisation, weighted sum, residual, and the
 next layer's norm. A lookup model therefore launches as many kernels as its dense twin; the rows of
-all layers are fetched on a second stream while earlier layers compute.
+all layers are fetched on a second stream while earlier layers compute. Where the host finds the
+rows, a step is two graphs: what needs no rows runs while the host looks.
 """
 
 import itertools
@@ -37,7 +38,7 @@ class _Layer(NamedTuple):
     values: Tensor
 
 
-def _block(
+def _compute(
     hidden: Tensor,
     normed: Tensor,
     layer: _Layer,
@@ -45,13 +46,12 @@ def _block(
     sin: Tensor,
     position: Tensor,
     mask: Tensor,
-    rows: tuple[Tensor, Tensor | None] | None,
     heads: int,
     inner: int,
     eps: float,
     act: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Return the residual stream after one layer, and its norm for the next; one token each."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a layer's end takes: residual stream, feed-forward output, router's logits."""
     batch, dim = hidden.shape
     kv_heads, head = layer.keys.shape[1], layer.keys.shape[3]
     projected = nn.functional.linear(normed, layer.qkv).view(batch, -1, 1, head)
@@ -69,12 +69,43 @@ def _block(
     x = nn.functional.rms_norm(hidden, (dim,), layer.post, eps)
     up = nn.functional.linear(x, layer.up)
     update = nn.functional.linear(act(up[:, :inner]), layer.down)
+    return hidden, update, up[:, inner:]
+
+
+def _end(
+    hidden: Tensor,
+    update: Tensor,
+    logits: Tensor,
+    layer: _Layer,
+    rows: tuple[Tensor, Tensor | None] | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the residual stream after one layer, and its norm for the next."""
     if rows is None:
         hidden = hidden + update
-        return hidden, nn.functional.rms_norm(hidden, (dim,), layer.next, eps)
+        return hidden, nn.functional.rms_norm(hidden, hidden.shape[1:], layer.next, eps)
     values, scales = rows
-    logits = up[:, inner : inner + values.shape[1]]
+    logits = logits[:, : values.shape[1]]
     return combine_norm(logits, values, hidden, update, layer.next, eps, scales)
+
+
+def _block(
+    hidden: Tensor,
+    normed: Tensor,
+    layer: _Layer,
+    cos: Tensor,
+    sin: Tensor,
+    position: Tensor,
+    mask: Tensor,
+    rows: tuple[Tensor, Tensor | None] | None,
+    heads: int,
+    inner: int,
+    eps: float,
+    act: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return the residual stream after one layer, and its norm for the next; one token each."""
+    computed = _compute(hidden, normed, layer, cos, sin, position, mask, heads, inner, eps, act)
+    return _end(*computed, layer, rows, eps)
 
 
 def _choose(normed: Tensor, head: Tensor, ids: Tensor) -> None:
@@ -177,15 +208,14 @@ class Decoder:
         self.captured = cuda if captured is None else captured
         if self.captured and not cuda:
             raise ValueError(f"`captured` needs a model on a GPU; this one is on {self.device}.")
-        block: Any = _block
-        choose: Any = _choose
+        parts: list[Any] = [_block, _compute, _end, _choose]
         if cuda if compiled is None else compiled:
-            block = torch.compile(_block, fullgraph=True, dynamic=False)
-            choose = torch.compile(_choose, fullgraph=True, dynamic=False)
-        self._run_block, self._run_choose = block, choose
-        # How ids are chosen ("greedy", "any" or "some" of them drawn), and a graph for each way.
+            parts = [torch.compile(part, fullgraph=True, dynamic=False) for part in parts]
+        self._run_block, self._run_compute, self._run_end, self._run_choose = parts
+        # How ids are chosen ("greedy", "any" or "some" of them drawn), and graphs of the parts of a
+        # step, for each way where it matters.
         self._way = "greedy"
-        self._graphs: dict[str, Any] = {}
+        self._graphs: dict[tuple[str, str], Any] = {}
         self._generator: torch.Generator | None = None
         self._sampling: _Sampling | None = None
         self._prepare()
@@ -226,6 +256,13 @@ class Decoder:
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
         self.history = torch.zeros(self.batch, self.length, dtype=torch.long, device=self.device)
         self.rows: list[Any] = [None] * len(self.layers)
+        self.sizes = (
+            config.num_attention_heads,
+            config.intermediate_size,
+            config.rms_norm_eps,
+            model.layers[0].mlp.act,
+        )
+        self.hosted = False
         if self.store is None:
             return
         meta = self.store.meta
@@ -257,6 +294,12 @@ class Decoder:
         if self.leased:
             self.places = torch.zeros_like(self.ids)
             self.slots = torch.zeros(self.batch, dtype=torch.long, pin_memory=cuda)
+        # Whether the host finds the rows: it sees the ids in memory of its own.
+        self.hosted = self.leased or not self.fetched
+        if self.hosted:
+            self.first = next(n for n, rows in enumerate(self.rows) if rows is not None)
+            self.seen = torch.zeros(self.batch, dtype=torch.long, pin_memory=cuda)
+            self.copied = torch.cuda.Event() if cuda else None
 
     def _spans(self) -> dict[int, list[tuple[int, int]]]:
         """Return, for the layers that begin a group, the parts of a row the group needs."""
@@ -293,32 +336,64 @@ class Decoder:
     def _step(self) -> None:
         """Run one token of every sequence through the model."""
         events = self._fetch()
+        hidden, normed, where = self._enter()
+        self._leave(*self._layers(hidden, normed, where, range(len(self.layers)), events))
+
+    def _open(self) -> None:
+        """Run the part of a step that needs no rows: up to the end of the first lookup layer."""
+        hidden, normed, where = self._enter()
+        hidden, normed = self._layers(hidden, normed, where, range(self.first), {})
+        layer = self.layers[self.first]
+        computed = self._run_compute(hidden, normed, layer, *where, *self.sizes)
+        self._opened = computed, where
+
+    def _close(self) -> None:
+        """Run the rest of a step that was opened."""
+        events = self._fetch()
+        self._await(events, self.first)
+        computed, where = self._opened
+        layer, rows = self.layers[self.first], self.rows[self.first]
+        hidden, normed = self._run_end(*computed, layer, rows, self.config.rms_norm_eps)
+        rest = range(self.first + 1, len(self.layers))
+        self._leave(*self._layers(hidden, normed, where, rest, events))
+
+    def _enter(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Return the first layer's input, its norm, and what tells all layers the position."""
         model: Any = self.model.model
-        config = self.config
         self.history.index_copy_(1, self.position, self.ids[:, None])
         hidden = model.embed_tokens(self.ids)
         normed = nn.functional.rms_norm(
-            hidden, hidden.shape[1:], model.layers[0].input_layernorm.weight, config.rms_norm_eps
+            hidden,
+            hidden.shape[1:],
+            model.layers[0].input_layernorm.weight,
+            self.config.rms_norm_eps,
         )
-        cos, sin = self.cos[self.position], self.sin[self.position]
         mask = (self.positions <= self.position)[None, None, None]
-        for number, layer in enumerate(self.layers):
-            if number in events:
-                torch.cuda.current_stream(self.device).wait_event(events[number])
-            hidden, normed = self._run_block(
-                hidden,
-                normed,
-                layer,
-                cos,
-                sin,
-                self.position,
-                mask,
-                self.rows[number],
-                config.num_attention_heads,
-                config.intermediate_size,
-                config.rms_norm_eps,
-                model.layers[0].mlp.act,
-            )
+        where = self.cos[self.position], self.sin[self.position], self.position, mask
+        return hidden, normed, where
+
+    def _layers(
+        self,
+        hidden: Tensor,
+        normed: Tensor,
+        where: tuple[Tensor, ...],
+        numbers: range,
+        events: dict[int, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Run some layers; return the residual stream and its norm for the next."""
+        for number in numbers:
+            self._await(events, number)
+            layer, rows = self.layers[number], self.rows[number]
+            hidden, normed = self._run_block(hidden, normed, layer, *where, rows, *self.sizes)
+        return hidden, normed
+
+    def _await(self, events: dict[int, Any], number: int) -> None:
+        """Let the layer of this number wait for its rows."""
+        if number in events:
+            torch.cuda.current_stream(self.device).wait_event(events[number])
+
+    def _leave(self, hidden: Tensor, normed: Tensor) -> None:
+        """Choose the next ids."""
         if self._way == "greedy":
             self._run_choose(normed, self.model.lm_head.weight, self.ids)
         else:
@@ -388,43 +463,53 @@ class Decoder:
     def step(self) -> None:
         """Decode one token of every sequence; waits for the ids only if the host finds the rows."""
         self._renew()
-        if self.store is not None and self.leased:
-            with self.store.lease(self.ids) as slots:
-                self.slots.copy_(torch.tensor(slots))
-                self.places.copy_(self.slots, non_blocking=True)
-                self._run()
+        if not self.hosted:
+            self._run("_step")
             return
-        if self.store is not None and not self.fetched:
-            self.staging.copy_(self.store.read(self.ids), non_blocking=True)
-        self._run()
+        self.seen.copy_(self.ids, non_blocking=True)
+        if self.copied is not None:
+            self.copied.record()
+        self._run("_open")  # meanwhile the host finds the rows
+        if self.copied is not None:
+            self.copied.synchronize()
+        if not self.leased:
+            self.staging.copy_(self.store.read(self.seen), non_blocking=True)
+            self._run("_close")
+            return
+        with self.store.lease(self.seen) as slots:
+            self.slots.copy_(torch.tensor(slots))
+            self.places.copy_(self.slots, non_blocking=True)
+            self._run("_close")
 
-    def _run(self) -> None:
-        """Run a step, or replay it; it is captured when it comes for the first time."""
-        if self._way not in self._graphs:
+    def _run(self, part: str) -> None:
+        """Run a part of a step, or replay it; it is captured when it comes for the first time."""
+        way = "" if part == "_open" else self._way
+        if (part, way) not in self._graphs:
             # One compiled block serves all decoders of a process, in a version for each shape.
             with torch._dynamo.config.patch(recompile_limit=64):
                 if not self.captured:
-                    self._step()
+                    getattr(self, part)()
                     return
-                self._capture()
-        self._graphs[self._way].replay()
+                self._graphs[part, way] = self._capture(getattr(self, part))
+        self._graphs[part, way].replay()
 
-    def _capture(self) -> None:
-        """Record a step as a graph; what the rehearsals changed is put back."""
+    def _capture(self, part: Callable[[], None]) -> Any:
+        """Return a part of a step as a graph; what the rehearsals changed is put back."""
         kept = [t.clone() for t in (self.ids, self.position, self.history)]
         rehearsal = torch.cuda.Stream(self.device)
         rehearsal.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(rehearsal):
             for _ in range(2):
                 self.position.copy_(kept[1])
-                self._step()
+                part()
         torch.cuda.current_stream(self.device).wait_stream(rehearsal)
-        graph = self._graphs[self._way] = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         self.position.copy_(kept[1])
         with torch.cuda.graph(graph):
-            self._step()
+            part()
         for tensor, value in zip((self.ids, self.position, self.history), kept, strict=True):
             tensor.copy_(value)
+        return graph
 
     def generate(
         self,

@@ -1,4 +1,4 @@
-"""Time to read a prompt: dense, and lookup tables by format, experts and store."""
+"""Time to read a prompt: dense, lookup tables by format, experts and store, and mixtures."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -51,6 +51,7 @@ def measure(
         (4, "fp16", "device"),
         (4, "fp16", "pageable"),
     ),
+    mixtures: bool = True,
 ) -> None:
     """Add the time of every case, next to the dense model's of the same rounds.
 
@@ -62,6 +63,7 @@ def measure(
         batches: Numbers of prompts.
         length: Tokens in a prompt; they repeat as in prose.
         cases: Experts, format and store, as `decode` has them.
+        mixtures: Also time mixtures of experts, resident and offloaded.
     """
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -71,6 +73,10 @@ def measure(
         for layer in model.model.layers if cuda else ():
             layer.compile(dynamic=False)
         return model.eval()
+
+    def compare(name: str, model: Any, error: float | None = None) -> None:
+        for batch in batches:
+            _compare(results, say, name, model, dense, prompts[:batch], error)
 
     dense = compiled(random_model("dense", shape, device, dtype))
     prompts = zipf_ids((max(batches), length), dense.config.vocab_size).to(device)
@@ -96,36 +102,53 @@ def measure(
         gap = _gap(model, prompts[:1, :32])
         if not gap < 1e-5:
             raise ValueError(f"{fmt} rows from {kind} memory give other logits: {gap:.1e}.")
-        for batch in batches:
-            ids = prompts[:batch]
-            for contender in (dense, model):
-                _milliseconds(contender, ids)
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            rounds = [
-                (_milliseconds(dense, ids), _milliseconds(model, ids)) for _ in range(_ROUNDS)
-            ]
-            peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
-            times = torch.tensor(rounds)
-            name = f"MoLE-{experts}E {fmt} {kind}"
-            parameters = {"batch": batch, "length": length}
-            for provider, metric, unit, found, extra in (
-                (f"dense beside {name}", "prefill", "ms", times[:, 0], {}),
-                (name, "prefill", "ms", times[:, 1], {"peak_mib": peak, "error": gap}),
-                (name, "over dense", "x", times[:, 1] / times[:, 0], {}),
-            ):
-                low, middle, high = (float(found.quantile(q)) for q in (0.2, 0.5, 0.8))
-                results.add(
-                    provider, metric, middle, unit, p20=low, p80=high, n=_ROUNDS,
-                    **extra, **parameters,
-                )  # fmt: skip
-            distinct = len(ids.unique())
-            say(
-                f"{name}, {batch} x {length}: {float(times[:, 1].median()):.2f} ms, dense "
-                f"{float(times[:, 0].median()):.2f} ms, ratio {middle:.3f} [{low:.3f}, {high:.3f}]"
-                f"; {distinct} distinct ids"
-            )
+        compare(f"MoLE-{experts}E {fmt} {kind}", model, gap)
         store.close()
+    tables.clear()
+    if mixtures:
+        from accelerate import cpu_offload
+
+        compare("MoE-10E resident", compiled(random_model("moe", shape, device, dtype)))
+        offloaded = random_model("moe", shape, device, dtype).eval()
+        for layer in offloaded.model.layers:
+            cpu_offload(layer.mlp, execution_device=device)
+        compare("MoE-10E offloaded by accelerate", offloaded)
+
+
+def _compare(
+    results: Results,
+    say: Callable[[str], None],
+    name: str,
+    model: Any,
+    dense: Any,
+    ids: torch.Tensor,
+    error: float | None,
+) -> None:
+    """Add the time of a model, next to the dense one's in alternating rounds."""
+    cuda = ids.is_cuda
+    for contender in (dense, model):
+        _milliseconds(contender, ids)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    rounds = [(_milliseconds(dense, ids), _milliseconds(model, ids)) for _ in range(_ROUNDS)]
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
+    times = torch.tensor(rounds)
+    batch, length = ids.shape
+    for provider, metric, unit, found, extra in (
+        (f"dense beside {name}", "prefill", "ms", times[:, 0], {}),
+        (name, "prefill", "ms", times[:, 1], {"peak_mib": peak, "error": error}),
+        (name, "over dense", "x", times[:, 1] / times[:, 0], {}),
+    ):
+        low, middle, high = (float(found.quantile(q)) for q in (0.2, 0.5, 0.8))
+        results.add(
+            provider, metric, middle, unit, p20=low, p80=high, n=_ROUNDS, batch=batch,
+            length=length, **extra,
+        )  # fmt: skip
+    say(
+        f"{name}, {batch} x {length}: {float(times[:, 1].median()):.2f} ms, dense "
+        f"{float(times[:, 0].median()):.2f} ms, ratio {middle:.3f} [{low:.3f}, {high:.3f}]; "
+        f"{len(ids.unique())} distinct ids"
+    )
 
 
 __all__ = ["measure"]

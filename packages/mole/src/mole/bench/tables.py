@@ -60,6 +60,7 @@ def measure_convert(
     shape: str | None = None,
     experts: int = 4,
     folder: str | None = None,
+    rounds: int = 3,
 ) -> None:
     """Add the speed of a conversion, next to writing as many bytes with fsync, and its memory.
 
@@ -71,6 +72,7 @@ def measure_convert(
         shape: One of `SHAPES`, with random weights; the shipped model if None.
         experts: Lookup experts in a layer of a shape.
         folder: Where the table is written; the folder for temporary files if None.
+        rounds: Times to convert and to write, in turns.
     """
     if shape is None:
         model = _shipped()[0].to(device)
@@ -78,30 +80,45 @@ def measure_convert(
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         model = random_model("mole", shape, device, dtype, num_lookup_experts=experts).eval()
     name: dict[str, Any] = {"model": shape or "shipped", "format": fmt}
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        before = _peak_memory()
-        begin = time.perf_counter()
-        target = convert(model, Path(place) / "table", fmt, progress=False)
-        seconds = time.perf_counter() - begin
-        grown = _peak_memory() - before
-        meta = verify(target / "lut", model)
-        (target / "lut" / "lut.safetensors").unlink()
-        block = os.urandom(8 * 2**20)
-        begin = time.perf_counter()
-        with open(Path(place) / "plain", "wb") as file:
-            left = meta.file_bytes
-            while left:
-                left -= file.write(block[:left])
-            file.flush()
-            os.fsync(file.fileno())
-        plain = time.perf_counter() - begin
-    for provider, time_s in (("convert", seconds), ("plain write", plain)):
-        results.add(provider, "speed", meta.file_bytes / time_s / 1e9, "GB/s", **name)
-    results.add("convert", "of a plain write", plain / seconds, "x", **name)
+    times: dict[str, list[float]] = {"convert": [], "plain write": []}
+    before, grown = _peak_memory(), 0
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            begin = time.perf_counter()
+            target = convert(model, Path(place) / "table", fmt, progress=False)
+            times["convert"].append(time.perf_counter() - begin)
+            grown = grown or _peak_memory() - before
+            meta = verify(target / "lut", model)
+            (target / "lut" / "lut.safetensors").unlink()
+            times["plain write"].append(_plain_write(Path(place) / "plain", meta.file_bytes))
+    seconds = {way: torch.tensor(found) for way, found in times.items()}
+    share = seconds["plain write"] / seconds["convert"]
+    for provider, metric, unit, found in (
+        ("convert", "speed", "GB/s", meta.file_bytes / seconds["convert"] / 1e9),
+        ("plain write", "speed", "GB/s", meta.file_bytes / seconds["plain write"] / 1e9),
+        ("convert", "of a plain write", "x", share),
+    ):
+        low, middle, high = (float(found.quantile(q)) for q in (0.2, 0.5, 0.8))
+        results.add(provider, metric, middle, unit, p20=low, p80=high, n=rounds, **name)
     results.add("convert", "peak memory over the model", grown / 2**20, "MiB", **name)
-    say(f"convert {fmt}: {meta.file_bytes / 1e9:.2f} GB at {meta.file_bytes / seconds / 1e9:.3f} "
-        f"GB/s, {plain / seconds:.2f} of a plain write's speed, {grown / 2**20:,.0f} MiB over the "
-        "model")  # fmt: skip
+    say(
+        f"convert {fmt}: {meta.file_bytes / 1e9:.2f} GB, seconds {times['convert']}, of a plain "
+        f"write's speed {[round(x, 2) for x in share.tolist()]}, {grown / 2**20:,.0f} MiB over the "
+        "model"
+    )
+
+
+def _plain_write(path: Path, size: int) -> float:
+    """Return the seconds that writing so many bytes takes, until they are on the disk."""
+    block = os.urandom(8 * 2**20)
+    begin = time.perf_counter()
+    with open(path, "wb") as file:
+        left = size
+        while left:
+            left -= file.write(block[:left])
+        file.flush()
+        os.fsync(file.fileno())
+    return time.perf_counter() - begin
 
 
 def _peak_memory() -> int:

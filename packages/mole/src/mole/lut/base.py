@@ -7,6 +7,7 @@ them and returns a ticket, whose `rows` the model takes when it needs them.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
@@ -60,6 +61,11 @@ class LutStore(ABC):
         found = self.rows(ids)
         return Ticket(lambda: found)
 
+    def read_into(self, rows: list[int], out: list[Tensor]) -> None:
+        """Write the rows of distinct ids into host memory, one tensor for each."""
+        for place, found in zip(out, self.read(torch.tensor(rows)), strict=True):
+            place.copy_(found)
+
     def close(self) -> None:
         """Let go of files and memory; the store cannot be used any more."""
         self.closed = True
@@ -68,12 +74,17 @@ class LutStore(ABC):
         """Return the ids in host memory, checked."""
         self._check_open()
         ids = ids.cpu()
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.meta.vocab:
+        if ids.numel():
+            self._check_range(int(ids.min()), int(ids.max()))
+        return ids
+
+    def _check_range(self, first: int, last: int) -> None:
+        """Raise an error unless the smallest and the largest id are in the table."""
+        if not 0 <= first <= last < self.meta.vocab:
             raise LutIdError(
                 f"`ids` must be between 0 and {self.meta.vocab - 1}, the table's last id; "
-                f"got ids from {int(ids.min())} to {int(ids.max())}."
+                f"got ids from {first} to {last}."
             )
-        return ids
 
     def _check_open(self) -> None:
         if self.closed:

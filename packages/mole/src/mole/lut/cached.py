@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .base import LutStore
 
+_STAGED = 64  # rows that are read at a time
+
 
 class CachedStore(LutStore):
     """A number of recently used rows in memory, in front of a slower store.
@@ -41,6 +43,11 @@ class CachedStore(LutStore):
         self._used = bytearray(self.capacity)
         self._hand = 0
         self.hits = self.misses = 0
+        # Missing rows pass through host memory; on a GPU it is free again when they were sent.
+        cuda = self.table.is_cuda
+        size = (_STAGED, store.meta.row_stride)
+        self._staging = list(torch.empty(size, dtype=torch.uint8, pin_memory=cuda))
+        self._sent = torch.cuda.Event() if cuda else None
         self._lock = threading.Lock()
         self._done: Any = None  # on a GPU, what the last reader's stream has to reach
 
@@ -104,15 +111,18 @@ class CachedStore(LutStore):
             self._used[slot] = 1
         if not missing:
             return
-        fresh = self.store.read(torch.tensor(missing)).to(self.table.device)
-        for row in missing:
-            held.add(self._claim(row, held))
-        slots = [self._slot[row] for row in missing]
-        if self.table.is_cuda:
-            self.table.index_copy_(0, torch.tensor(slots).to(self.table.device), fresh)
-            return
-        for slot, bytes_ in zip(slots, fresh, strict=True):  # many times faster for long rows
-            self.table[slot] = bytes_
+        for begin in range(0, len(missing), _STAGED):
+            rows = missing[begin : begin + _STAGED]
+            if self._sent is not None:
+                self._sent.synchronize()
+            fresh = self._staging[: len(rows)]
+            self.store.read_into(rows, fresh)
+            for row, bytes_ in zip(rows, fresh, strict=True):
+                slot = self._claim(row, held)
+                held.add(slot)
+                self.table[slot].copy_(bytes_, non_blocking=True)
+            if self._sent is not None:
+                self._sent.record()
 
     def _claim(self, row: int, held: set[int]) -> int:
         """Give a row the slot of one that was not used of late, none of those held."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int, UInt8
@@ -42,6 +43,8 @@ class DiskStore(LutStore):
         path = Path(folder) / DATA_FILE
         self.direct = direct
         self._file = self._open(path) if direct else os.open(path, os.O_RDONLY)
+        # Memory for a direct read of a row wherever it begins.
+        self._frame = (-(-self.meta.row_stride // _DIRECT_ALIGNMENT) + 1) * _DIRECT_ALIGNMENT
         self._spare: list[memoryview] = []
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lut")
         self._release = weakref.finalize(self, _end, self._pool, self._file)
@@ -67,68 +70,90 @@ class DiskStore(LutStore):
 
     def prefetch(self, ids: Int[Tensor, "*tokens"]) -> Ticket:
         """Begin to read the rows of the ids; returns at once."""
-        take = self._begin(ids.flatten())
+        take = self._read(ids.flatten(), waiting=False)
         return Ticket(lambda: LutRows.from_bytes(take(), self.meta))
 
     def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
         """Return whole rows as they are on disk, on the ids' device."""
-        return self._begin(ids, waiting=True)()
+        return self._read(ids, waiting=True)()
+
+    def read_into(self, rows: list[int], out: list[Tensor]) -> None:
+        """Write the rows of distinct ids into host memory, one tensor for each."""
+        self._check_open()
+        self._check_range(min(rows), max(rows))
+        self._begin(rows, out, waiting=True)()
 
     def rows(self, ids: Int[Tensor, "*tokens"]) -> LutRows:
         """Return the rows of the ids, flattened, on the ids' device."""
         return LutRows.from_bytes(self.read(ids.flatten()), self.meta)
 
-    def _begin(self, ids: Tensor, waiting: bool = False) -> Callable[[], Tensor]:
-        """Begin to read whole rows; the function that is returned waits for them.
+    def _read(self, ids: Tensor, waiting: bool) -> Callable[[], Tensor]:
+        """Begin to read whole rows; the function that is returned waits for them."""
+        rows = self._host_ids(ids).tolist()
+        place = {row: number for number, row in enumerate(dict.fromkeys(rows))}
+        out = torch.empty(len(place), self.meta.row_stride, dtype=torch.uint8)
+        wait = self._begin(list(place), list(out), waiting)
+
+        def take() -> Tensor:
+            wait()
+            found = out
+            if len(place) < len(rows):
+                found = out.index_select(0, torch.tensor([place[row] for row in rows]))
+            return found.to(ids.device)
+
+        return take
+
+    def _begin(self, rows: list[int], out: list[Tensor], waiting: bool) -> Callable[[], None]:
+        """Begin to read rows into memory; the function that is returned waits for them.
 
         What the page cache has is read at once, if it is used at all. A caller who waits anyway
         reads the last piece himself: one alone needs no other thread.
         """
-        rows = self._host_ids(ids).tolist()
         stride = self.meta.row_stride
-        # Rows begin on 512 bytes, direct reads on 4,096: every frame has room for both ends.
-        size = (-(-stride // _DIRECT_ALIGNMENT) + 1) * _DIRECT_ALIGNMENT
-        distinct = list(dict.fromkeys(rows))
-        frames = self._frames(len(distinct), size)
-        places: dict[int, Tensor] = {}
+        frames = self._frames(len(rows)) if self.direct else []
+        copies: list[tuple[Tensor, Tensor]] = []
         pieces: list[tuple[memoryview, int]] = []
-        for row, frame in zip(distinct, frames, strict=True):
-            begin = HEADER_BYTES + row * stride
-            first = begin // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT
-            places[row] = torch.frombuffer(
-                frame, dtype=torch.uint8, count=stride, offset=begin - first
-            )
-            for start in range(0, size, _PIECE):
-                piece = frame[start : start + _PIECE], first + start
-                if self.direct or not self._fill_now(*piece):
-                    pieces.append(piece)
+        for number, (row, place) in enumerate(zip(rows, out, strict=True)):
+            first = HEADER_BYTES + row * stride
+            if self.direct:
+                # Rows begin on 512 bytes, direct reads on 4,096.
+                extra = first % _DIRECT_ALIGNMENT
+                size = -(-(extra + stride) // _DIRECT_ALIGNMENT) * _DIRECT_ALIGNMENT
+                view, first = frames[number][:size], first - extra
+                found = torch.frombuffer(view, dtype=torch.uint8, count=stride, offset=extra)
+                copies.append((place, found))
+            else:
+                bytes_: Any = place.numpy()
+                view = memoryview(bytes_)
+                if self._fill_now(view, first):
+                    continue
+            for start in range(0, len(view), _PIECE):
+                pieces.append((view[start : start + _PIECE], first + start))
         own = pieces.pop() if waiting and pieces else None
         futures = [self._pool.submit(self._fill, *piece) for piece in pieces]
 
-        def take() -> Tensor:
+        def wait() -> None:
             if own is not None:
                 self._fill(*own)
             for future in futures:
                 future.result()
-            if not rows:
-                return torch.empty(0, stride, dtype=torch.uint8, device=ids.device)
-            found = torch.stack([places[row] for row in rows]).to(ids.device)
-            if waiting and (len(self._spare) + len(frames)) * size <= _SPARE_BYTES:
+            for place, found in copies:
+                place.copy_(found)
+            if waiting and (len(self._spare) + len(frames)) * self._frame <= _SPARE_BYTES:
                 self._spare.extend(frames)  # a ticket's rows may be asked for once more
-            return found
 
-        return take
+        return wait
 
-    def _frames(self, count: int, size: int) -> list[memoryview]:
+    def _frames(self, count: int) -> list[memoryview]:
         """Return aligned memory for rows, as far as possible what the system has given already."""
         frames: list[memoryview] = []
         with suppress(IndexError):
             while len(frames) < count:
                 frames.append(self._spare.pop())
-        if fresh := (count - len(frames)) * size:
+        if fresh := (count - len(frames)) * self._frame:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # its pages are the quickest to get
             block = memoryview(mmap.mmap(-1, fresh, flags=flags))
-            frames += [block[begin : begin + size] for begin in range(0, fresh, size)]
+            frames += [block[begin : begin + self._frame] for begin in range(0, fresh, self._frame)]
         return frames
 
     def _fill_now(self, view: memoryview, offset: int) -> bool:

@@ -51,6 +51,8 @@ class TrainSettings:
         micro_batch: Sequences in one forward pass of one process.
         context: Tokens in a sequence.
         lr: Peak learning rate; linear warm-up, then cosine to a tenth.
+        expert_lr: That of routers and lookup experts, if it is another: new ones in a model that
+            is trained already have further to go.
         warmup: Share of the steps that warm up.
         weight_decay: Decay of matrices; norms are left alone.
         clip: Largest norm of the gradient.
@@ -62,19 +64,19 @@ class TrainSettings:
     micro_batch: int = 8
     context: int = 512
     lr: float = 6e-4
+    expert_lr: float | None = None
     warmup: float = 0.01
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
 
-    def learning_rate(self, step: int) -> float:
-        """Return the rate of a step."""
+    def schedule(self, step: int) -> float:
+        """Return a step's share of the peak learning rate."""
         warmup = max(1, round(self.warmup * self.steps))
         if step < warmup:
-            return self.lr * (step + 1) / warmup
+            return (step + 1) / warmup
         done = (step - warmup) / max(1, self.steps - warmup)
-        share = _FINAL_LR_SHARE + (1 - _FINAL_LR_SHARE) * (1 + math.cos(math.pi * done)) / 2
-        return self.lr * share
+        return _FINAL_LR_SHARE + (1 - _FINAL_LR_SHARE) * (1 + math.cos(math.pi * done)) / 2
 
     def crops(self, step: int, total: int) -> Int[Tensor, " batch"]:
         """Return where the sequences of a step begin among `total` tokens."""
@@ -157,6 +159,7 @@ def train(
     if sharded:
         _shard(model)
     optimizer = _optimizer(model, settings)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     text: Any = tokens.int().contiguous().numpy()
     decisive = asdict(settings) | {"text": zlib.crc32(text)}
     first = _resume(model, optimizer, output, decisive) if resume else 0
@@ -171,8 +174,8 @@ def train(
     last = settings.steps if stop_after is None else min(settings.steps, stop_after)
     clock, counted = time.perf_counter(), 0
     for step in range(first, last):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate(step)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * settings.schedule(step)
         torch.manual_seed((settings.seed * 1_000_003 + step) * 1009 + accelerator.process_index)
         loss = _step(accelerator, model, optimizer, tokens, settings, step)
         counted += settings.batch * settings.context
@@ -191,7 +194,7 @@ def train(
                 "step": step + 1,
                 "tokens": (step + 1) * settings.batch * settings.context,
                 "loss": value,
-                "lr": settings.learning_rate(step),
+                "lr": settings.lr * settings.schedule(step),
                 "tokens_per_second": speed,
             }
             if main:
@@ -297,14 +300,17 @@ def _synchronise(accelerator: Accelerator, model: Any) -> None:
 
 
 def _optimizer(model: Any, settings: TrainSettings) -> torch.optim.Optimizer:
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    """Return AdamW over groups of weights by what decays, and by learning rate if there are two."""
+    kinds: dict[tuple[float, float], list[Tensor]] = {}
+    for name, weight in model.named_parameters():
+        lr = settings.lr
+        if settings.expert_lr is not None and ".lookup." in name:
+            lr = settings.expert_lr
+        decay = settings.weight_decay if weight.dim() > 1 else 0.0
+        kinds.setdefault((lr, decay), []).append(weight)
+    groups = [{"params": p, "lr": lr, "weight_decay": d} for (lr, d), p in kinds.items()]
     fused = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
 
 def _check(tokens: Tensor, settings: TrainSettings, processes: int) -> None:

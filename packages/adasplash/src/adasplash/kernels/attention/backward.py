@@ -29,8 +29,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import launch
 from .tiles import (
     SIZES,
+    UNALIGNED,
     aligned,
     describe,
     hide,
@@ -45,7 +47,7 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 @no_type_check
 def _queries_kernel(
     q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, active_ptr, list_ptr,
@@ -122,7 +124,7 @@ def _queries_kernel(
     store_rows(dq_ptr + row_base * dim_head, dq, rows, seq_q, dim_head, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 @no_type_check
 def _keys_kernel(
     q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, active_ptr, list_ptr,
@@ -226,11 +228,14 @@ def launch_backward(
         "num_warps": tiles.num_warps,
         "num_stages": tiles.back_stages,
     }
-    _queries_kernel[(n_tiles * problem.planes,)](
+    kind = *problem.kind, (tau.data_ptr() | active.data_ptr()) % 16  # they may be anybody's
+    launch(
+        _queries_kernel, n_tiles * problem.planes, kind,
         *sources, dq, delta, dalpha, *problem.sizes, problem.scale, dim_head,
         ALPHA_GRAD=alpha is not None, **constants,
     )  # fmt: skip
-    _keys_kernel[(n_blocks * k.shape[0] * k.shape[1],)](
-        *sources, delta, dk, dv, *problem.sizes, problem.scale, dim_head, dim_value, **constants
-    )
+    launch(
+        _keys_kernel, n_blocks * k.shape[0] * k.shape[1], kind,
+        *sources, delta, dk, dv, *problem.sizes, problem.scale, dim_head, dim_value, **constants,
+    )  # fmt: skip
     return dq, dk, dv, tau.new_empty(0) if alpha is None else dalpha.sum(-1)

@@ -24,12 +24,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import launch
 from .screen import Candidates, screen
 from .threshold import threshold
-from .tiles import SIZES, Problem, load_tile, padded, pose, products, roots, store_rows
+from .tiles import SIZES, UNALIGNED, Problem, load_tile, padded, pose, products, roots, store_rows
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 @no_type_check
 def _output_kernel(
     q_desc, k_desc, v_desc, mask_ptr, alpha_ptr, list_ptr, count_ptr, tau_ptr, out_ptr, active_ptr,
@@ -114,7 +115,8 @@ def weighted_sum(
     dim_value = v.shape[-1]
     output = torch.empty((*q.shape[:3], dim_value), dtype=q.dtype, device=q.device)
     active = torch.zeros(candidates.listed.shape, dtype=torch.int8, device=q.device)
-    _output_kernel[(problem.grid[0] * problem.planes,)](
+    launch(
+        _output_kernel, problem.grid[0] * problem.planes, problem.kind,
         *problem.descriptors, problem.mask, problem.alpha, *candidates[2:], tau, output, active,
         *problem.sizes, problem.scale, dim_value, **problem.switches, BLOCK_DV=padded(dim_value),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,

@@ -23,10 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fourfold_common import triton_status
-
+from ..launch import interpreted, launch
 from .threshold import step_left
-from .tiles import SIZES, Problem, describe, hide, load_tile, roots, saturated
+from .tiles import SIZES, UNALIGNED, Problem, describe, hide, load_tile, roots, saturated
 
 _ROOM = 2**28  # bytes of stored maxima
 _CHUNK, _LISTED, _WARPS = 8, 64, 1  # of the second kernel: blocks at a time
@@ -98,7 +97,7 @@ def _store_peaks(
     )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 @no_type_check
 def _screen_kernel(
     q_desc, k_desc, mask_ptr, alpha_ptr, top_ptr, peak_ptr, first_place,
@@ -164,7 +163,7 @@ def _peaks(peak_ptr, blocks, rows, real, TILE_M: tl.constexpr):
     return peaks.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 @no_type_check
 def _list_kernel(
     alpha_ptr, top_ptr, peak_ptr, bound_ptr, list_ptr, count_ptr, first_place,
@@ -271,17 +270,18 @@ def screen(problem: Problem, *, skip: bool = True) -> Candidates:
     places = triton.cdiv(q.shape[2], tiles.screen_m) * problem.planes
     at_once = min(places, max(1, _ROOM // (2 * n_blocks * tiles.screen_m)))
     peaks = torch.empty(at_once * n_blocks * tiles.screen_m, dtype=torch.float16, device=device)
-    interpreting = triton_status().interpreting
+    interpreting = interpreted(_screen_kernel)
     sources = describe(q, tiles.screen_m), describe(problem.k, tiles.screen_n)
     for first in range(0, places, at_once):
         some = min(at_once, places - first)
-        _screen_kernel[(some,)](
-            *sources, problem.mask, problem.alpha, top, peaks, first, *problem.sizes,
-            problem.scale, **switches, TILE_M=tiles.screen_m, TILE_N=tiles.screen_n,
-            INTERPRETED=interpreting, num_warps=tiles.screen_warps,
-            num_stages=tiles.screen_stages,
+        launch(
+            _screen_kernel, some, problem.kind,
+            *sources, problem.mask, problem.alpha, top, peaks, first, *problem.sizes, problem.scale,
+            **switches, TILE_M=tiles.screen_m, TILE_N=tiles.screen_n, INTERPRETED=interpreting,
+            num_warps=tiles.screen_warps, num_stages=tiles.screen_stages,
         )  # fmt: skip
-        _list_kernel[(some * (tiles.screen_m // tiles.block_m),)](
+        launch(
+            _list_kernel, some * (tiles.screen_m // tiles.block_m), problem.kind,
             problem.alpha, top, peaks, bound, listed, count, first, *problem.sizes,
             **{name: switches[name] for name in _LIST_SWITCHES}, SKIP=skip,
             SATURATE=switches["HALF"] and not interpreting, TILE_M=tiles.screen_m,

@@ -24,9 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fourfold_common import triton_status
-
-from .tiles import SIZES, Problem, load_tile, products, roots, saturated
+from ..launch import interpreted, launch
+from .tiles import SIZES, UNALIGNED, Problem, load_tile, products, roots, saturated
 
 if TYPE_CHECKING:
     from .screen import Candidates
@@ -108,7 +107,7 @@ def _sums(s, factor, t, power, HALF: tl.constexpr, SATURATE: tl.constexpr):
     return tl.sum(x * u, 1), total, tl.sum((x > 0.0).to(tl.float32), 1) if HALF else total
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 @no_type_check
 def _threshold_kernel(
     q_desc, k_desc, mask_ptr, alpha_ptr, top_ptr, bound_ptr, list_ptr, count_ptr, tau_ptr,
@@ -170,8 +169,9 @@ def threshold(problem: Problem, candidates: Candidates) -> torch.Tensor:
     """Return tau, float32 `[batch, heads, seq_q]`."""
     tau = torch.empty_like(candidates.top)
     dtype, tiles = problem.q.dtype, problem.tiles
-    fast = dtype != torch.float32 and not triton_status().interpreting
-    _threshold_kernel[(problem.grid[0] * problem.planes,)](
+    fast = dtype != torch.float32 and not interpreted(_threshold_kernel)
+    launch(
+        _threshold_kernel, problem.grid[0] * problem.planes, problem.kind,
         *problem.descriptors[:2], problem.mask, problem.alpha, *candidates, tau, *problem.sizes,
         problem.scale, TOLERANCE[dtype], MAX_PASSES, **problem.switches,
         SATURATE=fast and problem.switches["HALF"],

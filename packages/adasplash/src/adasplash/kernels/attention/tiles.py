@@ -13,6 +13,7 @@ the interpreter would no longer find the helpers that they call.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple, no_type_check
 
 import torch
@@ -20,8 +21,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Arguments of every kernel; a new length compiles nothing.
-SIZES = ["first_place", "heads", "group", "seq_q", "seq_k", "n_tiles", "n_blocks"]
+# Arguments of every kernel; no value of them compiles anything.
+SIZES = ["first_place", "stride_mask", "left", "right", "heads", "group", "seq_q", "seq_k",
+         "n_tiles", "n_blocks", "max_passes"]  # fmt: skip
+UNALIGNED = ["mask_ptr", "alpha_ptr"]  # the caller's own, at any address
 TINY = 1e-30  # stands for a scale of 0, by which the -inf of hidden keys cannot be multiplied
 
 
@@ -59,8 +62,11 @@ def padded(dim: int) -> int:
 
 def tiles_for(q: torch.Tensor, v: torch.Tensor) -> Tiles:
     """Return the launch parameters for the dtype of `q` and the larger head size of `q` and `v`."""
-    size = max(64, padded(q.shape[-1]), padded(v.shape[-1]))
-    return (_FULL if q.dtype == torch.float32 else _HALF)[size]
+    return _tiles(q.dtype, max(q.shape[-1], v.shape[-1]))
+
+
+def _tiles(dtype: torch.dtype, dim: int) -> Tiles:
+    return (_FULL if dtype == torch.float32 else _HALF)[max(64, padded(dim))]
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
@@ -88,14 +94,15 @@ class Problem(NamedTuple):
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    tiles: Tiles
     descriptors: tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]  # q, k, v by blocks
     mask: torch.Tensor  # bytes; any tensor where there is no mask
     alpha: torch.Tensor  # any tensor for 1.5
+    scale: float
+    tiles: Tiles
     # stride of the mask, left, right, heads, group, seq_q, seq_k, tiles of queries, blocks of keys
     sizes: tuple[int, ...]
-    scale: float
     switches: dict[str, Any]  # constants of all kernels
+    kind: tuple[Any, ...]  # what else their variants depend on
 
     @property
     def planes(self) -> int:
@@ -120,24 +127,45 @@ def pose(
 ) -> Problem:
     """Return the problem; arguments as for `launch_forward`."""
     q, k, v = aligned(q), aligned(k), aligned(v)
-    tiles = tiles_for(q, v)
-    m, n = tiles.block_m, tiles.block_n
     mask, stride = (q, 0) if key_mask is None else (key_mask.view(torch.uint8), key_mask.stride(0))
-    heads, seq_q, seq_k = q.shape[1], q.shape[2], k.shape[2]
-    sizes = (stride, *(window or (0, 0)), heads, heads // k.shape[1], seq_q, seq_k,
-             triton.cdiv(seq_q, m), triton.cdiv(seq_k, n))  # fmt: skip
+    plan = _plan(
+        q.shape, k.shape[1:3], v.shape[-1], q.dtype, q.device.index, key_mask is not None, stride,
+        alpha is None, is_causal, window,
+    )  # fmt: skip
+    m, n = plan[0].block_m, plan[0].block_n
+    return Problem(q, k, v, (describe(q, m), describe(k, n), describe(v, n)), mask,
+                   q if alpha is None else alpha, scale or TINY, *plan)  # fmt: skip
+
+
+@lru_cache(1024)
+def _plan(
+    shape: tuple[int, ...],
+    keys: tuple[int, ...],
+    dim_value: int,
+    dtype: torch.dtype,
+    device: int | None,
+    has_mask: bool,
+    stride_mask: int,
+    half: bool,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+) -> tuple[Tiles, tuple[int, ...], dict[str, Any], tuple[Any, ...]]:
+    """Return tiles, sizes, switches and kind of a problem; made once for each shape."""
+    heads, seq_q, dim_head = shape[1:]
+    heads_kv, seq_k = keys
+    tiles = _tiles(dtype, max(dim_head, dim_value))
+    sizes = (stride_mask, *(window or (0, 0)), heads, heads // heads_kv, seq_q, seq_k,
+             triton.cdiv(seq_q, tiles.block_m), triton.cdiv(seq_k, tiles.block_n))  # fmt: skip
     switches = {
         "IS_CAUSAL": is_causal,
-        "HAS_MASK": key_mask is not None,
+        "HAS_MASK": has_mask,
         "HAS_WINDOW": window is not None,
-        "HALF": alpha is None,
-        "BLOCK_M": m,
-        "BLOCK_N": n,
-        "BLOCK_D": padded(q.shape[-1]),
+        "HALF": half,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_D": padded(dim_head),
     }
-    descriptors = describe(q, m), describe(k, n), describe(v, n)
-    return Problem(q, k, v, tiles, descriptors, mask, q if alpha is None else alpha, sizes,
-                   scale or TINY, switches)  # fmt: skip
+    return tiles, sizes, switches, (device, dtype, dim_head, dim_value)
 
 
 @triton.jit

@@ -1,0 +1,68 @@
+"""Which variant of a kernel a launch takes."""
+
+import pytest
+import torch
+
+from adasplash import adasplash
+from adasplash.kernels import launch as module
+from adasplash.testing import oracle_weights, random_inputs, relative_error
+
+
+class _Kernel:
+    """What a launch sees of a compiled kernel `(x, y, WIDTH, DEEP)`: it notes what it is given."""
+
+    arg_names = ("x", "y", "WIDTH", "DEEP")
+
+    def __init__(self):
+        self.fn, self.asked, self.direct = object(), [], []
+
+    def __getitem__(self, grid):
+        def run(*args, **constants):
+            self.asked.append((grid, args, constants))
+            variant = len(self.asked)
+
+            class Compiled:
+                def __getitem__(_, grid):
+                    return lambda *args: self.direct.append((variant, grid, args))
+
+            return Compiled()
+
+        return run
+
+
+def test_a_variant_is_asked_for_once(monkeypatch):
+    monkeypatch.setattr(module, "interpreted", lambda kernel: False)
+    monkeypatch.setattr(module, "_variants", {})
+    kernel, other = _Kernel(), _Kernel()
+    first = {"DEEP": True, "WIDTH": 8, "num_warps": 4}
+    module.launch(kernel, 3, ("a",), 1, 2, **first)
+    assert kernel.asked == [((3,), (1, 2), first)]
+    module.launch(kernel, 5, ("a",), 3, 4, **first)  # other arguments: the same variant
+    assert kernel.direct == [(1, (5, 1, 1), (3, 4, 8, True))]  # constants in the kernel's order
+    module.launch(kernel, 5, ("b",), 3, 4, **first)
+    module.launch(kernel, 5, ("a",), 3, 4, **{**first, "DEEP": False})
+    module.launch(kernel, 5, ("a",), 3, 4, **{**first, "num_warps": 8})
+    module.launch(other, 5, ("a",), 3, 4, **first)
+    assert len(kernel.asked) == 4
+    assert len(other.asked) == 1
+    module.launch(kernel, 7, ("b",), 5, 6, **first)
+    assert kernel.direct[1:] == [(2, (7, 1, 1), (5, 6, 8, True))]
+
+
+@pytest.mark.gpu
+def test_variants_are_not_mixed_up_on_the_gpu():
+    """Alignments, lengths, head sizes and heads that alternate, each after the others."""
+    masks = torch.rand(1, 131, device="cuda") < 0.8
+    for _ in range(2):
+        for dim, length, first in ((64, 128, 0), (64, 129, 1), (72, 129, 2), (65, 16, 3)):
+            q, k, v = random_inputs(
+                1, 4, 2, length, length, dim, dtype=torch.float32, device="cuda"
+            )
+            mask = masks[:, first : first + length]
+            alphas = torch.full((5,), 1.4, device="cuda")[first % 2 :][:4]
+            for alpha in (1.5, alphas):
+                found = adasplash(q, k, v, alpha, key_padding_mask=mask)
+                value = 1.5 if alpha is not alphas else 1.4
+                weights = oracle_weights(q, k, True, mask, alpha=value)
+                want = weights @ v.double().repeat_interleave(2, 1)
+                assert relative_error(found, want) < 1e-4
