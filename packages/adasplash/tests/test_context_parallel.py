@@ -2,6 +2,9 @@
 
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import torch.multiprocessing as mp
 
 from adasplash import adasplash
 from adasplash.testing import random_inputs
+from fourfold_common import Results
 
 RANKS = 2
 CASES = {
@@ -148,3 +152,16 @@ def test_without_a_group_the_message_says_what_to_call():
 
     with pytest.raises(ValueError, match="call `init_process_group` first"):
         cp.shard(torch.zeros(1, 1, 4, 1))
+
+
+def test_the_benchmark_checks_and_times_one_process_and_two(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks" / "bench_context_parallel.py"
+    command = [sys.executable, str(script), "--device", "cpu", "--output", str(tmp_path)]
+    tiny = ["--length", "256", "--checked", "64", "--heads", "1", "--dim", "16", "--repeats", "1"]
+    done = subprocess.run([*command, *tiny], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cases = Results.load(tmp_path / "context_parallel.json").cases
+    assert {(c["parameters"]["ranks"], c["metric"]) for c in cases} == {
+        (ranks, metric) for ranks in (1, RANKS) for metric in ("forward", "forward + backward")
+    }
+    assert all(c["median"] > 0 and 0 < c["error"] < 1e-2 for c in cases)
