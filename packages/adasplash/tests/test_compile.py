@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -72,6 +73,17 @@ def test_a_dispatch_mode_sees_the_operators_and_changes_no_bit(device):
     assert watch.seen == ["adasplash::attention_forward", "adasplash::attention_backward"]
     assert torch.equal(found, want)
     assert all(torch.equal(x, y) for x, y in zip(grads, wanted, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_gives_what_a_loop_gives(device):
+    q, k, v = torch.randn(3, 3, 1, 2, 20, 16, device=device).unbind(0)
+
+    def attend(q, k, v):
+        return adasplash(q, k, v, backend="triton")
+
+    want = torch.stack([attend(*x) for x in zip(q, k, v, strict=True)])
+    assert torch.equal(torch.vmap(attend)(q, k, v), want)
 
 
 def test_flops_are_counted_as_those_of_dense_attention(device):

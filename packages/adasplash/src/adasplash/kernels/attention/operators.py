@@ -1,7 +1,8 @@
 """The operators that torch knows, and the way past the dispatcher where nobody listens there.
 
 On the way through it an operator spends as long as its kernels take on short sequences. Traces,
-dispatch modes (FLOP counters, selective checkpointing) and subclasses of tensors listen.
+dispatch modes (FLOP counters, selective checkpointing), transforms such as `torch.vmap` and
+subclasses of tensors listen.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ def unheard(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and type(v) in _PLAIN
         and not torch.compiler.is_compiling()
         and _get_current_dispatch_mode() is None
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
