@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adasplash import adasplash
+from adasplash import adasplash, entmax_attention
 from adasplash.kernels.attention.reference import entmax_weights
 from adasplash.testing import clustered_inputs, random_inputs, relative_error
 
@@ -59,6 +59,14 @@ def test_softmax_attention_runs_in_torch_and_in_the_reference(window):
     q, k, v = random_inputs(1, 4, 2, 6, 6, 8)
     want = adasplash(q, k, v, 1.0, window=window, backend="reference")
     assert relative_error(adasplash(q, k, v, 1.0, window=window), want) < 1e-6
+
+
+def test_entmax_attention_is_not_causal_unless_asked():
+    q, k, v = random_inputs(1, 2, 1, 6, 6, 8)
+    assert torch.equal(entmax_attention(q, k, v, 1.3), adasplash(q, k, v, 1.3, is_causal=False))
+    options = {"is_causal": True, "window": (2, 0), "scale": 0.7}
+    assert torch.equal(entmax_attention(q, k, v, **options), adasplash(q, k, v, **options))
+    assert not torch.allclose(entmax_attention(q, k, v), adasplash(q, k, v))
 
 
 def test_alpha_per_head_equals_the_heads_one_by_one():

@@ -17,7 +17,7 @@ from .compat import (
     triton_sparsemax,
 )
 from .integration import load_alpha, register_with_transformers, set_alpha
-from .kernels.attention import adasplash
+from .kernels.attention import adasplash, entmax_attention
 from .kernels.decode import PageStats, adasplash_decode, page_stats
 from .kernels.entmax import EntmaxAux, entmax, entmax15, sparsemax
 from .losses import Entmax15Loss, EntmaxLoss, SparsemaxLoss, entmax_loss
@@ -42,6 +42,7 @@ __all__ = [
     "adasplash_v2",
     "entmax",
     "entmax15",
+    "entmax_attention",
     "entmax_loss",
     "load_alpha",
     "page_stats",

@@ -1,5 +1,5 @@
-"""Attention whose weights are the 1.5-entmax of the scores."""
+"""Attention whose weights are the alpha-entmax of the scores."""
 
-from .op import adasplash
+from .op import adasplash, entmax_attention
 
-__all__ = ["adasplash"]
+__all__ = ["adasplash", "entmax_attention"]

@@ -157,6 +157,28 @@ def adasplash(
     return attend(q, k, v, mask, alphas, factor, is_causal, *sides, direct=direct)
 
 
+def entmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor = 1.5,
+    *,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Return `adasplash(q, k, v, ...)`, not causal unless asked, as torch's own attention is.
+
+    Args:
+        q: As for `adasplash`.
+        k: As for `adasplash`.
+        v: As for `adasplash`.
+        alpha: As for `adasplash`.
+        is_causal: Whether a row sees no later keys.
+        options: Other options of `adasplash`, by name.
+    """
+    return adasplash(q, k, v, alpha, is_causal, **options)
+
+
 def _within(x: Tensor, lengths: Tensor) -> Tensor:
     """Return which places come before the end of their sequence, `[batch, seq]`."""
     return torch.arange(x.shape[2], device=x.device) < lengths.to(x.device)[:, None]
