@@ -11,7 +11,7 @@ from adasplash import adasplash
 
 _CODE = """
 import torch
-from adasplash import adasplash
+from adasplash import adasplash, adasplash_decode, page_stats
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 graphs = []
@@ -39,6 +39,18 @@ compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
 want = torch.autograd.grad(attend(q, k, v).square().sum(), (q, k, v))
 found = torch.autograd.grad(compiled(q, k, v).square().sum(), (q, k, v))
 assert all(torch.equal(x, y) for x, y in zip(want, found, strict=True))
+
+k, v = torch.randn(2, 2, 1, 128, 16, device=device).unbind(0)
+stats, table = page_stats(k), torch.arange(2, device=device)[:, None]
+lengths = torch.tensor([50, 64], device=device)
+for rest in ((), (None, stats), (table.flip(0), None)):
+    def decode(q, lengths):
+        size = 64 if len(rest) and rest[0] is not None else 128
+        return adasplash_decode(q, k[:, :, :size], v[:, :, :size], lengths, *rest, backend="triton")
+    compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")
+    for added in (0, -10):
+        q, now = torch.randn(2, 2, 1, 16, device=device), (lengths + added).clamp_max(64)
+        assert torch.equal(compiled(q, now), decode(q, now))
 print("compiled")
 """
 

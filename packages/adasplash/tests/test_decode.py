@@ -200,3 +200,11 @@ def test_errors(change, message, own_checks):
         adasplash_decode(**{**given, **change})
     with pytest.raises(ValueError, match="must divide the 100 places"):
         page_stats(torch.randn(1, 1, 100, 4), 64)
+
+
+def test_torch_knows_the_operator():
+    q, k, v, lengths = inputs([50, 64], 4, 2, 1, 16, 16, 64)
+    low, high = page_stats(k)
+    for bounds in ((None, None), (low, high)):
+        arguments = (q, k, v, lengths, None, *bounds, 1.5, 0.25)
+        torch.library.opcheck(op._decode, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,7 +1,5 @@
 """The public function, the bounds of pages, and the reference."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor
 from fourfold_common import triton_status
 
 from ..attention.op import adasplash
+from ..attention.operators import unheard
 
 _BLOCK = 64  # keys of a block where the cache has no pages
 
@@ -92,8 +91,7 @@ def adasplash_decode(
     _check(q, k_cache, v_cache, cache_seqlens, block_table, page_stats, alpha, backend)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     lengths = cache_seqlens.to(q.device, torch.int32)
-    status = triton_status()
-    able = status.importable and (q.is_cuda or status.interpreting) and q.dtype != torch.float64
+    able = _able(q)
     if backend == "triton" and not able:
         raise ValueError(
             "`backend` 'triton' cannot run here: it needs CUDA tensors in float16, bfloat16 or "
@@ -101,28 +99,84 @@ def adasplash_decode(
         )
     if backend == "reference" or (backend == "auto" and not q.is_cuda) or not able:
         return _reference(q, k_cache, v_cache, lengths, block_table, alpha, factor)
+    k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_cache, v_cache))
+    table = None if block_table is None else block_table.to(torch.int32).contiguous()
+    low, high = (None, None) if page_stats is None else page_stats
+    run = _launch if unheard(q, k_cache, v_cache) else _decode
+    with torch.no_grad():
+        output: Tensor = run(q, k_cache, v_cache, lengths, table, low, high, float(alpha), factor)
+    return output
+
+
+def _able(q: Tensor) -> bool:
+    """Return whether the kernels can run on tensors like q."""
+    if torch.compiler.is_compiling():  # it comes with Triton, and traces no imports
+        return q.dtype != torch.float64
+    status = triton_status()
+    return status.importable and (q.is_cuda or status.interpreting) and q.dtype != torch.float64
+
+
+def _launch(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    table: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
+    alpha: float,
+    scale: float,
+) -> Tensor:
+    """Return the output by the kernels; `low` and `high` are the bounds of pages, or None."""
     from .bounds import launch_keep
     from .kernel import launch_decode
 
     batch, heads, seq_q, dim = q.shape
     heads_kv, places = k_cache.shape[1:3]
     rows = q.reshape(batch, heads_kv, heads // heads_kv * seq_q, dim).contiguous()
-    table = None if block_table is None else block_table.to(torch.int32).contiguous()
     block = _BLOCK if table is None else places
     n_blocks = -(-places // _BLOCK) if table is None else table.shape[1]
-    k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_cache, v_cache))
-    with torch.cuda.device_of(q), torch.no_grad():
+    with torch.cuda.device_of(q):  # Triton launches on the current device
         kept = None
-        if page_stats is not None:
-            low, high = (x.float().contiguous() for x in page_stats)
+        if low is not None and high is not None:
             kept = launch_keep(
-                rows, k_cache, low, high, lengths, table, seq_q, block, n_blocks,
-                factor * (alpha - 1),
+                rows, k_cache, low.float().contiguous(), high.float().contiguous(), lengths, table,
+                seq_q, block, n_blocks, scale * (alpha - 1),
             )  # fmt: skip
         output = launch_decode(
-            rows, k_cache, v_cache, lengths, table, kept, seq_q, block, n_blocks, alpha, factor
+            rows, k_cache, v_cache, lengths, table, kept, seq_q, block, n_blocks, alpha, scale
         )
     return output.reshape(batch, heads, seq_q, -1).to(q.dtype)
+
+
+@torch.library.custom_op("adasplash::decode", mutates_args=())
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    table: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
+    alpha: float,
+    scale: float,
+) -> Tensor:
+    return _launch(q, k_cache, v_cache, lengths, table, low, high, alpha, scale)
+
+
+@_decode.register_fake
+def _(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    table: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
+    alpha: float,
+    scale: float,
+) -> Tensor:
+    return q.new_empty(*q.shape[:3], v_cache.shape[3])
 
 
 def _reference(
@@ -199,7 +253,7 @@ def _check(
         if size not in (16, 32, 64, 128, 256):
             raise ValueError(f"`k_cache` must have pages of 16, 32, ... 256 keys; got {size}.")
         count = size * table.shape[1]
-    if lengths.device.type == "cpu":
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = q.shape[2], count
         if len(lengths) and not low <= int(lengths.min()) <= int(lengths.max()) <= high:
             raise ValueError(
