@@ -154,6 +154,7 @@ def test_without_a_group_the_message_says_what_to_call():
         cp.shard(torch.zeros(1, 1, 4, 1))
 
 
+@pytest.mark.slow  # three processes import torch
 def test_the_benchmark_checks_and_times_one_process_and_two(tmp_path):
     script = Path(__file__).parents[1] / "benchmarks" / "bench_context_parallel.py"
     command = [sys.executable, str(script), "--device", "cpu", "--output", str(tmp_path)]
