@@ -5,8 +5,18 @@ import itertools
 import pytest
 import torch
 
-from hetero_sd.acceptance import Choice, residual, settle, verify, verify_block, verify_greedy
+from hetero_sd.acceptance import (
+    Choice,
+    laws_of_runs,
+    residual,
+    settle,
+    verify,
+    verify_block,
+    verify_greedy,
+    verify_runs,
+)
 from hetero_sd.chance import Chance
+from hetero_sd.drafting import Certain, Drawn, Runs, judge_together
 from hetero_sd.processors import Processors
 from hetero_sd.testing import (
     outcomes_of_block,
@@ -264,3 +274,60 @@ def test_settling_many_rows_is_the_same_rule(block):
         assert int(accepted[row]) == taken
         assert total_variation(followed[row], law / law.sum()) < 0.12
         assert not bool(((followed[row] > 0) & (law <= 0)).any())
+
+
+def test_laws_of_runs_are_those_that_each_run_is_judged_by():
+    """A coin below p/ψ is the same for both; ψ is found out by trying coins."""
+    generator = torch.Generator().manual_seed(0)
+    runs = torch.tensor([[1, 2, -1], [1, 3, 4], [1, -1, -1], [0, -1, -1], [2, 2, 2]])
+    other = torch.tensor([[3, 0], [3, -1]])
+    masses = torch.rand(3, 5, generator=generator, dtype=torch.float64)
+    masses = masses / masses.sum(dim=1, keepdim=True)
+    steps = [Choice(runs, masses[0], 1), Choice(other, torch.tensor([0.4, 0.6]).double(), 0)]
+    steps += [Choice(runs, masses[1], 0), Choice(runs, masses[2], 4)]
+    tokens, lengths = [1, 3, 4, 3, 0, 1, 2, 2, 2, 2], [3, 2, 2, 3]
+    p = torch.full((len(tokens) + 1, 5), 0.2, dtype=torch.float64)
+    laws = laws_of_runs(steps, lengths, p)
+    assert laws.shape == (len(tokens), 5)
+    assert torch.allclose(laws.sum(dim=1), torch.ones(len(tokens)).double())
+    bounds = p[:-1, 0] / laws[torch.arange(len(tokens)), torch.tensor(tokens)]
+    for place, bound in enumerate(bounds.tolist()):
+        coins = torch.zeros(len(tokens), dtype=torch.float64)
+        coins[place] = min(bound, 1) - 1e-9
+        assert verify_runs(p, steps, coins)[0] == len(tokens)
+        if bound < 1:
+            coins[place] = bound + 1e-9
+            taken, rest = verify_runs(p, steps, coins)
+            assert taken == place
+            assert torch.allclose(rest, (p[place] - laws[place]).clamp(min=0))
+
+
+def test_judging_rows_together_is_judging_each():
+    """Drafts of every kind and length: the same law of what is accepted and of what follows."""
+    draw = torch.Generator().manual_seed(0)
+    runs = torch.tensor([[1, 2], [1, -1], [0, -1], [3, 3]])
+    mass = torch.tensor([0.3, 0.2, 0.4, 0.1])
+    kept = torch.tensor([3, 0, 1])
+    laws = torch.rand(2, 3, generator=draw).softmax(dim=1)
+    drafts = [
+        Certain([2, 1]),
+        Certain(),
+        Runs([1, 2, 0], [Choice(runs, mass, 0), Choice(runs, mass.roll(1), 2)], [2, 1]),
+        Runs([1], [Choice(runs, mass, 0)], [2]),
+        Drawn([3, 1], laws, kept, False),
+    ]
+    sizes = [len(draft.tokens) + 1 for draft in drafts]
+    p = torch.randn(sum(sizes), 4, generator=draw).softmax(dim=1)
+    count = 4000
+    together, alone = torch.zeros(2, 5, 4, 4)
+    chance = Chance(torch.Generator().manual_seed(1))
+    for _ in range(count):
+        for row, (taken, token) in enumerate(judge_together(drafts, p, chance)):
+            together[row, taken, token] += 1 / count
+        for row, (draft, law) in enumerate(zip(drafts, p.split(sizes), strict=True)):
+            taken, weights = draft.judge(law, chance)
+            alone[row, taken] += weights / weights.sum() / count
+    for row in range(5):
+        assert total_variation(together[row].flatten(), alone[row].flatten()) < 0.03
+    p[3, 1] = torch.nan
+    assert all(taken == -1 for taken, _ in judge_together(drafts, p, chance))

@@ -192,6 +192,40 @@ def verify_runs(
     return place, p[place]
 
 
+def laws_of_runs(
+    steps: Sequence[Choice], lengths: Sequence[int], like: Tensor
+) -> Float[Tensor, "tokens vocab"]:
+    """Return the law of each token of the chosen runs, as `verify_runs` judges them.
+
+    Nothing is waited for: no shape depends on a value on the device.
+
+    Args:
+        steps: The choices.
+        lengths: Tokens of each chosen run.
+        like: A tensor of the type, device and last size wanted.
+    """
+    groups: dict[int, list[int]] = {}  # Choices among the same runs are weighed together.
+    for place, step in enumerate(steps):
+        groups.setdefault(id(step.runs), []).append(place)
+    laws: list[Tensor] = []
+    line_of: dict[tuple[int, int], int] = {}  # Of a choice's token, among all laws.
+    for places in groups.values():
+        runs = steps[places[0]].runs.to(like.device)
+        mass = torch.stack([steps[place].mass for place in places]).to(like)
+        chosen = runs[torch.tensor([steps[place].chosen for place in places]).to(like.device)]
+        for depth in range(max(lengths[place] for place in places)):
+            going = runs[:, depth]
+            mass = torch.where(going >= 0, mass, 0)  # The latent: the run does not end here.
+            law = mass.new_zeros(len(places), like.shape[-1])
+            law.index_add_(1, going.clamp(min=0), mass)
+            first = len(line_of)
+            line_of |= {(place, depth): first + i for i, place in enumerate(places)}
+            laws.append(law / law.sum(dim=1, keepdim=True))
+            mass = torch.where(going == chosen[:, depth, None], mass, 0)
+    order = [line_of[place, d] for place, length in enumerate(lengths) for d in range(length)]
+    return torch.cat(laws)[torch.tensor(order).to(like.device)]
+
+
 def accepts(coin: float, p: float, q: float) -> bool:
     """Return whether a proposal of the law q is accepted where the target's law is p."""
     return coin * q < p

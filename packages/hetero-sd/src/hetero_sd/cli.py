@@ -135,11 +135,11 @@ class _Lookahead(click.ParamType):  # type: ignore[type-arg]
 
 def _models(command: Any) -> Any:
     """Add the options that name a pair of models."""
-    folder = click.Path(exists=True, file_okay=False, path_type=Path)
+    place = click.Path(exists=True, path_type=Path)
     missing = " The demo's if missing."
     for decorate in (
-        click.option("--target", type=folder, help=f"Folder of the target.{missing}"),
-        click.option("--drafter", type=folder, help=f"Folder of the drafter.{missing}"),
+        click.option("--target", type=place, help=f"Folder or GGUF file of the target.{missing}"),
+        click.option("--drafter", type=place, help=f"The same of the drafter.{missing}"),
         click.option("--dtype", default="auto", show_default=True, help="Type of the weights."),
         click.option("--device", default="auto", show_default=True, help="Such as cpu or cuda:1."),
         click.option("--small-target", is_flag=True, help="Of the demo's, the small target."),

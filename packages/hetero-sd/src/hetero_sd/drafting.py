@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._bytes import ByteEncoder, unfinished_tail
-from .acceptance import Choice, verify, verify_block, verify_runs
+from .acceptance import Choice, laws_of_runs, settle, verify, verify_block, verify_runs
 from .chance import Chance
 from .context import DrafterMemory
 from .processors import Processors
@@ -80,14 +80,77 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Runs:
-    """Proposals that are runs of target tokens, each run chosen among several."""
+    """Proposals that are runs of target tokens, each run chosen among several.
+
+    Attributes:
+        tokens: Target ids; the last run may be cut short.
+        steps: The choices.
+        lengths: Tokens of each chosen run.
+    """
 
     tokens: list[int]
     steps: list[Choice]
+    lengths: list[int]
 
     def judge(self, p: Tensor, chance: Chance) -> tuple[int, Tensor]:
         """See `Draft`."""
         return verify_runs(p, self.steps, chance.coins(len(self.tokens), p))
+
+
+def judge_together(
+    drafts: Sequence[Draft], p: Tensor, chance: Chance
+) -> list[tuple[int, int]] | None:
+    """Return how many proposals of each draft are accepted, and the token after them.
+
+    The same rules as each draft's own `judge`, for all rows at once and with one wait for the
+    device. None if a draft is of a kind that has to be judged by itself; −1 accepted if a law is no
+    numbers.
+
+    Args:
+        drafts: One for each row.
+        p: The target's laws at each proposal and after the last, row after row.
+        chance: Source of noise; it must serve the device.
+    """
+    if not all(isinstance(draft, Certain | Drawn | Runs) for draft in drafts):
+        return None
+    device, size = p.device, p.shape[1]
+    limits = [len(draft.tokens) for draft in drafts]
+    count = max(limits)
+    starts = [place + sum(limits[:place]) for place in range(len(limits))]
+    padded = [draft.tokens + [0] * (count - len(draft.tokens)) for draft in drafts]
+    places = [
+        [start + min(i, limit) for i in range(count + 1)]
+        for start, limit in zip(starts, limits, strict=True)
+    ]
+    said = torch.tensor([[*a, *b, c] for a, b, c in zip(places, padded, limits, strict=True)])
+    said = said.to(device)
+    proposed = said[:, count + 1 : -1]
+    q = p.new_zeros(len(drafts), count, size)
+    if count:
+        q.scatter_(2, proposed[:, :, None], 1.0)  # As for proposals that were certain.
+    block = False
+    for row, draft in enumerate(drafts):
+        if isinstance(draft, Drawn):
+            law = p.new_zeros(limits[row], size)
+            q[row, : limits[row]] = law.index_copy_(1, draft.kept.to(device), draft.laws.to(p))
+            block = draft.block
+    runs = [(row, draft) for row, draft in enumerate(drafts) if isinstance(draft, Runs)]
+    if runs:
+        steps = [step for _, draft in runs for step in draft.steps]
+        lengths = [length for _, draft in runs for length in draft.lengths]
+        laws = iter(laws_of_runs(steps, lengths, p).split([sum(d.lengths) for _, d in runs]))
+        for row, _ in runs:
+            q[row, : limits[row]] = next(laws)[: limits[row]]
+    coins, noise = p.new_empty(len(drafts), count), p.new_empty(len(drafts), size)
+    chance.fill(coins, "uniform")
+    chance.fill(noise, "exponential")
+    everything = torch.arange(size, device=device)
+    accepted, following = settle(
+        p[said[:, : count + 1]], proposed, said[:, -1], coins, noise, q, proposed, everything, block
+    )
+    accepted = torch.where(p.isnan().any(), -1, accepted)
+    both: list[list[int]] = torch.stack([accepted, following], dim=1).tolist()
+    return [(taken, token) for taken, token in both]
 
 
 @dataclass(frozen=True)
@@ -377,6 +440,7 @@ class TokenRuns:
             return drafts, sum(map(len, written))
         tokens: list[list[int]] = [[] for _ in feeds]
         steps: list[list[Choice]] = [[] for _ in feeds]
+        lengths: list[list[int]] = [[] for _ in feeds]
         active = [row for row, feed in enumerate(feeds) if feed]
         drafted = 0
         while active:
@@ -389,13 +453,14 @@ class TokenRuns:
             for i, (row, place) in enumerate(zip(active, places, strict=True)):
                 steps[row].append(Choice(self.runs, law[i], place))
                 tokens[row] += self._run_of[place]
+                lengths[row].append(len(self._run_of[place]))
                 ended = self._usable[place] in self._text.drafter_eos
                 if len(tokens[row]) < rooms[row] and not ended:
                     feeds[row] = [self._usable[place]]
             active = [row for row in active if feeds[row]]
         for row, run in enumerate(tokens):
             if run:
-                drafts[row] = Runs(run[: now.rooms[row]], steps[row])
+                drafts[row] = Runs(run[: now.rooms[row]], steps[row], lengths[row])
         return drafts, drafted
 
 
@@ -457,7 +522,8 @@ class LastTokenRuns(ExactText):
             padded = [run + [-1] * (longest - len(run)) for run in runs]
             table = torch.tensor(padded, device=best.device)
             (chosen,) = now.chance.draw(mass[None])
-            drafts[row] = Runs(runs[chosen], [Choice(table, mass, chosen)])
+            run = runs[chosen]
+            drafts[row] = Runs(run, [Choice(table, mass, chosen)], [len(run)])
         return drafts, drafted + len(active)
 
 

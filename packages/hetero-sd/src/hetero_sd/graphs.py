@@ -254,13 +254,14 @@ class _Answer:
 
     def __init__(self, rows: int, numbers: int, device: torch.device) -> None:
         self._numbers = _pinned(torch.zeros(rows, numbers, dtype=torch.long), device)
+        self._device = device
         self._done = torch.cuda.Event() if device.type == "cuda" else None
 
     def ask(self, result: Tensor) -> None:
         """Have the result copied when it is there."""
         self._numbers.copy_(result, non_blocking=True)
         if self._done is not None:
-            self._done.record()
+            self._done.record(torch.cuda.current_stream(self._device))
 
     def read(self) -> list[list[int]]:
         """Wait for the result and return it."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .demo import smollm2
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -38,18 +40,36 @@ class Pair:
         return self.target, self.drafter, self.target_tokenizer, self.drafter_tokenizer
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer of a local folder."""
+def load_tokenizer(place: Path) -> Any:
+    """Return the tokenizer of a local folder or GGUF file."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if _is_smollm(place):
+        return smollm2.load_tokenizer(place)
+    return AutoTokenizer.from_pretrained(**_where(place))
 
 
-def _load_folder(folder: Path) -> tuple[Any, Any]:
+def _load(place: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    return model.eval(), load_tokenizer(folder)
+    if _is_smollm(place):
+        return smollm2.load(place)
+    model = AutoModelForCausalLM.from_pretrained(**_where(place))
+    return model.eval(), load_tokenizer(place)
+
+
+def _is_smollm(place: Path) -> bool:
+    """Return whether it is a file whose tokenizer transformers would not read as it is."""
+    return place.is_file() and smollm2.is_smollm(place)
+
+
+def _where(place: Path) -> dict[str, Any]:
+    """Return the arguments that make `from_pretrained` read a local folder or GGUF file."""
+    if place.is_file():
+        here = {"pretrained_model_name_or_path": place.parent, "gguf_file": place.name}
+    else:
+        here = {"pretrained_model_name_or_path": place}
+    return {**here, "local_files_only": True}
 
 
 def load_pair(
@@ -61,11 +81,11 @@ def load_pair(
     small: bool = False,
     size: int | float | None = None,
 ) -> Pair:
-    """Return a pair from two folders, or the package's own where none is given.
+    """Return a pair from folders or GGUF files, or the package's own where none is given.
 
     Args:
-        target: Folder of the target, as `save_pretrained` writes it.
-        drafter: Folder of the drafter; it may be given alone.
+        target: Folder of the target, as `save_pretrained` writes it, or GGUF file.
+        drafter: The same of the drafter; it may be given alone.
         dtype: A type, or `"auto"`: bfloat16 on CUDA devices, else float32.
         device: A device, or `"auto"`.
         small: Of the package's own, use the small target even where SmolLM2 is installed.
@@ -91,14 +111,14 @@ def load_pair(
 
         name, model, tokenizer, notes = load_target(small)
     else:
-        name, notes = target.resolve().name, []
-        model, tokenizer = _load_folder(target)
+        name, notes = target.resolve().stem if target.is_file() else target.resolve().name, []
+        model, tokenizer = _load(target)
     if drafter is None:
         from .demo.run import load_model
 
         other, other_tokenizer = load_model("drafter")
     else:
-        other, other_tokenizer = _load_folder(drafter)
+        other, other_tokenizer = _load(drafter)
     other = other.to(place, kind)
     if size is None:
         model = model.to(place, kind)

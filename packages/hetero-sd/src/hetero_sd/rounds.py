@@ -16,7 +16,7 @@ from .acceptance import verify_greedy
 from .chance import Chance
 from .context import DrafterMemory
 from .control import PLAIN, Arm, Bandit, Fixed
-from .drafting import Certain, Draft, Method, Situation
+from .drafting import Certain, Draft, Method, Situation, judge_together
 from .graphs import WIDTHS, GraphRound
 from .processors import Processors
 from .runners import Chooser, Runner, best_of
@@ -368,12 +368,18 @@ class Rounds:
             ]
         if process.greedy:
             return _agree(best_of(logits), drafts)
+        p = torch.cat(logits).softmax(dim=1)
+        if isinstance(self._target, Chooser) and chance.serves(p.device):
+            together = judge_together(drafts, p, chance)
+            if together is not None:
+                if any(accepted < 0 for accepted, _ in together):
+                    raise ValueError(_NO_NUMBERS)
+                return together
+        _check_finite(p)
         settled = []
-        for rows, draft in zip(logits, drafts, strict=True):
-            p = rows.softmax(dim=1)
-            _check_finite([p])
-            accepted, law = draft.judge(p, chance)
-            settled.append((accepted, chance.draw(law[None])[0]))
+        for law, draft in zip(p.split([len(rows) for rows in logits]), drafts, strict=True):
+            accepted, weights = draft.judge(law, chance)
+            settled.append((accepted, chance.draw(weights[None])[0]))
         return settled
 
     def _append(self, row: Row, tokens: list[int]) -> list[int]:
@@ -399,8 +405,8 @@ def _agree(choices: list[list[int]], drafts: list[Draft]) -> list[tuple[int, int
     ]
 
 
-def _check_finite(rows: Sequence[Tensor]) -> None:
-    if any(bool(r.isnan().any()) for r in rows):
+def _check_finite(p: Tensor) -> None:
+    if bool(p.isnan().any()):
         raise ValueError(_NO_NUMBERS)
 
 

@@ -70,6 +70,35 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any
 
     Source: own.
     """
+    reader = _reader(path)
+    fields = {name: field for name, field in reader.fields.items()}
+    architecture = fields["general.architecture"].contents()
+    if architecture != "llama":
+        raise ValueError(f"`path` must hold a 'llama' model; got {architecture!r}.")
+    return _model(reader, fields, dtype), _tokenizer(fields)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Return the tokenizer alone; see `load`."""
+    return _tokenizer(_reader(path).fields)
+
+
+def is_smollm(path: str | Path) -> bool:
+    """Return whether a GGUF file holds a Llama whose text is split as SmolLM's is.
+
+    Args:
+        path: The GGUF file.
+
+    Raises:
+        ImportError: The package `gguf` is missing.
+        ValueError: The file is no GGUF file, or is cut short.
+    """
+    fields = _reader(path).fields
+    named = ("general.architecture", "llama"), ("tokenizer.ggml.pre", "smollm")
+    return all(key in fields and fields[key].contents() == value for key, value in named)
+
+
+def _reader(path: str | Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -77,16 +106,11 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any
             "reading a GGUF file needs the package `gguf`: pip install gguf"
         ) from None
     try:
-        reader = GGUFReader(str(path))
+        return GGUFReader(str(path))
     except (ValueError, IndexError, OSError) as error:
         raise ValueError(
             f"`path` must be a whole GGUF file; got {str(path)!r} ({error})."
         ) from None
-    fields = {name: field for name, field in reader.fields.items()}
-    architecture = fields["general.architecture"].contents()
-    if architecture != "llama":
-        raise ValueError(f"`path` must hold a 'llama' model; got {architecture!r}.")
-    return _model(reader, fields, dtype), _tokenizer(fields)
 
 
 def _model(reader: Any, fields: dict[str, Any], dtype: torch.dtype) -> Any:
