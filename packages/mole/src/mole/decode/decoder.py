@@ -331,7 +331,7 @@ class Decoder:
             return
         self.seen.copy_(self.ids, non_blocking=True)
         if self.copied is not None:
-            self.copied.record()
+            self.copied.record(torch.cuda.current_stream(self.device))
         self._run("_open")  # meanwhile the host finds the rows
         if self.copied is not None:
             self.copied.synchronize()
