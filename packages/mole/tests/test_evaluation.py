@@ -1,12 +1,14 @@
 """Loss on held-out text: what is averaged, and how sure it is."""
 
+import json
 import math
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mole import MoleForCausalLM, convert
 from mole.demo import ASSETS
 from mole.evaluation import (
     last_word_cloze,
@@ -110,14 +112,28 @@ def test_cloze_needs_two_words(make_mole):
         last_word_cloze(make_mole(), Words(), [])
 
 
-def test_lm_eval_scores_as_this_package_does(make_mole):
+@pytest.mark.parametrize("form", ["experts", "table"])
+def test_lm_eval_scores_a_local_task_as_this_package_does(make_mole, tmp_path, form):
+    lm_eval = pytest.importorskip("lm_eval")
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
-    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(
-        str(ASSETS / "tokenizer")
-    )
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tokenizer")
     model = make_mole(vocab_size=len(tokenizer))
+    if form == "table":
+        model = MoleForCausalLM.from_pretrained(convert(model, tmp_path, progress=False)).eval()
+    passages = ["The old man said", "Alice was beginning to get very tired"]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in passages))
+    task = {
+        "task": "last_word",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "words.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{text.rsplit(' ', 1)[0]}}",
+        "doc_to_target": "{{' ' + text.rsplit(' ', 1)[1]}}",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    }
     harness = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=1)
-    request = type("Request", (), {"args": ("The old man", " said")})
-    ((nats, _),) = harness.loglikelihood([request])
-    found = last_word_cloze(model, tokenizer, ["The old man said"])
-    assert found.nats == pytest.approx(-nats, rel=1e-3)
+    found = lm_eval.simple_evaluate(model=harness, tasks=[task], bootstrap_iters=0)["results"]
+    expected = last_word_cloze(model, tokenizer, passages)
+    assert found["last_word"]["perplexity,none"] == pytest.approx(math.exp(expected.nats), rel=1e-3)
+    assert found["last_word"]["acc,none"] == expected.accuracy

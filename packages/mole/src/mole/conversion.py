@@ -13,7 +13,7 @@ import shutil
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +230,7 @@ def _same_table(folder: Path, meta: LutMeta) -> bool:
 
 def _journaled(partial: Path, meta: LutMeta) -> list[int]:
     """Return the checksums of the chunks that are written already; begin anew if none are."""
-    plan = json.dumps({**meta.__dict__, "crcs": None}, sort_keys=True)
+    plan = json.dumps({**asdict(meta), "crcs": None}, sort_keys=True)
     journal, data = partial / _JOURNAL, partial / DATA_FILE
     crcs: list[int] = []
     try:

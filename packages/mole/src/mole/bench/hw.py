@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ def _disk(results: Results, say: Callable[[str], None], folder: Path, megabytes:
     """Write a table of random bytes, then read its rows past the page cache."""
     meta = table_meta("160m", 4, "nf4")
     rows = max(1, megabytes * _MIB // meta.row_stride)
-    meta = type(meta)(**{**meta.__dict__, "vocab": rows})
+    meta = replace(meta, vocab=rows)
     path = folder / "lut.safetensors"
     block = os.urandom(8 * _MIB)
     begin = time.perf_counter()
@@ -81,7 +82,7 @@ def _disk(results: Results, say: Callable[[str], None], folder: Path, megabytes:
 def _bus(results: Results, say: Callable[[str], None], device: torch.device, shape: str) -> None:
     """Read rows from pinned memory with the copy engine and with the gather kernel."""
     meta = table_meta(shape, 4, "fp16")
-    meta = type(meta)(**{**meta.__dict__, "vocab": 4096})
+    meta = replace(meta, vocab=4096)
     table = host_memory(meta)
     fill_randomly(table, meta, device)
     pinned = table.pin_memory()

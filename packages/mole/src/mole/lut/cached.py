@@ -122,7 +122,7 @@ class CachedStore(LutStore):
                 held.add(slot)
                 self.table[slot].copy_(bytes_, non_blocking=True)
             if self._sent is not None:
-                self._sent.record()
+                self._sent.record(torch.cuda.current_stream(self.table.device))
 
     def _claim(self, row: int, held: set[int]) -> int:
         """Give a row the slot of one that was not used of late, none of those held."""

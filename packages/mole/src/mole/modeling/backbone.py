@@ -60,14 +60,12 @@ class DecoderLayer(GradientCheckpointingLayer):
         if self.lookup is None:
             return output, None
         logits = nn.functional.linear(x, self.lookup.router.weight)
-        flat = logits.flatten(0, 1), output.flatten(0, 1)
-        if repeats is not None:
-            values, bank = rows or (self.lookup.values(embeddings), None)
-            mixed = self.lookup.mixed(*flat, values, repeats, bank)
-        else:
+        if repeats is None:
             values, scales = rows or (self.lookup.values(embeddings).flatten(0, 1), None)
-            mixed = dispatch(flat[0], values, flat[1], scales)
-        return mixed.view_as(output), logits
+            return dispatch(logits, values, output, scales), logits
+        values, bank = rows or (self.lookup.values(embeddings), None)
+        flat = logits.flatten(0, 1), output.flatten(0, 1)
+        return self.lookup.mixed(*flat, values, repeats, bank).view_as(output), logits
 
 
 class MolePreTrainedModel(PreTrainedModel):

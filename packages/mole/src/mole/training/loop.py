@@ -189,12 +189,13 @@ def train(
                     "checkpoint."
                 )
             speed = counted / (time.perf_counter() - clock)
-            bar.set_postfix_str(f"{speed:,.0f} tok/s, loss {value:.3f}")
+            lr = settings.lr * settings.schedule(step)
+            bar.set_postfix_str(f"{speed:,.0f} tok/s, loss {value:.3f}, lr {lr:.1e}")
             line = {
                 "step": step + 1,
                 "tokens": (step + 1) * settings.batch * settings.context,
                 "loss": value,
-                "lr": settings.lr * settings.schedule(step),
+                "lr": lr,
                 "tokens_per_second": speed,
             }
             if main:

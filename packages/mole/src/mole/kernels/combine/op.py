@@ -75,11 +75,13 @@ def dispatch(logits: Tensor, values: Tensor, residual: Tensor, scales: Tensor | 
     """Return what `combine` does with the backend `"auto"`, for arguments known to be right.
 
     A decoding step runs this once a layer, where the checks would cost as much as the mathematics.
+    Logits and residual may have the tokens' batch and position in axes of their own.
     """
     wanted = residual.is_cuda and not _needs_gradient(logits, values, residual)
     if wanted and (torch.compiler.is_compiling() or _triton_works()):
-        combined: Tensor = _combine_triton(logits, values, residual, scales)
-        return combined
+        flat = logits.flatten(0, -2), values, residual.flatten(0, -2), scales
+        combined: Tensor = _combine_triton(*flat)
+        return combined.view_as(residual)
     return combine_reference(logits, values, residual, scales)
 
 

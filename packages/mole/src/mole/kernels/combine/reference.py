@@ -72,13 +72,14 @@ def dequantise(
 
 
 def combine_reference(
-    logits: Float[Tensor, "tokens experts"],
+    logits: Float[Tensor, "*batch experts"],
     values: Shaped[Tensor, "tokens experts stored"],
-    residual: Float[Tensor, "tokens dim"],
+    residual: Float[Tensor, "*batch dim"],
     scales: Float[Tensor, "tokens experts blocks"] | None = None,
-) -> Float[Tensor, "tokens dim"]:
+) -> Float[Tensor, "*batch dim"]:
     """Return `residual + sum_j softmax(logits)_j dequantise(values_j)`; differentiable.
 
+    The tokens of `values` are those of the batch, flattened.
     The softmax is computed in float32 (float64 for float64 logits), the sum in the wider of the
     types of `values` and `residual`; for codes, in that of `residual`.
 
@@ -87,14 +88,15 @@ def combine_reference(
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     gates = torch.softmax(logits, dim=-1, dtype=wide)
     if scales is not None:
-        bits = 8 * values.shape[2] // residual.shape[1]
+        bits = 8 * values.shape[2] // residual.shape[-1]
         values = dequantise(values, scales, residual.dtype, bits)
     elif values.dtype != residual.dtype:
         values = values.to(torch.promote_types(values.dtype, residual.dtype))
-    gates = gates.to(values.dtype)[:, None]
+    tokens, experts, dim = values.shape
+    gates = gates.to(values.dtype).reshape(tokens, 1, experts)
     if values.dtype == residual.dtype and not torch.is_autocast_enabled(residual.device.type):
-        return torch.baddbmm(residual[:, None], gates, values).squeeze(1)
-    return residual + torch.matmul(gates, values).squeeze(1)
+        return torch.baddbmm(residual.reshape(tokens, 1, dim), gates, values).view_as(residual)
+    return residual + torch.matmul(gates, values).view_as(residual)
 
 
 def combine_norm_reference(

@@ -7,158 +7,21 @@ all layers are fetched on a second stream while earlier layers compute. Where th
 rows, a step is two graphs: what needs no rows runs while the host looks.
 """
 
-import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from .kernels.combine import combine_norm
-from .kernels.gather import gather
-from .lut import CachedStore, DeviceStore, LutRows, PinnedStore
-from .modeling import DenseForCausalLM, MoleForCausalLM
-from .modeling.attention import rotate
+from ..kernels.gather import gather
+from ..lut import CachedStore, DeviceStore, LutRows, PinnedStore
+from ..modeling import DenseForCausalLM, MoleForCausalLM
+from .layer import Layer, block, compute, end, fused
+from .sampling import Sampling, choose
 
 _ROUTER_ROWS = 8  # the up-projection grows by a multiple of this, for aligned matrix products
 _GROUPS = (1, 5)  # layers whose rows are waited for together: first group, second; then the rest
-
-
-class _Layer(NamedTuple):
-    """One layer's weights as the step reads them."""
-
-    qkv: Tensor
-    out: Tensor
-    post: Tensor
-    up: Tensor
-    down: Tensor
-    next: Tensor
-    keys: Tensor
-    values: Tensor
-
-
-def _compute(
-    hidden: Tensor,
-    normed: Tensor,
-    layer: _Layer,
-    cos: Tensor,
-    sin: Tensor,
-    position: Tensor,
-    mask: Tensor,
-    heads: int,
-    inner: int,
-    eps: float,
-    act: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a layer's end takes: residual stream, feed-forward output, router's logits."""
-    batch, dim = hidden.shape
-    kv_heads, head = layer.keys.shape[1], layer.keys.shape[3]
-    projected = nn.functional.linear(normed, layer.qkv).view(batch, -1, 1, head)
-    query, key, value = projected.split([heads, kv_heads, kv_heads], dim=1)
-    layer.keys.index_copy_(2, position, rotate(key, cos, sin))
-    layer.values.index_copy_(2, position, value)
-    attended = nn.functional.scaled_dot_product_attention(
-        rotate(query, cos, sin),
-        layer.keys,
-        layer.values,
-        attn_mask=mask,
-        enable_gqa=heads != kv_heads,
-    )
-    hidden = hidden + nn.functional.linear(attended.reshape(batch, dim), layer.out)
-    x = nn.functional.rms_norm(hidden, (dim,), layer.post, eps)
-    up = nn.functional.linear(x, layer.up)
-    update = nn.functional.linear(act(up[:, :inner]), layer.down)
-    return hidden, update, up[:, inner:]
-
-
-def _end(
-    hidden: Tensor,
-    update: Tensor,
-    logits: Tensor,
-    layer: _Layer,
-    rows: tuple[Tensor, Tensor | None] | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the residual stream after one layer, and its norm for the next."""
-    if rows is None:
-        hidden = hidden + update
-        return hidden, nn.functional.rms_norm(hidden, hidden.shape[1:], layer.next, eps)
-    values, scales = rows
-    logits = logits[:, : values.shape[1]]
-    return combine_norm(logits, values, hidden, update, layer.next, eps, scales)
-
-
-def _block(
-    hidden: Tensor,
-    normed: Tensor,
-    layer: _Layer,
-    cos: Tensor,
-    sin: Tensor,
-    position: Tensor,
-    mask: Tensor,
-    rows: tuple[Tensor, Tensor | None] | None,
-    heads: int,
-    inner: int,
-    eps: float,
-    act: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Return the residual stream after one layer, and its norm for the next; one token each."""
-    computed = _compute(hidden, normed, layer, cos, sin, position, mask, heads, inner, eps, act)
-    return _end(*computed, layer, rows, eps)
-
-
-def _choose(normed: Tensor, head: Tensor, ids: Tensor) -> None:
-    """Write the likeliest next ids."""
-    ids.copy_(nn.functional.linear(normed, head).argmax(-1))
-
-
-class _Sampling(NamedTuple):
-    """What a sampled step reads, on the device: a graph that was captured once serves all values.
-
-    Of independent exponential times with the ids' chances as rates, an id's is the first with that
-    id's chance; so the noise, drawn beforehand, decides and no step waits for the host.
-    """
-
-    noise: Tensor
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-
-    def draw(self, logits: Tensor, some: bool) -> Tensor:
-        """Return an id for every row of logits, of `some` ids only if the limits are to count."""
-        logits = logits.float() / self.temperature
-        if not some:
-            return (logits.softmax(-1) / self.noise).argmax(-1)
-        logits, ids = logits.sort(-1, descending=True)
-        ranks = torch.arange(logits.shape[-1], device=logits.device)
-        chances = logits.masked_fill(ranks >= self.top_k, -torch.inf).softmax(-1)
-        before = chances.cumsum(-1) - chances
-        chances = chances.masked_fill(before >= self.top_p, 0)
-        first = (chances / self.noise.gather(-1, ids)).argmax(-1, keepdim=True)
-        return ids.gather(-1, first).squeeze(-1)
-
-
-def _fused(weights: list[nn.Parameter], rows: int) -> Tensor:
-    """Return matrices under each other, padded to so many rows; they become parts of it.
-
-    What is fused already, by another decoder of the model, is used as it is.
-    """
-    first = weights[0]
-    begins = [w.data_ptr() - first.data_ptr() for w in weights]
-    above = [0, *itertools.accumulate(w.nbytes for w in weights)]
-    storage = first.untyped_storage()
-    one = all(w.untyped_storage().data_ptr() == storage.data_ptr() for w in weights)
-    end = first.storage_offset() * first.element_size() + rows * first[0].nbytes
-    if one and begins == above[:-1] and end <= storage.nbytes():
-        return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
-    fused, begin = first.new_zeros(rows, first.shape[1]), 0
-    for weight in weights:
-        part = fused[begin : begin + len(weight)]
-        part.copy_(weight)
-        weight.data = part
-        begin += len(part)
-    return fused
 
 
 class Decoder:
@@ -208,7 +71,7 @@ class Decoder:
         self.captured = cuda if captured is None else captured
         if self.captured and not cuda:
             raise ValueError(f"`captured` needs a model on a GPU; this one is on {self.device}.")
-        parts: list[Any] = [_block, _compute, _end, _choose]
+        parts: list[Any] = [block, compute, end, choose]
         if cuda if compiled is None else compiled:
             parts = [torch.compile(part, fullgraph=True, dynamic=False) for part in parts]
         self._run_block, self._run_compute, self._run_end, self._run_choose = parts
@@ -217,7 +80,7 @@ class Decoder:
         self._way = "greedy"
         self._graphs: dict[tuple[str, str], Any] = {}
         self._generator: torch.Generator | None = None
-        self._sampling: _Sampling | None = None
+        self._sampling: Sampling | None = None
         self._prepare()
 
     @torch.no_grad()
@@ -233,11 +96,11 @@ class Decoder:
             if layer.lookup is not None:
                 router = layer.lookup.router.weight
                 extra = -(-len(router) // _ROUTER_ROWS) * _ROUTER_ROWS
-                up = _fused([up, router], len(up) + extra)
+                up = fused([up, router], len(up) + extra)
             heads = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-            qkv = _fused(heads, sum(map(len, heads)))
+            qkv = fused(heads, sum(map(len, heads)))
             self.layers.append(
-                _Layer(
+                Layer(
                     qkv=qkv,
                     out=attention.o_proj.weight.detach(),
                     post=layer.post_attention_layernorm.weight.detach(),
@@ -431,7 +294,7 @@ class Decoder:
         self._way = "any" if top_k is None and top_p is None else "some"
         if self._sampling is None:
             scalars = (torch.zeros((), device=self.device) for _ in range(3))
-            self._sampling = _Sampling(torch.empty(self.batch, vocab, device=self.device), *scalars)
+            self._sampling = Sampling(torch.empty(self.batch, vocab, device=self.device), *scalars)
         self._sampling.temperature.fill_(temperature)
         self._sampling.top_k.fill_(vocab if top_k is None else top_k)
         self._sampling.top_p.fill_(2 if top_p is None else top_p)  # no sum gets there
@@ -468,7 +331,7 @@ class Decoder:
             return
         self.seen.copy_(self.ids, non_blocking=True)
         if self.copied is not None:
-            self.copied.record()
+            self.copied.record(torch.cuda.current_stream(self.device))
         self._run("_open")  # meanwhile the host finds the rows
         if self.copied is not None:
             self.copied.synchronize()

@@ -1,0 +1,118 @@
+"""One layer of a decoding step, for one token of every sequence."""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..kernels.combine import combine_norm
+from ..modeling.attention import rotate
+
+
+class Layer(NamedTuple):
+    """One layer's weights as the step reads them."""
+
+    qkv: Tensor
+    out: Tensor
+    post: Tensor
+    up: Tensor
+    down: Tensor
+    next: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def compute(
+    hidden: Tensor,
+    normed: Tensor,
+    layer: Layer,
+    cos: Tensor,
+    sin: Tensor,
+    position: Tensor,
+    mask: Tensor,
+    heads: int,
+    inner: int,
+    eps: float,
+    act: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a layer's end takes: residual stream, feed-forward output, router's logits."""
+    batch, dim = hidden.shape
+    kv_heads, head = layer.keys.shape[1], layer.keys.shape[3]
+    projected = nn.functional.linear(normed, layer.qkv).view(batch, -1, 1, head)
+    query, key, value = projected.split([heads, kv_heads, kv_heads], dim=1)
+    layer.keys.index_copy_(2, position, rotate(key, cos, sin))
+    layer.values.index_copy_(2, position, value)
+    attended = nn.functional.scaled_dot_product_attention(
+        rotate(query, cos, sin),
+        layer.keys,
+        layer.values,
+        attn_mask=mask,
+        enable_gqa=heads != kv_heads,
+    )
+    hidden = hidden + nn.functional.linear(attended.reshape(batch, dim), layer.out)
+    x = nn.functional.rms_norm(hidden, (dim,), layer.post, eps)
+    up = nn.functional.linear(x, layer.up)
+    update = nn.functional.linear(act(up[:, :inner]), layer.down)
+    return hidden, update, up[:, inner:]
+
+
+def end(
+    hidden: Tensor,
+    update: Tensor,
+    logits: Tensor,
+    layer: Layer,
+    rows: tuple[Tensor, Tensor | None] | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the residual stream after one layer, and its norm for the next."""
+    if rows is None:
+        hidden = hidden + update
+        return hidden, nn.functional.rms_norm(hidden, hidden.shape[1:], layer.next, eps)
+    values, scales = rows
+    logits = logits[:, : values.shape[1]]
+    return combine_norm(logits, values, hidden, update, layer.next, eps, scales)
+
+
+def block(
+    hidden: Tensor,
+    normed: Tensor,
+    layer: Layer,
+    cos: Tensor,
+    sin: Tensor,
+    position: Tensor,
+    mask: Tensor,
+    rows: tuple[Tensor, Tensor | None] | None,
+    heads: int,
+    inner: int,
+    eps: float,
+    act: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return the residual stream after one layer, and its norm for the next; one token each."""
+    computed = compute(hidden, normed, layer, cos, sin, position, mask, heads, inner, eps, act)
+    return end(*computed, layer, rows, eps)
+
+
+def fused(weights: list[nn.Parameter], rows: int) -> Tensor:
+    """Return matrices under each other, padded to so many rows; they become parts of it.
+
+    What is fused already, by another decoder of the model, is used as it is.
+    """
+    first = weights[0]
+    begins = [w.data_ptr() - first.data_ptr() for w in weights]
+    above = [0, *itertools.accumulate(w.nbytes for w in weights)]
+    storage = first.untyped_storage()
+    one = all(w.untyped_storage().data_ptr() == storage.data_ptr() for w in weights)
+    end = first.storage_offset() * first.element_size() + rows * first[0].nbytes
+    if one and begins == above[:-1] and end <= storage.nbytes():
+        return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+    fused, begin = first.new_zeros(rows, first.shape[1]), 0
+    for weight in weights:
+        part = fused[begin : begin + len(weight)]
+        part.copy_(weight)
+        weight.data = part
+        begin += len(part)
+    return fused
+
+
+__all__ = ["Layer", "block", "compute", "end", "fused"]
