@@ -127,3 +127,13 @@ def test_importing_the_package_loads_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_failure_below_is_one_line(monkeypatch):
+    def fail():
+        raise RuntimeError("no driver\nfound")
+
+    monkeypatch.setattr("fourfold_common.environment_report", fail)
+    result = CliRunner().invoke(main, ["env"])
+    assert result.exit_code == 1
+    assert result.output == "Error: RuntimeError: no driver found (option -v shows where)\n"

@@ -36,6 +36,11 @@ class _OneLineErrors(click.Group):
             _logger.debug("details", exc_info=True)
             click.echo(f"Error: {error}", err=True)
             code = 2
+        except Exception as error:
+            _logger.debug("details", exc_info=True)
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            click.echo(f"Error: {message} (option -v shows where)", err=True)
+            code = 1
         sys.exit(code if isinstance(code, int) else 0)
 
 
