@@ -1,5 +1,7 @@
 """Dropout, ALiBi, bias, cap and packed sequences in the kernels, against the float64 reference."""
 
+import itertools
+
 import pytest
 import torch
 import triton
@@ -229,7 +231,7 @@ def test_packed_sequences_have_the_bits_of_each_alone(device):
     (q, k, v), bounds = _packed(device)
     grad = torch.randn(74, 2, 8, device=device)
     found = _gradients((q, k, v), {}, grad, backend="triton", **bounds)
-    for i, (start, stop) in enumerate(zip(BOUNDS_Q, BOUNDS_Q[1:], strict=False)):
+    for i, (start, stop) in enumerate(itertools.pairwise(BOUNDS_Q)):
         first, end = BOUNDS_K[i : i + 2]
         rows, keys = slice(start, stop), slice(first, end)
         if start == stop or first == end:

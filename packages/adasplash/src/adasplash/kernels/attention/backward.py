@@ -85,7 +85,7 @@ def _queries_kernel(
     list_ptr += line * n_blocks
     count = list_marked(active_ptr + line * n_blocks, 1, n_blocks, list_ptr, True)
     row_base = plane.to(tl.int64) * seq_q
-    tile, row_at, seq_q, key_at, seq_k, sequence = sequence_of(
+    tile, row_at, seq_q, key_at, seq_k, _sequence = sequence_of(
         tile, bounds_q_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, seq_q, seq_k, FORM, BLOCK_M
     )
     first = tile * BLOCK_M

@@ -64,12 +64,12 @@ def _bias_kernel(
             tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
             delta = tl.load(delta_ptr + row_base + rows, mask=rows < seq_q, other=0.0)
             its_mask = mask_ptr + batch.to(tl.int64) * stride_mask
-            s, gate = scores(
+            s, _gate = scores(
                 q, k, its_mask, terms, first, block * BLOCK_N, seq_q, seq_k, left, right,
                 IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             factor = factor_of(scale, alpha, FORM)
-            x, u = roots(s * factor, tau[:, None], 1.0 / (alpha - 1.0), HALF)
+            _x, u = roots(s * factor, tau[:, None], 1.0 / (alpha - 1.0), HALF)
             dp = tl.dot(do, v.T, input_precision="ieee")
             if DROPOUT:
                 drawn = words(tl.load(seed_ptr), plane, first, block * BLOCK_N, BLOCK_M, BLOCK_N)

@@ -1,8 +1,9 @@
 """Which weights dropout keeps, from a counter: forward and backward need no stored mask.
 
 Philox 4x32 with 7 rounds turns (key // 4, row, head of the batch, 0) under a 64-bit seed into the
-random words of four neighbouring keys; `philox.py` is the same in a kernel. A weight is kept if its word, as a signed number, is at
-least `cut(p)`. The reference computes the same words, so both backends drop the same weights.
+random words of four neighbouring keys; `philox.py` is the same in a kernel. A weight is kept if its
+word, as a signed number, is at least `cut(p)`. The reference computes the same words, so both
+backends drop the same weights.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
@@ -28,7 +29,7 @@ def cut(p: float) -> int:
 
 
 def kept(
-    seed: Int[Tensor, "1"],
+    seed: Int[Tensor, 1],
     planes: Int[Tensor, "*planes"],
     rows: Int[Tensor, " rows"],
     n_keys: int,

@@ -56,7 +56,7 @@ def _output_kernel(
     active_ptr += line * n_blocks
     count = tl.load(count_ptr + line)
     row_base = plane.to(tl.int64) * seq_q
-    tile, row_at, seq_q, key_at, seq_k, sequence = sequence_of(
+    tile, row_at, seq_q, key_at, seq_k, _sequence = sequence_of(
         tile, bounds_q_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, seq_q, seq_k, FORM, BLOCK_M
     )
     first = tile * BLOCK_M
@@ -77,7 +77,7 @@ def _output_kernel(
         start = block * BLOCK_N
         k = load_part(k_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_D)
         v = load_part(v_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_DV)
-        s, gate = scores(
+        s, _gate = scores(
             q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
             IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
         )  # fmt: skip

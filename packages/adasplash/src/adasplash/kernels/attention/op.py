@@ -92,7 +92,8 @@ def adasplash(
             sequence must not be longer.
         max_seqlen_k: The same for keys.
         backend: `"triton"` runs the kernels, `"reference"` plain PyTorch; `"auto"` the kernels for
-            CUDA tensors when Triton can be imported and `alpha` is not 1, else the reference. A backend that was asked for is never replaced by the other.
+            CUDA tensors when Triton can be imported and `alpha` is not 1, else the reference. A
+            backend that was asked for is never replaced by the other.
 
     Returns:
         The output, in the dtype of `q`.

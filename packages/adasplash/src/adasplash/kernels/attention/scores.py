@@ -75,8 +75,8 @@ def distance_of(rows, keys, seq_q, seq_k):
 def shaped(s, rows, keys, first, seq_q, seq_k, terms, FORM: tl.constexpr):
     """Return scores times alpha - 1 for products, and the slope of the cap, 1 without one.
 
-    Without SHAPED products are what they were. `rows`, from `first` on, and `keys` are index tensors
-    that broadcast to the shape of `s`; where one lies outside, scores may be anything.
+    Without SHAPED products stay what they are. `rows`, from `first` on, and `keys` are index
+    tensors that broadcast to the shape of `s`; where one lies outside, scores may be anything.
     """
     gate = 1.0
     if SHAPED & FORM:

@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 
 from ..launch import interpreted, launch
-from .threshold import step_left
 from .scores import (
     PACKED,
     PLACED,
@@ -35,6 +34,7 @@ from .scores import (
     slots_of,
     terms_of,
 )
+from .threshold import step_left
 from .tiles import (
     SIZES,
     UNALIGNED,
@@ -139,7 +139,7 @@ def _screen_kernel(
     mask_ptr += batch.to(tl.int64) * stride_mask
     peak_ptr += tl.program_id(0).to(tl.int64) * n_blocks * TILE_M
     top_ptr += plane.to(tl.int64) * seq_q
-    wide, row_at, seq_q, key_at, seq_k, sequence = sequence_of(
+    wide, row_at, seq_q, key_at, seq_k, _sequence = sequence_of(
         wide, bounds_q_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, seq_q, seq_k, FORM, TILE_M
     )
     first = wide * TILE_M
@@ -168,7 +168,7 @@ def _screen_kernel(
         keys = tile * TILE_N + tl.arange(0, TILE_N)
         k = load_part(k_desc, batch, head_kv, key_at, tile * TILE_N, seq_k, FORM, TILE_N, BLOCK_D)
         z = tl.dot(q, k.T, input_precision="ieee")
-        z, gate = shaped(z, rows[:, None], keys[None, :], first, seq_q, seq_k, terms, FORM)
+        z, _gate = shaped(z, rows[:, None], keys[None, :], first, seq_q, seq_k, terms, FORM)
         z = z * factor
         z = hide(
             z, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, left, right,
@@ -182,11 +182,11 @@ def _screen_kernel(
         z = tl.dot(q, k.T, input_precision="ieee")
         if PLACED & FORM:
             keys = tile * TILE_N + tl.arange(0, TILE_N)
-            z, gate = shaped(z, rows[:, None], keys[None, :], first, seq_q, seq_k, terms, FORM)
+            z, _gate = shaped(z, rows[:, None], keys[None, :], first, seq_q, seq_k, terms, FORM)
         # The scale is positive, and the cap rises: the largest product has the largest score.
         peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED)
         if (PLACED & FORM) == 0:
-            peaks, gate = shaped(peaks, rows, rows, first, seq_q, seq_k, terms, FORM)
+            peaks, _gate = shaped(peaks, rows, rows, first, seq_q, seq_k, terms, FORM)
         peaks = peaks * factor
         top = _larger(top, _highest(peaks, 1, INTERPRETED))
         _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
@@ -224,7 +224,7 @@ def _list_kernel(
     place = first_place + local
     plane = place // n_wide
     row_base = plane.to(tl.int64) * seq_q
-    wide, row_at, seq_q, key_at, seq_k, sequence = sequence_of(
+    wide, row_at, seq_q, _key_at, seq_k, sequence = sequence_of(
         n_wide - 1 - place % n_wide, bounds_q_ptr, bounds_q_ptr, bounds_k_ptr, n_seq,
         seq_q, seq_k, FORM, TILE_M,
     )  # fmt: skip
