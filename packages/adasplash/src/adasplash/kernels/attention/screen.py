@@ -50,6 +50,7 @@ from .tiles import (
 _ROOM = 2**28  # bytes of stored maxima
 _CHUNK, _LISTED, _WARPS = 4, 64, 1  # of the second kernel: blocks at a time
 _LIST_SWITCHES = "IS_CAUSAL", "HAS_WINDOW", "HALF", "FORM", "BLOCK_M", "BLOCK_N"
+_MASKED_N = 64  # keys of a tile where each is asked whether it is hidden: more spill registers
 _STEPS = tl.constexpr(3)
 
 
@@ -374,14 +375,17 @@ def screen(problem: Problem, *, skip: bool = True) -> Candidates:
     at_once = min(places, max(1, _ROOM // (2 * n_blocks * tiles.screen_m)))
     peaks = torch.empty(at_once * n_blocks * tiles.screen_m, dtype=torch.float16, device=device)
     interpreting = interpreted(_screen_kernel)
-    sources = describe(q, tiles.screen_m), describe(problem.k, tiles.screen_n)
+    tile_n = tiles.screen_n
+    if switches["HAS_MASK"] or switches["HAS_WINDOW"]:
+        tile_n = min(tile_n, _MASKED_N)
+    sources = describe(q, tiles.screen_m), describe(problem.k, tile_n)
     for first in range(0, places, at_once):
         some = min(at_once, places - first)
         launch(
             _screen_kernel, some, problem.kind,
             *sources, problem.mask, problem.alpha, top, peaks, first, *problem.added,
             *problem.sizes, problem.scale,
-            **switches, TILE_M=tiles.screen_m, TILE_N=tiles.screen_n, INTERPRETED=interpreting,
+            **switches, TILE_M=tiles.screen_m, TILE_N=tile_n, INTERPRETED=interpreting,
             num_warps=tiles.screen_warps, num_stages=tiles.screen_stages,
         )  # fmt: skip
         launch(
