@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from ..launch import launch
+from . import fused
 from .philox import words
 from .scores import factor_of, load_part, scores, sequence_of, terms_of
 from .screen import Candidates, screen
@@ -123,6 +124,8 @@ def launch_forward(
     """
     problem = pose(q, k, v, key_mask, alpha, scale, is_causal, window, terms)
     candidates = screen(problem, skip=skip)
+    if fused.fits(problem):
+        return fused.solve(problem, candidates)
     tau = threshold(problem, candidates)
     output, active = weighted_sum(problem, candidates, tau)
     return output, tau, active

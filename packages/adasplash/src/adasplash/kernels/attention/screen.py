@@ -41,14 +41,16 @@ from .tiles import (
     Problem,
     describe,
     hide,
+    load_tile,
     n_slots,
     roots,
     saturated,
 )
 
 _ROOM = 2**28  # bytes of stored maxima
-_CHUNK, _LISTED, _WARPS = 8, 64, 1  # of the second kernel: blocks at a time
+_CHUNK, _LISTED, _WARPS = 4, 64, 1  # of the second kernel: blocks at a time
 _LIST_SWITCHES = "IS_CAUSAL", "HAS_WINDOW", "HALF", "FORM", "BLOCK_M", "BLOCK_N"
+_MASKED_N = 64  # keys of a tile where each is asked whether it is hidden: more spill registers
 _STEPS = tl.constexpr(3)
 
 
@@ -116,6 +118,50 @@ def _store_peaks(
     )
 
 
+@triton.jit
+@no_type_check
+def _whole_tiles(
+    q, k_desc, peak_ptr, top, batch, head_kv, rows, inner, full, seq_q, n_blocks, factor,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Store the maxima of tiles that every row sees to the end; return the maxima of the rows.
+
+    Positive numbers are ordered as their bits are, and the hardware takes the maximum of three
+    integers at once. Of a block with no positive score that gives the smallest one; it is stored as
+    0, which is too high. Once every row has seen a score above 1 a block at 0 holds no weight
+    anyway; till then numbers are compared.
+    """
+    PARTS: tl.constexpr = TILE_N // BLOCK_N
+    LEAD: tl.constexpr = 4  # tiles between two questions whether every row has
+    done, low = 0, 1
+    while (done < full) & (low > 0):
+        stop = tl.minimum(done + LEAD, full)
+        for index in range(done, stop):
+            tile = full - 1 - index  # the diagonal's neighbours first
+            k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
+            z = tl.dot(q, k.T, input_precision="ieee")
+            # The scale is positive: the largest product has the largest score.
+            peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED) * factor
+            top = _larger(top, _highest(peaks, 1, INTERPRETED))
+            _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
+        done = stop
+        # With what the second kernel allows for rounding, and as much again.
+        high = (top >= 1.0 + (tl.abs(top) + 1.0) * 2.0**-9) | (top != top) | (rows >= seq_q)
+        low = tl.max(tl.where(high, 0, 1), 0)
+    for index in range(done, full):
+        tile = full - 1 - index
+        k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
+        z = tl.dot(q, k.T, input_precision="ieee")
+        if INTERPRETED:
+            z = tl.where(z != z, float("nan"), z)  # that of the tensor cores is positive
+        bits = tl.reshape(z.to(tl.int32, bitcast=True), [TILE_M, PARTS, BLOCK_N])
+        peaks = _larger(tl.max(bits, 2).to(tl.float32, bitcast=True), 0.0) * factor
+        top = _larger(top, _highest(peaks, 1, INTERPRETED))
+        _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
+    return top
+
+
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 @no_type_check
 def _screen_kernel(
@@ -168,7 +214,7 @@ def _screen_kernel(
         keys = tile * TILE_N + tl.arange(0, TILE_N)
         k = load_part(k_desc, batch, head_kv, key_at, tile * TILE_N, seq_k, FORM, TILE_N, BLOCK_D)
         z = tl.dot(q, k.T, input_precision="ieee")
-        z, _gate = shaped(z, rows[:, None], keys[None, :], first, seq_q, seq_k, terms, FORM)
+        z, gate = shaped(z, rows[:, None], keys[None, :], first, seq_q, seq_k, terms, FORM)
         z = z * factor
         z = hide(
             z, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, left, right,
@@ -177,19 +223,27 @@ def _screen_kernel(
         peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED)
         top = _larger(top, _highest(peaks, 1, INTERPRETED))
         _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
-    for tile in range(0, full):
-        k = load_part(k_desc, batch, head_kv, key_at, tile * TILE_N, seq_k, FORM, TILE_N, BLOCK_D)
-        z = tl.dot(q, k.T, input_precision="ieee")
-        if PLACED & FORM:
-            keys = tile * TILE_N + tl.arange(0, TILE_N)
-            z, _gate = shaped(z, rows[:, None], keys[None, :], first, seq_q, seq_k, terms, FORM)
-        # The scale is positive, and the cap rises: the largest product has the largest score.
-        peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED)
-        if (PLACED & FORM) == 0:
-            peaks, _gate = shaped(peaks, rows, rows, first, seq_q, seq_k, terms, FORM)
-        peaks = peaks * factor
-        top = _larger(top, _highest(peaks, 1, INTERPRETED))
-        _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
+    if FORM == 0 and not (HAS_MASK or HAS_WINDOW):
+        top = _whole_tiles(
+            q, k_desc, peak_ptr, top, batch, head_kv, rows, inner, full, seq_q, n_blocks, factor,
+            BLOCK_N, BLOCK_D, TILE_M, TILE_N, INTERPRETED,
+        )  # fmt: skip
+    else:
+        for tile in range(0, full):
+            k = load_part(
+                k_desc, batch, head_kv, key_at, tile * TILE_N, seq_k, FORM, TILE_N, BLOCK_D
+            )
+            z = tl.dot(q, k.T, input_precision="ieee")
+            if PLACED & FORM:
+                keys = tile * TILE_N + tl.arange(0, TILE_N)
+                z, _gate = shaped(z, rows[:, None], keys[None, :], first, seq_q, seq_k, terms, FORM)
+            # The scale is positive, and the cap rises: the largest product has the largest score.
+            peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED)
+            if (PLACED & FORM) == 0:
+                peaks, _gate = shaped(peaks, rows, rows, first, seq_q, seq_k, terms, FORM)
+            peaks = peaks * factor
+            top = _larger(top, _highest(peaks, 1, INTERPRETED))
+            _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
     tl.store(top_ptr + row_at + rows, top, mask=rows < seq_q)
 
 
@@ -321,14 +375,17 @@ def screen(problem: Problem, *, skip: bool = True) -> Candidates:
     at_once = min(places, max(1, _ROOM // (2 * n_blocks * tiles.screen_m)))
     peaks = torch.empty(at_once * n_blocks * tiles.screen_m, dtype=torch.float16, device=device)
     interpreting = interpreted(_screen_kernel)
-    sources = describe(q, tiles.screen_m), describe(problem.k, tiles.screen_n)
+    tile_n = tiles.screen_n
+    if switches["HAS_MASK"] or switches["HAS_WINDOW"]:
+        tile_n = min(tile_n, _MASKED_N)
+    sources = describe(q, tiles.screen_m), describe(problem.k, tile_n)
     for first in range(0, places, at_once):
         some = min(at_once, places - first)
         launch(
             _screen_kernel, some, problem.kind,
             *sources, problem.mask, problem.alpha, top, peaks, first, *problem.added,
             *problem.sizes, problem.scale,
-            **switches, TILE_M=tiles.screen_m, TILE_N=tiles.screen_n, INTERPRETED=interpreting,
+            **switches, TILE_M=tiles.screen_m, TILE_N=tile_n, INTERPRETED=interpreting,
             num_warps=tiles.screen_warps, num_stages=tiles.screen_stages,
         )  # fmt: skip
         launch(

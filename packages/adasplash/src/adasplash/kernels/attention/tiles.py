@@ -51,7 +51,7 @@ class Tiles(NamedTuple):
 # By the padded head size; float32 products need twice the room.
 _HALF = {
     64: Tiles(64, 64, 4, 2, 128, 128, 4, 3, 2),
-    128: Tiles(64, 64, 4, 2, 64, 128, 4, 3, 2),
+    128: Tiles(64, 64, 4, 2, 128, 128, 8, 2, 2),
     256: Tiles(64, 32, 8, 2, 64, 64, 4, 2, 2),
 }
 _FULL = {
