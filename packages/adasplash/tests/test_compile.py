@@ -40,6 +40,28 @@ want = torch.autograd.grad(attend(q, k, v).square().sum(), (q, k, v))
 found = torch.autograd.grad(compiled(q, k, v).square().sum(), (q, k, v))
 assert all(torch.equal(x, y) for x, y in zip(want, found, strict=True))
 
+slopes, bias = (torch.rand(2, device=device), torch.randn(20, device=device))
+def attend(q, k, v, slopes, bias):
+    options = {"alibi_slopes": slopes, "attn_bias": bias, "softcap": 3.0, "dropout_p": 0.3}
+    return adasplash(q, k, v, **options, backend="triton")
+
+inputs = (q, k, v, slopes.requires_grad_(), bias.requires_grad_())
+compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+runs = []
+for call in (attend, compiled):
+    torch.manual_seed(3)
+    output = call(*inputs)
+    runs.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+bounds = torch.tensor([0, 9, 20], dtype=torch.int32, device=device)
+def attend(q, k, v, bounds):
+    return adasplash(q, k, v, cu_seqlens_q=bounds, max_seqlen_q=11, backend="triton")
+
+packed = [x[0].transpose(0, 1) for x in (q, k, v)]
+compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+assert torch.equal(compiled(*packed, bounds), attend(*packed, bounds))
+
 k, v = torch.randn(2, 2, 1, 128, 16, device=device).unbind(0)
 stats, table = page_stats(k), torch.arange(2, device=device)[:, None]
 lengths = torch.tensor([50, 64], device=device)

@@ -55,6 +55,29 @@ def test_forward_and_backward_are_replayed_bit_for_bit(alpha, dtype, causal):
 
 @pytest.mark.gpu
 @on_a_gpu
+def test_replays_drop_other_weights_and_repeat_under_a_seed():
+    leaves = [torch.randn(2, 4, 300, 64, device="cuda").requires_grad_() for _ in range(3)]
+
+    def call():
+        output = adasplash(*leaves, dropout_p=0.2)
+        return output.detach(), *torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+    graph, found = _capture(call)
+    runs = []
+    for seed in (3, None, 3):
+        if seed is not None:
+            torch.manual_seed(seed)
+        graph.replay()
+        runs.append([x.clone() for x in found])
+    torch.manual_seed(3)
+    runs.append(call())
+    assert not torch.equal(runs[0][0], runs[1][0])
+    for other in runs[2:]:
+        assert all(torch.equal(x, y) for x, y in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.gpu
+@on_a_gpu
 @pytest.mark.parametrize("paged", [True, False])
 @pytest.mark.parametrize("bounds", [True, False])
 def test_decoding_is_replayed_bit_for_bit_as_the_cache_grows(paged, bounds):

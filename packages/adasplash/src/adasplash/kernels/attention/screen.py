@@ -214,7 +214,7 @@ def _screen_kernel(
         keys = tile * TILE_N + tl.arange(0, TILE_N)
         k = load_part(k_desc, batch, head_kv, key_at, tile * TILE_N, seq_k, FORM, TILE_N, BLOCK_D)
         z = tl.dot(q, k.T, input_precision="ieee")
-        z, gate = shaped(z, rows[:, None], keys[None, :], first, seq_q, seq_k, terms, FORM)
+        z, _gate = shaped(z, rows[:, None], keys[None, :], first, seq_q, seq_k, terms, FORM)
         z = z * factor
         z = hide(
             z, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, left, right,
