@@ -357,6 +357,43 @@ def test_training_gives_every_weight_a_gradient(model):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", ["GPT2", "Roberta"])
+def test_training_with_attention_dropout_runs_in_the_kernels(kind, device, monkeypatch):
+    from functools import partial
+
+    from adasplash import integration
+
+    register_with_transformers()
+    if kind == "GPT2":
+        config = transformers.GPT2Config(
+            vocab_size=40, n_embd=32, n_layer=1, n_head=2, n_positions=32, attn_pdrop=0.1,
+            embd_pdrop=0.0, resid_pdrop=0.0, initializer_range=0.6,
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        config = transformers.RobertaConfig(
+            vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, hidden_dropout_prob=0.0, initializer_range=0.6, pad_token_id=0,
+        )  # fmt: skip
+        assert config.attention_probs_dropout_prob == 0.1
+        model = transformers.RobertaForMaskedLM(config)
+    model = model.to(device).train()
+    model.set_attn_implementation("adasplash")
+    ids = torch.randint(3, 40, (2, 12), device=device)
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    found = []
+    for backend, seed in (("triton", 0), ("reference", 0), ("reference", 1)):
+        monkeypatch.setattr(integration, "adasplash", partial(adasplash, backend=backend))
+        model.zero_grad()
+        torch.manual_seed(seed)
+        model(ids, attention_mask=mask, labels=ids).loss.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append(torch.cat([x.flatten() for x in grads]))
+    assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm()
+    assert (found[0] - found[2]).norm() > 1e-2 * found[1].norm()  # another mask
+
+
 def test_a_bidirectional_model_sees_the_future():
     register_with_transformers()
     config = transformers.BertConfig(
