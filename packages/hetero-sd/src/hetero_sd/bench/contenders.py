@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..decoder import HeteroSpeculativeDecoder
 from ..pairs import Pair
-from ..rounds import Stats
+from ..rounds import COUNTS, Stats
 from . import assisted
 
 EAGER = "transformers"
@@ -42,7 +42,7 @@ class Counts:
     drafted: int = 0
     proposed: int = 0
     accepted: int = 0
-    judged: float = 0.0
+    judged: int = 0
 
     def add(self, other: Counts) -> None:
         """Add another generation's."""
@@ -52,20 +52,7 @@ class Counts:
     @classmethod
     def between(cls, first: Stats, last: Stats) -> Counts:
         """Return what was done between two states of one generation."""
-        names = ("rounds", "row_rounds", "generated", "drafted", "proposed", "accepted")
-        counts = cls(**{name: getattr(last, name) - getattr(first, name) for name in names})
-        before = [*first.by_position, *[(0, 0)] * len(last.by_position)]
-        kept, offered = 1.0, 1.0
-        for (tried, taken), (tried_before, taken_before) in zip(
-            last.by_position, before, strict=False
-        ):
-            tried, taken = tried - tried_before, taken - taken_before
-            # Judged are those after accepted ones. Where drafts differ in length, the share of
-            # accepted ones is taken to be the same for long and short drafts.
-            share = kept / offered if offered else 0.0
-            counts.judged += tried * share
-            kept, offered = float(taken), float(tried)
-        return counts
+        return cls(**{name: getattr(last, name) - getattr(first, name) for name in COUNTS})
 
 
 @dataclass(frozen=True)
