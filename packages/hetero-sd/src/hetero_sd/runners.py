@@ -11,6 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .chance import Chance
+from .processors import Processors
+
 _logger = logging.getLogger(__name__)
 
 
@@ -49,7 +52,13 @@ class Runner(Protocol):
 
 @runtime_checkable
 class Chooser(Protocol):
-    """A runner that takes the likeliest ids on its own device, and so is waited for only once."""
+    """A runner that takes ids on its own device, and so is waited for only once.
+
+    Attributes:
+        device: Where it runs.
+    """
+
+    device: torch.device
 
     def choose(self, feeds: Sequence[Sequence[int]], keep: Sequence[int]) -> list[list[int]]:
         """Feed ids and return the likeliest id after each of a row's last few; see `best_of`."""
@@ -64,6 +73,29 @@ class Chooser(Protocol):
             feeds: Ids for each row; an empty list leaves a row as it is.
             counts: How many ids to write in each row that is fed.
             among: Ids to choose from; all if missing.
+        """
+        ...
+
+    def draw(
+        self,
+        feeds: Sequence[Sequence[int]],
+        counts: Sequence[int],
+        among: Tensor,
+        process: Processors,
+        chance: Chance,
+    ) -> tuple[list[list[int]], Tensor]:
+        """Do as `write` does, but draw each id from its law.
+
+        Args:
+            feeds: As for `write`.
+            counts: As for `write`.
+            among: Ids to choose from.
+            process: What is done to their logits; all by scores alone.
+            chance: Source of noise; it must serve the device.
+
+        Returns:
+            The place of each id in `among`, and the laws, of shape `(rows, steps, among)`, which
+            the next draft overwrites.
         """
         ...
 
