@@ -369,6 +369,9 @@ def generate(
     default=True,
     help="Time transformers' assisted generation and prompt lookup too.",
 )
+@click.option(
+    "--peer-repeats", type=click.IntRange(min=1), help="Timed passes of transformers; else as ours."
+)
 @click.option("--compiled", is_flag=True, help="Time transformers static and compiled too.")
 @click.option(
     "--output",
@@ -399,6 +402,7 @@ def bench(
     repeats: int,
     draws: int,
     peers: bool,
+    peer_repeats: int | None,
     compiled: bool,
     output: Path,
     seed: int,
@@ -442,6 +446,7 @@ def bench(
         repeats=repeats,
         draws=draws,
         peers=peers,
+        peer_repeats=peer_repeats,
         compiled=compiled,
         seed=seed,
         command=" ".join(command),

@@ -16,6 +16,7 @@ from ._bytes import ByteEncoder, unfinished_tail
 from .acceptance import Choice, laws_of_runs, settle, verify, verify_block, verify_runs
 from .chance import Chance
 from .context import DrafterMemory
+from .devices import is_spread
 from .processors import Processors
 from .vocab import VocabMap
 
@@ -553,7 +554,7 @@ def find_head(drafter: Any, keep: Tensor) -> Tensor | None:
     weight = getattr(head, "weight", None)
     if body is drafter or weight is None or not weight.is_floating_point():
         return None
-    if getattr(head, "bias", None) is not None:
+    if getattr(head, "bias", None) is not None or is_spread(drafter):
         return None
     rows: Tensor = weight.detach()
     probe = keep[:2][None]

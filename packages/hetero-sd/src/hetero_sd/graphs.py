@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .acceptance import settle
 from .chance import Chance
+from .devices import on
 from .drafting import SharedTokens
 from .llama import LlamaBody
 from .processors import Processors
@@ -91,18 +92,19 @@ class GraphRunner:
             call = _Call(run)
             return call, call.out
         begun = time.perf_counter()
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            run()
-            run()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            out = run()
-        graph.replay()  # The first replay loads the graph, which takes longer than later ones.
-        torch.cuda.synchronize(self.device)
+        with on(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                run()
+                run()
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                out = run()
+            graph.replay()  # The first replay loads the graph, which takes longer than later ones.
+            torch.cuda.synchronize()
         self.setup_seconds += time.perf_counter() - begun
         return graph, out
 
@@ -121,14 +123,15 @@ class GraphRunner:
         given = self._padded(feeds, bucket)
         if bucket > WIDTHS[-1]:
             given = given.to(self.device)
-            states = self.forward(given[0], given[1], min(max(self.lengths) + width, self.capacity))
-            wanted = [
-                states[slot, len(feed) - k : len(feed)]
-                for slot, feed, k in zip(self.slots, feeds, keep, strict=True)
-            ]
-            logits = wanted
-            if most:
-                logits = list(self.body.logits(torch.cat(wanted), head).split(list(keep)))
+            extent = min(max(self.lengths) + width, self.capacity)
+            with on(self.device):
+                states = self.forward(given[0], given[1], extent)
+                logits = [
+                    states[slot, len(feed) - k : len(feed)]
+                    for slot, feed, k in zip(self.slots, feeds, keep, strict=True)
+                ]
+                if most:
+                    logits = list(self.body.logits(torch.cat(logits), head).split(list(keep)))
         else:
             out = self._replay(given, head)
             logits = [
@@ -272,7 +275,8 @@ class GraphRunner:
         if key not in self._graphs:
             self._graphs[key] = self.capture(run)
         graph, out = self._graphs[key]
-        graph.replay()
+        with on(self.device):
+            graph.replay()
         result: Tensor = out
         return result
 
@@ -399,12 +403,13 @@ class GraphRound:
             ahead: Whether the next round will be plain too, as this one is: it begins before the
                 result of this one is read, which the device goes on from by itself.
         """
-        if lookahead or self._flying is None:
-            self._say(pending, feeds, limits, lookahead, chance)
-            flying = self._fly(lookahead, chance)
-        else:
-            flying = self._flying
-        self._flying = self._fly(0, chance) if ahead and not lookahead else None
+        with on(self._target.device):
+            if lookahead or self._flying is None:
+                self._say(pending, feeds, limits, lookahead, chance)
+                flying = self._fly(lookahead, chance)
+            else:
+                flying = self._flying
+            self._flying = self._fly(0, chance) if ahead and not lookahead else None
         return self._settled(flying.read(), feeds, limits, lookahead)
 
     def land(self) -> None:

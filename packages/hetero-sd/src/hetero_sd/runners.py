@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .chance import Chance
+from .devices import input_device
 from .processors import Processors
 
 _logger = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ class EagerRunner:
         self._cache: Any = DynamicCache()
         self._filled = 0
         self._valid = torch.zeros(rows, 0, dtype=torch.bool)
+        self._device = input_device(model)
         self._trims = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def extend(
@@ -136,7 +138,7 @@ class EagerRunner:
         width = max(map(len, feeds))
         if not width:
             return [torch.empty(0) for _ in feeds]
-        device = self._model.device
+        device = self._device
         ids = torch.tensor([[*feed, *[0] * (width - len(feed))] for feed in feeds], device=device)
         inputs: dict[str, Any] = {"input_ids": ids}
         if len(feeds) > 1:
@@ -199,7 +201,7 @@ class EagerRunner:
             return
         index = torch.tensor(list(rows))
         if self._filled:
-            self._cache.batch_select_indices(index.to(self._model.device))
+            self._cache.batch_select_indices(index)  # On the CPU, for layers anywhere.
         self.lengths = [self.lengths[row] for row in rows]
         self._valid = self._valid[index]
         if len(rows) == 1:  # One row knows no holes.

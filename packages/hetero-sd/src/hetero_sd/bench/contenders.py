@@ -65,6 +65,7 @@ class Took:
         first_seconds: Time until these.
         seconds: Time in all.
         counts: What the rounds after that did, if there are any drafts.
+        arms: Rounds of ours by method and lookahead.
     """
 
     rows: list[list[int]]
@@ -72,6 +73,7 @@ class Took:
     first_seconds: float
     seconds: float
     counts: Counts | None = None
+    arms: dict[str, int] = field(default_factory=dict)
 
 
 Run = Callable[[Tensor, Tensor, dict[str, Any]], Took]
@@ -86,11 +88,13 @@ class Contender:
         run: Continues prompts, given ids and mask, padded on the left, and options of `generate`.
         method: Drafting method of ours, or "" for others.
         warm_ups: Passes over the prompts that are not timed.
+        repeats: Passes that are.
         note: What the reader of its figures should know.
         speeds: Tokens a second of each timed pass over the prompts, prompts left out.
         whole_speeds: The same with the prompts' passes.
         firsts: Seconds until the first token, for each prompt and pass.
         counts: What its rounds did, over all timed passes.
+        arms: How many of them were of each method and lookahead.
         seconds: Time of these rounds.
         written: Rows written in the last pass, by prompt.
         peak: Most device memory in use meanwhile, in bytes.
@@ -101,15 +105,22 @@ class Contender:
     run: Run
     method: str = ""
     warm_ups: int = 1
+    repeats: int = 1
     note: str = ""
     speeds: list[float] = field(default_factory=list)
     whole_speeds: list[float] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
+    arms: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     written: list[list[list[int]]] = field(default_factory=list)
     peak: int = 0
     failed: str = ""
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is not one of transformers' own."""
+        return not self.name.startswith(EAGER)
 
 
 class _Watch:
@@ -183,7 +194,14 @@ def _ours(pair: Pair, **settings: Any) -> Run:
             pass
         ended = time.perf_counter()
         counts = Counts.between(before, rounds.stats)
-        return Took([row.new for row in rows], first_tokens, first - begun, ended - begun, counts)
+        return Took(
+            [row.new for row in rows],
+            first_tokens,
+            first - begun,
+            ended - begun,
+            counts,
+            rounds.stats.arms,
+        )
 
     return run
 

@@ -73,6 +73,7 @@ def run_bench(
     repeats: int = 3,
     draws: int = 0,
     peers: bool = True,
+    peer_repeats: int | None = None,
     compiled: bool = False,
     seed: int = 0,
     command: str = "",
@@ -97,6 +98,8 @@ def run_bench(
         repeats: Timed passes over the prompts, 1 or more.
         draws: Draws of one token, to compare with the target's law; 0 for no such test.
         peers: Time transformers' assisted generation and prompt lookup too, one row at a time.
+        peer_repeats: Timed passes of transformers' own ways, which take longest; `repeats` if
+            missing.
         compiled: Time transformers with a static cache, compiled, too; compiling takes minutes.
         seed: Seed of sampling.
         command: Command line to note.
@@ -105,9 +108,10 @@ def run_bench(
     Raises:
         ValueError: `repeats` or `tokens` is too small, or there is no prompt.
     """
-    if repeats < 1 or tokens < 2 or not prompts or not all(prompts.values()):
+    peer_repeats = repeats if peer_repeats is None else min(peer_repeats, repeats)
+    if min(repeats, peer_repeats) < 1 or tokens < 2 or not prompts or not all(prompts.values()):
         raise ValueError(
-            "`repeats` must be 1 or more, `tokens` 2 or more, and `prompts` hold at least one of "
+            "`repeats` and `peer_repeats` must be 1 or more, `tokens` 2 or more, and `prompts` hold at least one of "
             "each set."
         )
     from tqdm.auto import tqdm
@@ -129,7 +133,9 @@ def run_bench(
                     peers=peers and batch == 1,
                     compiled=compiled,
                 )
-                total = len(groups) * sum(c.warm_ups + repeats for c in contenders)
+                for contender in contenders:
+                    contender.repeats = repeats if contender.ours else peer_repeats
+                total = len(groups) * sum(c.warm_ups + c.repeats for c in contenders)
                 options = {**decoding.options, "max_new_tokens": tokens}
                 title = f"{name}, {decoding}, batch {batch}"
                 with tqdm(total=total, disable=not progress, desc=title) as bar:
@@ -208,7 +214,7 @@ def _take_turns(
     They take turns prompt by prompt, in another order each time, so that what else the machine does
     falls on all of them.
     """
-    here = [c for c in contenders if turn >= -c.warm_ups]
+    here = [c for c in contenders if -c.warm_ups <= turn < c.repeats]
     tokens, seconds = (
         dict.fromkeys((c.name for c in here), 0),
         dict.fromkeys((c.name for c in here), 0.0),
@@ -245,6 +251,8 @@ def _take_turns(
             contender.firsts.append(took.first_seconds)
             if took.counts is not None:
                 contender.counts.add(took.counts)
+                for arm, count in took.arms.items():
+                    contender.arms[arm] = contender.arms.get(arm, 0) + count
                 contender.seconds += took.seconds - took.first_seconds
     for contender in here if turn >= 0 else ():
         if not contender.failed:
@@ -331,6 +339,9 @@ class _Table:
     def add_rounds(self, who: Contender) -> None:
         """Add what drafts brought, what they cost, and the speed that both predict."""
         counts = who.counts
+        if who.method == "auto" and who.arms:
+            often = sorted(who.arms.items(), key=lambda pair: -pair[1])
+            self._add(who, "rounds", ", ".join(f"{count} of {arm}" for arm, count in often))
         if who.name == PLAIN and counts.rounds:
             self._add(who, "overhead", 1e3 * (self._step - self._costs.target(1)), "ms/round")
         if who.failed or not counts.proposed:
