@@ -41,7 +41,8 @@ def test_where_a_model_runs(pair):
     assert input_device(target) == target.device == torch.device("cpu")
     assert away.device == torch.device("meta")
     assert input_device(away) == torch.device("cpu")
-    assert is_spread(away) and not is_spread(target)
+    assert is_spread(away)
+    assert not is_spread(target)
     assert why_not_llama(target) == ""
     assert why_not_llama(away) != ""
 

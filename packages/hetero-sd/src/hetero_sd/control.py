@@ -119,9 +119,9 @@ class Fixed:
 class Bandit:
     """Optimism in the face of uncertainty, over plain decoding and (method, lookahead) pairs.
 
-    A method's acceptance is learnt from each proposal that is judged, whatever the lookahead, and an
-    arm's cost from its rounds. Both together predict what every lookahead brings: the best one is
-    found without trials of the others. Methods are tried again as what is known of them fades.
+    A method's acceptance is learnt from each proposal that is judged, whatever the lookahead, and
+    an arm's cost from its rounds. Both together predict what every lookahead brings: the best one
+    is found without trials of the others. Methods are tried again as what is known of them fades.
 
     Trials of what turns out slower than plain decoding may cost a small share of all time, and no
     more: beyond it, plain decoding goes on until the share is small again. An arm that was never

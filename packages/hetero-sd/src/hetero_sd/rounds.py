@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -217,24 +218,31 @@ class Rounds:
                 readied = clock() - begun
             # A plain round may begin before the last one's result is known: chosen ahead, then.
             ahead = policy.choose() if arm == PLAIN and self._chainable() else None
-            counts = self._counts()
+            counts = copy.copy(self.stats)
             new = self._round(arm, ahead == PLAIN)
             setup = self._setup_seconds() - setup
             seconds = clock() - begun - setup
             self.stats.seconds["total"] += seconds
             # What is done once, and a round with it, say nothing about an arm.
             if before is not None and not setup:
-                brought = [now - then for now, then in zip(self._counts(), counts, strict=True)]
-                policy.learn(arm, Outcome(*brought, seconds - readied, readied))
+                policy.learn(arm, self._outcome(counts, seconds - readied, readied))
             before = arm
             yield new
             if self.rows:
                 arm = ahead or policy.choose()
 
-    def _counts(self) -> tuple[int, int, int, int, int]:
-        """Return what a round adds to, in the order of `Outcome`."""
-        stats = self.stats
-        return stats.row_rounds, stats.generated, stats.proposed, stats.judged, stats.accepted
+    def _outcome(self, before: Stats, seconds: float, readied: float) -> Outcome:
+        """Return what a round brought, given the counts before it."""
+        now = self.stats
+        return Outcome(
+            now.row_rounds - before.row_rounds,
+            now.generated - before.generated,
+            now.proposed - before.proposed,
+            now.judged - before.judged,
+            now.accepted - before.accepted,
+            seconds,
+            readied,
+        )
 
     def _chainable(self) -> bool:
         """Return whether a plain round may begin before the result of the last one is known."""

@@ -111,8 +111,8 @@ def run_bench(
     peer_repeats = repeats if peer_repeats is None else min(peer_repeats, repeats)
     if min(repeats, peer_repeats) < 1 or tokens < 2 or not prompts or not all(prompts.values()):
         raise ValueError(
-            "`repeats` and `peer_repeats` must be 1 or more, `tokens` 2 or more, and `prompts` hold at least one of "
-            "each set."
+            "`repeats` and `peer_repeats` must be 1 or more, `tokens` 2 or more, and `prompts` "
+            "hold at least one of each set."
         )
     from tqdm.auto import tqdm
 
