@@ -74,6 +74,7 @@ def run_bench(
     draws: int = 0,
     peers: bool = True,
     peer_repeats: int | None = None,
+    warm_ups: int | None = None,
     compiled: bool = False,
     seed: int = 0,
     command: str = "",
@@ -81,8 +82,7 @@ def run_bench(
 ) -> Results:
     """Time all contenders in turn on every prompt, save figures, table and plots, and return them.
 
-    Each decodes once untimed, `auto` three times, in which it learns; then they take turns prompt
-    by prompt, `repeats` times. Speeds are medians over the repeats of tokens by seconds, both
+    Each decodes untimed first; then they take turns prompt by prompt, `repeats` times. Speeds are medians over the repeats of tokens by seconds, both
     summed over prompts; the prompt's own pass and its tokens count in the end-to-end speed alone.
 
     Args:
@@ -100,6 +100,7 @@ def run_bench(
         peers: Time transformers' assisted generation and prompt lookup too, one row at a time.
         peer_repeats: Timed passes of transformers' own ways, which take longest; `repeats` if
             missing.
+        warm_ups: Untimed passes of each; if missing 1, and of `auto` 3, in which it learns.
         compiled: Time transformers with a static cache, compiled, too; compiling takes minutes.
         seed: Seed of sampling.
         command: Command line to note.
@@ -135,6 +136,7 @@ def run_bench(
                 )
                 for contender in contenders:
                     contender.repeats = repeats if contender.ours else peer_repeats
+                    contender.warm_ups = contender.warm_ups if warm_ups is None else warm_ups
                 total = len(groups) * sum(c.warm_ups + c.repeats for c in contenders)
                 options = {**decoding.options, "max_new_tokens": tokens}
                 title = f"{name}, {decoding}, batch {batch}"
