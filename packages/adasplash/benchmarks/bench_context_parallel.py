@@ -1,12 +1,14 @@
 """A long sequence on one device, then spread over several: the same numbers first, then the time.
 
 Run as `python packages/adasplash/benchmarks/bench_context_parallel.py --ranks 2 --output FOLDER`,
-with a GPU for every rank; with `--device cpu` the processes meet over gloo.
+with a GPU for every rank, or by `torchrun --nproc-per-node 2`; with `--device cpu` the processes
+meet over gloo.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -124,15 +126,15 @@ def _call(run: list | None, metric: str) -> Callable[[], object]:
     return lambda: gradients(attend, inputs, grad)
 
 
-def work(rank: int, options: argparse.Namespace, folder: str) -> None:
-    """Do one rank's part; the first writes the results."""
+def work(rank: int, options: argparse.Namespace, meeting: str) -> None:
+    """Do one rank's part; the first writes the results. `meeting` is where the ranks meet."""
     device = torch.device(options.device, rank) if options.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{folder}/meet",
+        "nccl" if device.type == "cuda" else "gloo", init_method=meeting,
         rank=rank, world_size=options.ranks,
         device_id=device if device.type == "cuda" else None,
     )  # fmt: skip
@@ -156,12 +158,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args(arguments)
+    launched = "LOCAL_RANK" in os.environ  # by torchrun, on one machine
+    if launched:
+        options.ranks = int(os.environ["WORLD_SIZE"])
     if options.device == "cuda" and torch.cuda.device_count() < options.ranks:
         raise SystemExit(
             f"--ranks {options.ranks} needs as many GPUs; found {torch.cuda.device_count()}."
         )
+    if launched:
+        work(int(os.environ["LOCAL_RANK"]), options, "env://")
+        return
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (options, folder), nprocs=options.ranks)
+        mp.spawn(work, (options, f"file://{folder}/meet"), nprocs=options.ranks)
 
 
 if __name__ == "__main__":
