@@ -75,9 +75,9 @@ def test_kernels_that_cannot_run_say_why(flux):
 
     with pytest.raises(ValueError, match=r"`kernels` must be one of .*; got 'cuda'"):
         ConceptAttention(flux, ["cat"], kernels="cuda")
-    message = r"`kernels='triton'` cannot run here: more than 16 concepts \(17\)"
+    message = r"`kernels='triton'` cannot run here: more than 64 concepts \(65\)"
     with (
         pytest.raises(ValueError, match=message),
-        ConceptAttention(flux, [str(i) for i in range(17)], kernels="triton"),
+        ConceptAttention(flux, [str(i) for i in range(65)], kernels="triton"),
     ):
         flux("a cat", height=16, width=16, num_inference_steps=1, max_sequence_length=16)
