@@ -1,7 +1,11 @@
 import pytest
 import torch
 
+from conceptattention import ConceptAttention
+from conceptattention.adapters import linear
 from conceptattention.kernels.linear import Norm, few_row_linear, reference
+from conceptattention.tiny import FAMILIES, TEXT
+from conceptattention.tiny import normal as on_cpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -61,7 +65,8 @@ def test_few_row_linear_equals_its_twin(
     exact = reference.few_row_linear(
         widened(x), widened(w), widened(b), **{k: widened(v) for k, v in rest.items()}
     )
-    assert ours.dtype == dtype and ours.shape == (weights, images, tokens, columns)
+    assert ours.dtype == dtype
+    assert ours.shape == (weights, images, tokens, columns)
     error = (ours.double() - exact).norm() / exact.norm()
     assert error < (1e-6 if dtype == torch.float32 else 1e-3)
 
@@ -71,3 +76,61 @@ def test_few_row_linear_without_bias():
     torch.testing.assert_close(
         few_row_linear(x, w, norm=made), reference.few_row_linear(x, w, norm=made)
     )
+
+
+def observed(pipe, family, kernels, **kwargs):
+    """Return the concepts' outputs of every layer, and the final latents."""
+    with ConceptAttention(
+        pipe, ["a", "b", "c"], concept_embeds=on_cpu(3, TEXT, seed=5), layers="all",
+        vectors=["concept_output"], kernels=kernels, **kwargs,
+    ) as observer:  # fmt: skip
+        latents = family.run(pipe)
+    layers = observer.layers
+    return torch.stack(
+        [observer.vectors("concept_output", layer=i, step=1) for i in layers]
+    ), latents
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Count what the kernel computes, by the number of weights."""
+    seen = []
+
+    def spy(x, weights, *rest, **options):
+        seen.append(len(weights))
+        return few_row_linear(x, weights, *rest, **options)
+
+    monkeypatch.setattr(linear, "few_row_linear", spy)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "sd3", "cogvideox", "qwen", "chroma"])
+def test_families_compute_the_same_by_the_kernel(name, launches):
+    family = FAMILIES[name]
+    pipe = family.build()
+    by_torch, plain = observed(pipe, family, "torch")
+    assert not launches
+    by_kernel, seen = observed(pipe, family, "triton")
+    assert launches
+    torch.testing.assert_close(by_kernel, by_torch, rtol=1e-5, atol=2e-6)
+    assert torch.equal(plain, seen)
+
+
+def test_touched_modules_are_called_themselves(launches):
+    family = FAMILIES["flux"]
+    pipe = family.build()
+    by_torch, _ = observed(pipe, family, "torch")
+    observed(pipe, family, "triton")
+    untouched = len(launches)
+    attn = pipe.transformer.transformer_blocks[0].attn
+    heard = []
+    handle = attn.to_add_out.register_forward_hook(lambda *given: heard.append(given[2].shape[1]))
+    attn.add_q_proj.forward = type(attn.add_q_proj).forward.__get__(
+        attn.add_q_proj
+    )  # as offload does
+    launches.clear()
+    by_kernel, _ = observed(pipe, family, "triton")
+    handle.remove()
+    assert untouched - len(launches) == 2 * 2  # the projections and the output, in two steps
+    assert 3 in heard  # the hook of somebody else heard the three concepts
+    torch.testing.assert_close(by_kernel, by_torch, rtol=1e-5, atol=2e-6)

@@ -195,16 +195,16 @@ class ConceptStream:
         turns = self._turns(image, triton)
         if not triton:
             q, k = asking.value, asked.value
-            own = (k, v) if self.recording.self_attention else (None, None)
-            out = reference.concept_attention(q, *own, image.keys, image.values, turns)
+            own, values = (k, v) if self.recording.self_attention else (None, None)
+            out = reference.concept_attention(q, own, values, image.keys, image.values, turns)
             return q, out
         (q, q_norm), (k, k_norm) = (
             (part.value, None) if part is asking and self._reads_queries else part.split()
             for part in (asking, asked)
         )
-        own = (k, v) if self.recording.self_attention else (None, None)
+        own, values = (k, v) if self.recording.self_attention else (None, None)
         norms = (q_norm, k_norm)
-        return q, concept_attention(q, *own, image.keys, image.values, turns, norms)
+        return q, concept_attention(q, own, values, image.keys, image.values, turns, norms)
 
     @property
     def _reads_queries(self) -> bool:
@@ -218,9 +218,7 @@ class ConceptStream:
             return None
         if self._tables is None or not _same(self._tables[0], rotary[0]):
             dim, dtype = image.keys.shape[-1], image.keys.dtype
-            cos, sin = (
-                halved(rotary, dim) if triton else (part.to(dtype) for part in rotary)
-            )
+            cos, sin = halved(rotary, dim) if triton else (part.to(dtype) for part in rotary)
             self._tables = rotary[0], (cos, sin)
         return self._tables[1]
 

@@ -85,8 +85,8 @@ class ImageSide:
 class Adapter(LinearLayers, ABC):
     """How to read one family of multi-modal diffusion transformers.
 
-    Linear layers go through `project`, `modulation` and `feed_forward`, which call the modules, so that
-    offloading and LoRA keep working, or one kernel where every module is plain.
+    Linear layers go through `project`, `modulation` and `feed_forward`, which call the modules, so
+    that offloading and LoRA keep working, or one kernel where every module is plain.
     """
 
     family: ClassVar[str]

@@ -151,7 +151,8 @@ class JointAdapter(Adapter):
         if attn.fused_projections:
             q, k, v = self.project(attn.to_added_qkv, concepts).chunk(3, dim=-1)
         else:
-            q, k, v = self.project_each((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), concepts)
+            weights = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+            q, k, v = self.project_each(weights, concepts)
         q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
         # Concepts sit at position 0, where the rotation is the identity.
         return Normed(q, attn.norm_added_q), Normed(k, attn.norm_added_k), v

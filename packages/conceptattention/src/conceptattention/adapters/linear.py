@@ -193,7 +193,7 @@ def _by_kernel(
 
 
 def _ends(module: Any) -> tuple[nn.Module, Activation, nn.Module] | None:
-    """Return both linear layers of a feed-forward of diffusers and what stands between, if plain."""
+    """Return both linear layers of a plain feed-forward and the activation between them."""
     if not untouched(module):
         return None
     kind = type(module).__name__

@@ -17,7 +17,9 @@ from torch import Tensor
 _variants: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
-def launch(kernel: Any, grid: tuple[int, int], *args: Tensor | int | float, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, int], *args: Tensor | int | float, **constants: Any
+) -> None:
     """Run a kernel on the current stream of the device that its first argument lies on.
 
     Args:

@@ -129,7 +129,7 @@ def merge_attention(
     tl.store(out_ptr + place, out / total)
 
 
-@triton.jit(do_not_specialize=["concepts", "patches"])
+@triton.jit(do_not_specialize=["concepts"])
 @no_type_check
 def score_patches(
     concept_ptr, patch_ptr, raw_ptr, soft_ptr,

@@ -100,9 +100,7 @@ def concept_attention(
     per_split = triton.cdiv(triton.cdiv(patches, splits), block) * block
     splits = triton.cdiv(patches, per_split)
     made = torch.empty(planes * concepts * splits * (dim + 2), device=q.device, dtype=torch.float32)
-    part, top, total = made.split(
-        [planes * concepts * splits * size for size in (dim, 1, 1)]
-    )
+    part, top, total = made.split([planes * concepts * splits * size for size in (dim, 1, 1)])
     cos, sin = (part, part) if rotary is None else halved(rotary, dim)
     q_norm, k_norm = norms
     scale = dim**-0.5

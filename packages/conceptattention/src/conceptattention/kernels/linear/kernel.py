@@ -49,7 +49,8 @@ def few_rows(
     rows, group, features, columns, stride_scale, stride_shift, stride_gate, eps,
     NORM: tl.constexpr, AFFINE: tl.constexpr, MODULATE: tl.constexpr, ACT_IN: tl.constexpr,
     ACT_OUT: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr,
-    EVEN: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ONE: tl.constexpr, EVEN: tl.constexpr,
+    R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of columns of one of the weights' products."""
     which = tl.program_id(1)
@@ -102,12 +103,14 @@ def few_rows(
                 norm_b = tl.load(norm_b_ptr + k, mask=known, other=0.0).to(tl.float32)
                 x = x * norm_w[None, :] + norm_b[None, :]
         if MODULATE:
-            scale = tl.load(
-                scale_ptr + image[:, None] * stride_scale + k[None, :], mask=live, other=0.0
-            )
-            shift = tl.load(
-                shift_ptr + image[:, None] * stride_shift + k[None, :], mask=live, other=0.0
-            )
+            if ONE:
+                scale = tl.load(scale_ptr + k, mask=known, other=0.0)[None, :]
+                shift = tl.load(shift_ptr + k, mask=known, other=0.0)[None, :]
+            else:
+                scale_place = image[:, None] * stride_scale + k[None, :]
+                scale = tl.load(scale_ptr + scale_place, mask=live, other=0.0)
+                shift_place = image[:, None] * stride_shift + k[None, :]
+                shift = tl.load(shift_ptr + shift_place, mask=live, other=0.0)
             x = x.to(tl.float32) * (1.0 + scale.to(tl.float32)) + shift.to(tl.float32)
         total = tl.dot(x.to(w.dtype), tl.trans(w), total, input_precision="ieee")
     if BIAS:

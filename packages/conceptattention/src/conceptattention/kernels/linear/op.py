@@ -93,6 +93,7 @@ def few_row_linear(
         NORM=norm.eps is not None, AFFINE=norm.weight is not None,
         MODULATE=norm.scale is not None, ACT_IN=act_in, ACT_OUT=act_out,
         BIAS=biases is not None, GATE=gate is not None, RESIDUAL=residual is not None,
+        ONE=images == 1,
         EVEN=columns % options["BLOCK_N"] == 0 and features % options["BLOCK_K"] == 0,
         R=max(16, triton.next_power_of_2(rows)), **options,
     )  # fmt: skip
