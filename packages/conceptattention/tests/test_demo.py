@@ -224,10 +224,14 @@ def test_env_and_help():
 
 
 def test_trainer_learns_and_resumes(tmp_path):
-    from conceptattention.demo.train import Trainer
+    from conceptattention.demo.model import build_pipeline
+    from conceptattention.demo.train import SceneSource
+    from conceptattention.demo.training import Recipe, Trainer
 
     def trainer():
-        return Trainer(torch.device("cpu"), batch=2, rate=1e-3, seed=0, compiled=False)
+        return Trainer(
+            build_pipeline, SceneSource(2, 0.5), torch.device("cpu"), Recipe(2), compiled=False
+        )
 
     first = trainer()
     before = first.averages[0].clone()
