@@ -27,9 +27,11 @@ def inputs(lengths, heads, heads_kv, seq_q, dim, dim_value, places, dtype=torch.
     return q, k, v, torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
 
 
-def oracle(q, k, v, lengths, alpha=1.5, scale=None):
+def oracle(q, k, v, lengths, alpha=1.5, scale=None, mask=None):
     """Return the outputs one sequence at a time, by bisection in float64."""
     outputs = []
+    if isinstance(alpha, torch.Tensor):
+        alpha = alpha[:, None, None].double()
     for i, length in enumerate(lengths.tolist()):
         keys, values = (
             x[i, :, :length].double().repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (k, v)
@@ -38,8 +40,11 @@ def oracle(q, k, v, lengths, alpha=1.5, scale=None):
         z = z * (q.shape[-1] ** -0.5 if scale is None else scale)
         rows = torch.arange(q.shape[2], device=q.device)[:, None]
         hidden = torch.arange(length, device=q.device) > length - q.shape[2] + rows
+        if mask is not None:
+            hidden = hidden | ~mask[i, :length]
         z = z.masked_fill(hidden, -torch.inf)
         high = z.amax(-1, keepdim=True)
+        high = high.masked_fill(high == -torch.inf, 0.0)
         low = high - 1
         for _ in range(100):
             middle = (low + high) / 2
@@ -97,6 +102,47 @@ def test_any_alpha_and_scale(alpha):
         assert relative_error(found, oracle(q, k, v, lengths, alpha, scale)) < 1e-5
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_alpha_of_every_head(backend):
+    q, k, v, lengths = inputs([90, 70], 4, 2, 2, 16, 16, 128)
+    alpha = torch.tensor([1.1, 1.5, 1.7, 2.0], device=DEVICE)
+    want = oracle(q, k, v, lengths, alpha)
+    for given in (alpha, alpha.expand(2, 4)):
+        found = adasplash_decode(q, k, v, lengths, alpha=given, backend=backend)
+        assert relative_error(found, want) < 1e-5
+    with pytest.raises(
+        ValueError, match=r"`alpha` must have shape \[\], \[4\] or \[2, 4\]; got \[3\]"
+    ):
+        adasplash_decode(q, k, v, lengths, alpha=alpha[:3])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cache", ["contiguous", "bounds", "pages"])
+def test_hidden_keys_have_no_part(backend, cache):
+    """Padding on the left, holes, and a sequence of which nothing is seen."""
+    q, k, v, lengths = inputs([130, 64, 97], 4, 2, 1, 16, 16, 130)
+    mask = torch.ones(3, 130, dtype=torch.bool, device=DEVICE)
+    mask[0, :70], mask[0, 100::3], mask[1] = False, False, False
+    want = oracle(q, k, v, lengths, mask=mask)
+    # Without the mask these would take all the weight.
+    k[0, :, :70] = 100 * q[0, ::2]
+    arguments = [k, v, lengths]
+    stats = None
+    if cache == "pages":
+        pages_k, pages_v, table = paged(k, v, 64)
+        arguments = [pages_k, pages_v, lengths, table]
+        mask = torch.nn.functional.pad(mask, (0, 62))
+    elif cache == "bounds":
+        k, v, mask = (torch.nn.functional.pad(x, pad) for x, pad in (
+            (k, (0, 0, 0, 62)), (v, (0, 0, 0, 62)), (mask, (0, 62))))  # fmt: skip
+        arguments, stats = [k, v, lengths, None], page_stats(k)
+    found = adasplash_decode(
+        q, *arguments, page_stats=stats, key_padding_mask=mask, backend=backend
+    )
+    assert relative_error(found, want) < 2e-6
+    assert (found[1] == 0).all()
+
+
 @pytest.mark.parametrize(
     "dtype",
     # The interpreter multiplies the bits of bfloat16.
@@ -115,7 +161,7 @@ def kept(rows, k, lengths, factor, seq_q=1):
     low, high = page_stats(k)
     blocks = low.shape[2]
     listed, count = launch_keep(
-        rows.contiguous(), k, low, high, lengths, None, seq_q, 64, blocks, factor
+        rows.contiguous(), k, low, high, lengths, None, seq_q, 64, blocks, None, 2 * factor
     )  # fmt: skip
     keep = torch.zeros(*k.shape[:2], blocks, dtype=torch.bool, device=k.device)
     for batch in range(len(k)):
@@ -188,6 +234,8 @@ def test_a_nan_stays_in_its_head():
         ({"q": torch.randn(2, 3, 1, 16)}, "divides 3, the heads of `q`; got 2"),
         ({"q": torch.randn(1, 4, 1, 16), "cache_seqlens": torch.tensor([2])}, "1 slabs"),
         ({"block_table": torch.zeros(1, 2, dtype=torch.int32)}, "must have 2 rows"),
+        ({"key_padding_mask": torch.ones(2, 63, dtype=torch.bool)}, "as wide as the 64 places"),
+        ({"key_padding_mask": torch.ones(1, 64, dtype=torch.bool)}, "must be bool with 2 rows"),
         ({"page_stats": op.PageStats(torch.zeros(1), torch.zeros(1))}, "`page_stats` must have"),
     ],
 )
@@ -206,5 +254,8 @@ def test_torch_knows_the_operator():
     q, k, v, lengths = inputs([50, 64], 4, 2, 1, 16, 16, 64)
     low, high = page_stats(k)
     for bounds in ((None, None), (low, high)):
-        arguments = (q, k, v, lengths, None, *bounds, 1.5, 0.25)
+        mask, alpha = (
+            (None, None) if bounds[0] is None else (k[:, 0, :, 0] > 0, q[:, :, 0, 0] * 0 + 1.7)
+        )
+        arguments = (q, k, v, lengths, None, *bounds, mask, alpha, 0.25)
         torch.library.opcheck(op._decode, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -81,10 +81,9 @@ def test_the_kernels_do_not_compute_float64():
         adasplash(*(x.double() for x in _inputs()), backend="triton")
 
 
-@pytest.mark.parametrize("options", [{"alpha": 1.0}, {"softcap": 3.0}, {"dropout_p": 0.1}])
-def test_the_kernels_refuse_what_they_do_not_compute(options):
-    with pytest.raises(ValueError, match=r"the kernels compute no softmax, ALiBi"):
-        adasplash(*_inputs(), backend="triton", **options)
+def test_the_kernels_do_not_compute_softmax():
+    with pytest.raises(ValueError, match=r"the kernels compute no softmax, `alpha` 1; use 'ref"):
+        adasplash(*_inputs(), alpha=1.0, backend="triton")
 
 
 def test_packed_bounds_must_fit():
@@ -94,6 +93,12 @@ def test_packed_bounds_must_fit():
     bounds = torch.tensor([0, 2, 6])
     with pytest.raises(ValueError, match=r"`cu_seqlens_k` must hold 2 sequences .* got 1"):
         adasplash(x, x, x, cu_seqlens_q=bounds, cu_seqlens_k=torch.tensor([0, 6]))
+    with pytest.raises(ValueError, match=r"`max_seqlen_q` must be at least the longest.*got 3 for"):
+        adasplash(x, x, x, cu_seqlens_q=bounds, max_seqlen_q=3)
+    with pytest.raises(ValueError, match=r"`cu_seqlens_q` must have shape .* got \(1,\)"):
+        adasplash(x, x, x, cu_seqlens_q=bounds[:1])
+    with pytest.raises(ValueError, match=r"`attn_bias` cannot go with `cu_seqlens_q`"):
+        adasplash(x, x, x, cu_seqlens_q=bounds, attn_bias=torch.zeros(6))
 
 
 def test_entmax_names_what_is_wrong():

@@ -273,19 +273,82 @@ def test_what_decoding_does_not_cover_takes_the_usual_way(device, monkeypatch):
     monkeypatch.setattr(integration, "adasplash_decode", refuse)
     layer = torch.nn.Identity()
     q, k = torch.randn(2, 2, 1, 8, device=device), torch.randn(2, 2, 9, 8, device=device)
-    mask = torch.ones(2, 9, dtype=torch.bool, device=device)
-    mask[0, :3] = False
-    for options in ({"softcap": 3.0}, {"sliding_window": 4}, {"dropout": 0.5}):
+    for options in ({"softcap": 3.0}, {"dropout": 0.5}):
         integration.attention_forward(layer, q, k, k, None, **options)
-    integration.attention_forward(layer, q, k, k, mask)
+    integration.attention_forward(layer, q, k, k, torch.zeros(2, 2, 1, 9, device=device))
     integration.attention_forward(layer, k, k, k, None)
     integration.attention_forward(layer, q.clone().requires_grad_(), k, k, None)
-    for alpha in (1.0, torch.tensor(1.5, device=device)):
-        layer.entmax_alpha = alpha
-        integration.attention_forward(layer, q, k, k, None)
+    layer.entmax_alpha = 1.0
+    integration.attention_forward(layer, q, k, k, None)
+    layer.entmax_alpha = torch.tensor(1.5, device=device, requires_grad=True)
+    integration.attention_forward(layer, q, k, k, None)
     layer.entmax_alpha = 1.5
     with pytest.raises(AssertionError, match="not for adasplash_decode"):
         integration.attention_forward(layer, q, k, k, None, sliding_window=9)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_one_new_token_is_decoded_under_any_mask_window_and_alpha(whole, device, monkeypatch):
+    from adasplash import adasplash_decode, integration
+
+    calls = []
+
+    def decode(*inputs, **options):
+        calls.append(1)
+        return adasplash_decode(*inputs, **options, backend="triton")
+
+    monkeypatch.setattr(integration, "adasplash_decode", decode)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 4, n, 8, generator=generator).to(device) for n in (1, 70))
+    mask = torch.rand(2, 70, generator=generator).to(device) > 0.3
+    mask[0, :20] = False
+    for alpha in (1.5, torch.tensor([1.2, 1.5, 1.8, 2.0], device=device)):
+        for window in (None, 40):
+            layer = torch.nn.Identity()
+            layer.entmax_alpha = alpha
+            seen = mask
+            if whole and window:  # the pattern is in the mask
+                seen = mask & (torch.arange(70, device=device) >= 30)
+            given = seen[:, None, None] if whole else seen
+            options = {"scaling": 2.0, "sliding_window": window}
+            monkeypatch.setattr(integration, "_on_gpu", lambda x: True)
+            found = integration.attention_forward(layer, q, k, k, given, **options)[0]
+            monkeypatch.setattr(integration, "_on_gpu", lambda x: False)
+            want = adasplash(
+                q, k, k, alpha, scale=2.0, key_padding_mask=seen, backend="reference",
+                window=(39, 0) if window else None,
+            )  # fmt: skip
+            assert torch.allclose(found, want.transpose(1, 2), atol=1e-5)
+    assert len(calls) == 4
+
+
+def test_static_caches_and_packing_are_left_to_the_kernels(model, monkeypatch):
+    """No whole mask is made: not for the prompt, nor for packed positions."""
+    from adasplash import integration
+
+    seen = []
+    forward = integration.attention_forward
+
+    def spy(module, query, key, value, mask, *rest, **options):
+        seen.append((query.shape[2], None if mask is None else mask.ndim))
+        return forward(module, query, key, value, mask, *rest, **options)
+
+    transformers.AttentionInterface.register("adasplash", spy)
+    ids = torch.randint(3, 40, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    for given in (torch.ones_like(ids), mask):
+        model.generate(
+            ids * given, attention_mask=given, max_new_tokens=2, do_sample=False,
+            cache_implementation="static", disable_compile=True, eos_token_id=None,
+        )  # fmt: skip
+    positions = torch.cat([torch.arange(5), torch.arange(4)]).expand(2, -1)
+    with torch.no_grad():
+        packed = model(ids, position_ids=positions, use_cache=False).logits
+        alone = torch.cat([model(x).logits for x in (ids[:, :5], ids[:, 5:])], 1)
+    integration.register_with_transformers()
+    assert {ndim for length, ndim in seen if length == 9} == {1, 2}
+    assert torch.allclose(packed, alone, atol=1e-4)
 
 
 def test_training_gives_every_weight_a_gradient(model):

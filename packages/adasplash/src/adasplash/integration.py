@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ def register_with_transformers() -> None:
     """Make `attn_implementation="adasplash"` known to transformers; safe to call again.
 
     Any model on transformers' attention interface can then be loaded with it. Causal and
-    bidirectional attention, padding on either side, sliding windows and a growing cache run in the
-    kernels, and so do packed sequences with `cu_seq_lens_q`. Every other mask (static caches,
-    packed `position_ids` without a cache, chunks, masks of your own), attention dropout and softcap
-    are exact too, but run in plain PyTorch, more slowly.
+    bidirectional attention, padding on either side, sliding windows, growing and static caches and
+    packed sequences run in the kernels; so does every mask, chunks and masks of your own included,
+    where there is one new token for each sequence. With several, such masks are exact too, but run
+    in plain PyTorch, more slowly; the logger `adasplash.integration` says so once at DEBUG.
 
     Raises:
         ImportError: transformers is not installed.
@@ -161,17 +162,26 @@ def attention_forward(
     }  # fmt: skip
     if sliding_window is not None:
         options["window"] = (sliding_window - 1, 0 if causal else sliding_window - 1)
-    bounds = kwargs.get("cu_seq_lens_q")
-    if bounds is not None and len(query) == 1:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        output = adasplash(
-            q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=kwargs.get("cu_seq_lens_k"), **options
-        )
-        return output[None].contiguous(), None
+    packed = attention_mask is not None and attention_mask.ndim == 1  # see `make_mask`
+    bounds = attention_mask if packed else kwargs.get("cu_seq_lens_q")
+    if bounds is not None and (packed or len(query) == 1):
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        ends = bounds if packed else kwargs.get("cu_seq_lens_k")
+        output = adasplash(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=ends, **options)
+        return output.unflatten(0, query.shape[::2][:2]).contiguous(), None
+    if attention_mask is not None and attention_mask.ndim == 2:
+        # What lies behind the mask is not filled yet.
+        width = attention_mask.shape[1]
+        key, value = key[:, :, :width], value[:, :, :width]
+        if attention_mask.stride() == (0, 0):
+            attention_mask = None
+    if query.shape[2] == 1:
+        attention_mask = _of_one_query(attention_mask, key, options)
     if _decodes(query, key, value, attention_mask, options):
         lengths = torch.full(query.shape[:1], key.shape[2], dtype=torch.int32, device=key.device)
         output = adasplash_decode(
-            query, key, value, lengths, alpha=options["alpha"], scale=scaling
+            query, key, value, lengths, alpha=options["alpha"], scale=scaling,
+            key_padding_mask=attention_mask,
         )  # fmt: skip
         return output.transpose(1, 2).contiguous(), None
     if attention_mask is not None and attention_mask.ndim == 4:
@@ -186,6 +196,23 @@ def attention_forward(
     return adasplash(query, key, value, **options).transpose(1, 2).contiguous(), None
 
 
+def _of_one_query(mask: Tensor | None, key: Tensor, options: dict[str, Any]) -> Tensor | None:
+    """Return the mask of the keys of a single query: the window is laid into it.
+
+    A whole mask that all heads share is one of the keys then. Any other stays as it is.
+    """
+    if mask is not None and mask.ndim == 4:
+        if mask.dtype != torch.bool or mask.shape[1] != 1:
+            return mask
+        options.pop("window", None)
+        return mask[:, 0, 0, : key.shape[2]].expand(len(key), -1)
+    left = options.pop("window", (key.shape[2], 0))[0]
+    if left < key.shape[2] - 1:
+        near = torch.arange(key.shape[2], device=key.device) >= key.shape[2] - 1 - left
+        mask = near.expand(len(key), -1) if mask is None else mask & near
+    return mask
+
+
 def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
@@ -193,25 +220,29 @@ def _on_gpu(x: Tensor) -> bool:
 def _decodes(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> bool:
-    """Return whether this is a new token of each sequence that sees all keys, without gradients.
+    """Return whether this is a new token of each sequence, without gradients, for the kernels.
 
     That is what `adasplash_decode` computes. On the CPU there are no programs to share the keys.
     """
-    left = options.get("window", (key.shape[2], 0))[0]
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    alpha = options["alpha"]
+    inputs = [query, key, value, *([alpha] if isinstance(alpha, Tensor) else [])]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return (
         _on_gpu(query)
         and query.shape[2] == 1
-        and mask is None
-        and left >= key.shape[2] - 1
-        and isinstance(options["alpha"], float | int)
-        and options["alpha"] > 1
+        and (mask is None or mask.ndim == 2)
+        and (isinstance(alpha, Tensor) or alpha > 1)
         and options["softcap"] is None
         and not options["dropout_p"]
         and not learns
         and query.dtype == key.dtype == value.dtype
-        and not torch.compiler.is_compiling()
     )
+
+
+@cache
+def _tell(reason: str) -> None:
+    """Say once why attention runs in plain PyTorch."""
+    _logger.debug("attention runs in plain PyTorch: %s", reason)
 
 
 def make_mask(
@@ -226,9 +257,11 @@ def make_mask(
 ) -> Tensor | None:
     """Return what `attention_forward` has to know about the mask, None for no padding.
 
-    That is which keys are tokens, bool `[batch, seq_k]`, where the pattern is plain: causal,
-    bidirectional or a sliding window, of which the layer itself tells. Else it is the whole mask,
-    bool `[batch, 1, seq_q, seq_k]`.
+    Where the pattern is plain (causal, bidirectional or a sliding window, of which the layer itself
+    tells) that is which keys are tokens, bool `[batch, places]`: of a static cache only the places
+    that are filled, with strides of 0 if all of them are tokens. For packed sequences it is where
+    they begin and end in all tokens of the batch, int32 `[sequences + 1]`. Else it is the whole
+    mask, bool `[batch, 1, seq_q, seq_k]`.
 
     Args:
         batch_size: Number of sequences.
@@ -252,16 +285,20 @@ def make_mask(
     config = kwargs.get("config")
     sliding = window is not None and getattr(config, "sliding_window", None) == window
     plain = mask_function in (None, causal_mask_function, bidirectional_mask_function)
-    # Only with a growing cache does the last key belong to the last query.
-    # (transformers passes q_offset as a tensor when compiling; the lengths stay integers.)
     bidirectional = mask_function is bidirectional_mask_function
-    grows = bidirectional or kv_length + kv_offset == int(q_offset) + q_length
-    if grows and (plain or (sliding and usual)):
-        if attention_mask is None:
-            return None
-        mask = attention_mask[:, -kv_length:].bool()
-        return None if bool(mask.all()) else mask
-    _logger.debug("this mask is not in the kernels: attention runs in plain PyTorch")
+    traced = torch.compiler.is_compiling()
+    if plain or (sliding and usual):
+        # For static caches q_offset is a tensor. To read it in every step would be to wait for it.
+        known = isinstance(q_offset, int) or (q_length > 1 and not traced)
+        filled = int(q_offset) + q_length - kv_offset if known and not bidirectional else kv_length
+        if bidirectional or (known and 0 < filled <= kv_length):
+            return _visible(attention_mask, batch_size, filled, kv_length, kv_offset, kwargs)
+    if attention_mask is None and q_length == kv_length and not traced:
+        starts = _packing(mask_function, causal_mask_function)
+        if starts is not None:
+            return starts
+    if q_length > 1 and not traced:
+        _tell("the mask is not causal, bidirectional, a sliding window, padding or packing")
     for name in ("allow_is_causal_skip", "allow_is_bidirectional_skip"):
         kwargs[name] = False
     whole: Tensor = sdpa_mask(
@@ -269,3 +306,43 @@ def make_mask(
         **kwargs,
     )  # fmt: skip
     return whole
+
+
+def _visible(
+    mask: Tensor | None, batch: int, filled: int, kv_length: int, kv_offset: int, options: Any
+) -> Tensor | None:
+    """Return which of the first `filled` keys are tokens; None for all of all."""
+    if mask is not None:
+        mask = mask[:, kv_offset : kv_offset + filled].bool()
+        mask = nn.functional.pad(mask, (0, filled - mask.shape[1]))
+        if not bool(mask.all()):
+            return mask
+    if filled == kv_length:
+        return None
+    return torch.ones((), dtype=torch.bool, device=options.get("device")).expand(batch, filled)
+
+
+def _packing(mask_function: Any, causal: Any) -> Tensor | None:
+    """Return where packed sequences begin and end, or None if that is not all of the mask.
+
+    transformers finds them in `position_ids` and keeps the number of each token's sequence in the
+    function that it lays over the causal one.
+    """
+    held = _held(mask_function)
+    parts = held[0] if len(held) == 1 else None
+    if not isinstance(parts, tuple) or len(parts) != 2:
+        return None
+    inner = [part for part in parts if "packed_sequence_mask_function" in part.__qualname__]
+    # Later releases count the positions anew in every sequence.
+    outer = [part for part in parts if part is causal or any(x is causal for x in _held(part))]
+    if len(inner) != 1 or len(outer) != 1:
+        return None
+    (numbers,) = _held(inner[0])  # [batch, seq]
+    step = numbers.diff(dim=1, prepend=numbers[:, :1] - 1) != 0  # also at every row's begin
+    starts = step.flatten().nonzero().flatten()
+    return nn.functional.pad(starts, (0, 1), value=numbers.numel()).to(torch.int32)
+
+
+def _held(function: Any) -> list[Any]:
+    """Return what a function has closed over."""
+    return [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]

@@ -30,6 +30,23 @@ import triton
 import triton.language as tl
 
 from ..launch import launch
+from . import sweep
+from .bias import bias_gradient
+from .philox import words
+from .scores import (
+    CAPPED,
+    PACKED,
+    SLOPED,
+    distance_of,
+    factor_of,
+    load_part,
+    scores,
+    sequence_of,
+    shaped,
+    slots_of,
+    terms_of,
+)
+from .terms import PLAIN, Terms
 from .tiles import (
     SIZES,
     UNALIGNED,
@@ -38,10 +55,9 @@ from .tiles import (
     hide,
     is_partly_hidden,
     list_marked,
-    load_tile,
+    n_slots,
     padded,
     pose,
-    products,
     roots,
     store_rows,
 )
@@ -51,10 +67,13 @@ from .tiles import (
 @no_type_check
 def _queries_kernel(
     q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, active_ptr, list_ptr,
-    dq_ptr, delta_ptr, dalpha_ptr,
-    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale, dim_head,
+    dq_ptr, delta_ptr, dalpha_ptr, dslope_ptr,
+    slopes_ptr, bias_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, cap,
+    bias_batch, bias_head, bias_row, bias_key,
+    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
+    seed_ptr, drop_below, keep_scale, dim_head,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HALF: tl.constexpr, ALPHA_GRAD: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr, ALPHA_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Write delta and dQ of one tile of queries."""
@@ -66,16 +85,24 @@ def _queries_kernel(
     mask_ptr += batch.to(tl.int64) * stride_mask
     list_ptr += line * n_blocks
     count = list_marked(active_ptr + line * n_blocks, 1, n_blocks, list_ptr, True)
+    row_base = plane.to(tl.int64) * seq_q
+    tile, row_at, seq_q, key_at, seq_k, sequence = sequence_of(
+        tile, bounds_q_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, seq_q, seq_k, FORM, BLOCK_M
+    )
     first = tile * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
-    row_base = plane.to(tl.int64) * seq_q
-    q = load_tile(q_desc, batch, head, first, BLOCK_M, BLOCK_D)
-    do = load_tile(do_desc, batch, head, first, BLOCK_M, BLOCK_DV)
+    row_base += row_at
+    q = load_part(q_desc, batch, head, row_at, first, seq_q, FORM, BLOCK_M, BLOCK_D)
+    do = load_part(do_desc, batch, head, row_at, first, seq_q, FORM, BLOCK_M, BLOCK_DV)
     tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
 
     alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
     power = 1.0 / (alpha - 1.0)
-    factor = scale * (alpha - 1.0)
+    factor = factor_of(scale, alpha, FORM)
+    terms = terms_of(
+        plane, batch, head, scale, alpha, cap, slopes_ptr, bias_ptr,
+        bias_batch, bias_head, bias_row, bias_key, FORM,
+    )  # fmt: skip
 
     weighted = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -85,14 +112,17 @@ def _queries_kernel(
     entropy = tl.zeros([BLOCK_M], tl.float32)
     for index in range(0, count):
         start = tl.load(list_ptr + index) * BLOCK_N
-        k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
-        v = load_tile(v_desc, batch, head_kv, start, BLOCK_N, BLOCK_DV)
-        s = products(
-            q, k, mask_ptr, first, start, seq_q, seq_k, left, right,
-            IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N,
+        k = load_part(k_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_D)
+        v = load_part(v_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_DV)
+        s, gate = scores(
+            q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
+            IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         x, u = roots(s * factor, tau[:, None], power, HALF)
         dp = tl.dot(do, v.T, input_precision="ieee")
+        if DROPOUT:
+            drawn = words(tl.load(seed_ptr), plane, row_at + first, start, BLOCK_M, BLOCK_N)
+            dp = tl.where(drawn >= drop_below, dp * keep_scale, 0.0)
         weighted += tl.sum(u * dp, 1)
         total += tl.sum(u, 1)
         if ALPHA_GRAD:
@@ -109,19 +139,31 @@ def _queries_kernel(
         tl.store(dalpha_ptr + row_base + rows, dalpha * power, mask=rows < seq_q)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dslope = tl.zeros([BLOCK_M], tl.float32)
     for index in range(0, count):
         start = tl.load(list_ptr + index) * BLOCK_N
-        k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
-        v = load_tile(v_desc, batch, head_kv, start, BLOCK_N, BLOCK_DV)
-        s = products(
-            q, k, mask_ptr, first, start, seq_q, seq_k, left, right,
-            IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N,
+        k = load_part(k_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_D)
+        v = load_part(v_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_DV)
+        s, gate = scores(
+            q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
+            IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         x, u = roots(s * factor, tau[:, None], power, HALF)
-        ds = u * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
+        dp = tl.dot(do, v.T, input_precision="ieee")
+        if DROPOUT:
+            drawn = words(tl.load(seed_ptr), plane, row_at + first, start, BLOCK_M, BLOCK_N)
+            dp = tl.where(drawn >= drop_below, dp * keep_scale, 0.0)
+        ds = u * (dp - delta[:, None])
+        if SLOPED & FORM:
+            keys = start + tl.arange(0, BLOCK_N)
+            dslope -= tl.sum(ds * distance_of(rows[:, None], keys[None, :], seq_q, seq_k), 1)
+        if CAPPED & FORM:
+            ds = ds * gate
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     dq = dq * scale
     store_rows(dq_ptr + row_base * dim_head, dq, rows, seq_q, dim_head, BLOCK_D)
+    if SLOPED & FORM:
+        tl.store(dslope_ptr + row_base + rows, dslope, mask=rows < seq_q)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
@@ -129,10 +171,12 @@ def _queries_kernel(
 def _keys_kernel(
     q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, active_ptr, list_ptr,
     delta_ptr, dk_ptr, dv_ptr,
+    slopes_ptr, bias_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, cap,
+    bias_batch, bias_head, bias_row, bias_key,
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
-    dim_head, dim_value,
+    seed_ptr, drop_below, keep_scale, list_width, dim_head, dim_value,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of one block of keys, summed over the query heads that share them.
@@ -141,47 +185,76 @@ def _keys_kernel(
     that is not in memory.
     """
     place = tl.program_id(0)
-    block, plane = place % n_blocks, place // n_blocks
+    n_slots = slots_of(seq_k, n_seq, FORM, BLOCK_N)
+    slot, plane_kv = place % n_slots, place // n_slots
     heads_kv = heads // group
-    batch, head_kv = plane // heads_kv, plane % heads_kv
+    batch, head_kv = plane_kv // heads_kv, plane_kv % heads_kv
     mask_ptr += batch.to(tl.int64) * stride_mask
-    keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = load_tile(k_desc, batch, head_kv, block * BLOCK_N, BLOCK_N, BLOCK_D)
-    v = load_tile(v_desc, batch, head_kv, block * BLOCK_N, BLOCK_N, BLOCK_DV)
+    all_q, key_base = seq_q, plane_kv.to(tl.int64) * seq_k
+    block, row_at, seq_q, key_at, seq_k, sequence = sequence_of(
+        slot, bounds_k_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, seq_q, seq_k, FORM, BLOCK_N
+    )
+    key_base += key_at
+    first_tile, its_tiles = 0, n_tiles
+    if PACKED & FORM:  # slots behind the last block of a sequence visit no tile
+        first_tile = row_at // BLOCK_M + sequence
+        real = (block < tl.cdiv(seq_k, BLOCK_N)) & (block < n_blocks)
+        its_tiles = tl.where(real, tl.minimum(tl.cdiv(seq_q, BLOCK_M), list_width), 0)
+    first_key = block * BLOCK_N
+    keys = first_key + tl.arange(0, BLOCK_N)
+    k = load_part(k_desc, batch, head_kv, key_at, first_key, seq_k, FORM, BLOCK_N, BLOCK_D)
+    v = load_part(v_desc, batch, head_kv, key_at, first_key, seq_k, FORM, BLOCK_N, BLOCK_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, group):
         head = head_kv * group + member
-        row_base = (batch * heads + head).to(tl.int64) * seq_q
-        marks = active_ptr + (batch * heads + head).to(tl.int64) * n_tiles * n_blocks + block
-        listed = list_ptr + ((batch * heads + head) * n_blocks + block).to(tl.int64) * n_tiles
-        count = list_marked(marks, n_blocks, n_tiles, listed, False)
-        alpha = 1.5 if HALF else tl.load(alpha_ptr + batch * heads + head)
+        plane = batch * heads + head
+        row_base = plane.to(tl.int64) * all_q + row_at
+        marks = active_ptr + (plane.to(tl.int64) * n_tiles + first_tile) * n_blocks + block
+        listed = list_ptr + (plane * n_slots + slot).to(tl.int64) * list_width
+        count = list_marked(marks, n_blocks, its_tiles, listed, False)
+        alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
         power = 1.0 / (alpha - 1.0)
-        factor = scale * (alpha - 1.0)
+        factor = factor_of(scale, alpha, FORM)
+        terms = terms_of(
+            plane, batch, head, scale, alpha, cap, slopes_ptr, bias_ptr,
+            bias_batch, bias_head, bias_row, bias_key, FORM,
+        )  # fmt: skip
         for index in range(0, count):
             start = tl.load(listed + index) * BLOCK_M
             rows = start + tl.arange(0, BLOCK_M)
-            q = load_tile(q_desc, batch, head, start, BLOCK_M, BLOCK_D)
-            do = load_tile(do_desc, batch, head, start, BLOCK_M, BLOCK_DV)
+            q = load_part(q_desc, batch, head, row_at, start, seq_q, FORM, BLOCK_M, BLOCK_D)
+            do = load_part(do_desc, batch, head, row_at, start, seq_q, FORM, BLOCK_M, BLOCK_DV)
             tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
             delta = tl.load(delta_ptr + row_base + rows, mask=rows < seq_q, other=0.0)
             s = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+            s, gate = shaped(s, rows[None, :], keys[:, None], start, seq_q, seq_k, terms, FORM)
             if is_partly_hidden(
-                start, block * BLOCK_N, seq_q, seq_k, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N
+                start, first_key, seq_q, seq_k, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N
             ):  # fmt: skip
                 s = hide(
                     s, rows[None, :], keys[:, None], seq_q, seq_k, mask_ptr, left, right,
                     IS_CAUSAL, HAS_MASK, HAS_WINDOW,
                 )  # fmt: skip
             x, u = roots(s * factor, tau[None, :], power, HALF)
-            dv = tl.dot((x * u).to(do.dtype), do, dv, input_precision="ieee")
-            ds = u * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
+            p = x * u
+            if DROPOUT:
+                drawn = words(tl.load(seed_ptr), plane, row_at + start, first_key, BLOCK_M, BLOCK_N)
+                keep = tl.trans(drawn) >= drop_below
+                p = tl.where(keep, p, 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+            dp = tl.dot(v, do.T, input_precision="ieee")
+            if DROPOUT:
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            ds = u * (dp - delta[None, :])
+            if CAPPED & FORM:
+                ds = ds * gate
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    row_base = plane.to(tl.int64) * seq_k
     dk = dk * scale
-    store_rows(dk_ptr + row_base * dim_head, dk, keys, seq_k, dim_head, BLOCK_D)
-    store_rows(dv_ptr + row_base * dim_value, dv, keys, seq_k, dim_value, BLOCK_DV)
+    if DROPOUT:
+        dv = dv * keep_scale
+    store_rows(dk_ptr + key_base * dim_head, dk, keys, seq_k, dim_head, BLOCK_D)
+    store_rows(dv_ptr + key_base * dim_value, dv, keys, seq_k, dim_value, BLOCK_DV)
 
 
 def launch_backward(
@@ -196,8 +269,13 @@ def launch_backward(
     scale: float,
     is_causal: bool,
     window: tuple[int, int] | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of q, k, v and alpha (`[batch, heads]`, or empty if that is None).
+    terms: Terms = PLAIN,
+    *,
+    bias_grad: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of q, k, v, alpha (`[batch, heads]`), slopes (as alpha) and bias.
+
+    Those of alpha, slopes and bias are empty where there is none.
 
     Args:
         grad: Gradient of the output, `[batch, heads, seq_q, dim_value]`, last stride 1.
@@ -211,31 +289,46 @@ def launch_backward(
         scale: Factor of the scores.
         is_causal: Row i sees keys up to `i + seq_k - seq_q`.
         window: How far a row sees to the left and to the right; None for all.
+        terms: What else there is.
+        bias_grad: Whether the gradient of the bias is wanted: it takes a kernel of its own.
     """
-    problem, grad = pose(q, k, v, key_mask, alpha, scale, is_causal, window), aligned(grad)
+    problem = pose(q, k, v, key_mask, alpha, scale, is_causal, window, terms)
+    grad = aligned(grad)
     tiles, (n_tiles, n_blocks) = problem.tiles, problem.grid
     dim_head, dim_value = q.shape[-1], v.shape[-1]
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta = torch.empty_like(tau)
-    dalpha = delta if alpha is None else torch.empty_like(tau)
+    dq, dk, dv = (problem.new(*x.shape, dtype=x.dtype) for x in (q, k, v))
+    delta = problem.new(*tau.shape, dtype=tau.dtype)
+    dalpha = delta if alpha is None else problem.new(*tau.shape, dtype=tau.dtype)
+    dslope = delta if terms.slopes is None else problem.new(*tau.shape, dtype=tau.dtype)
+    # Keys list tiles of queries in the room where queries list blocks of keys.
+    slots = n_slots(k.shape[2], tiles.block_n, terms.n_seq)
+    width = triton.cdiv(terms.max_q or q.shape[2], tiles.block_m)
+    room = problem.planes * max(n_tiles * n_blocks, slots * width)
     sources = (
         *problem.descriptors, describe(grad, tiles.block_m), problem.mask, problem.alpha, tau,
-        active, torch.empty(active.shape, dtype=torch.int32, device=q.device),  # for the lists
+        active, torch.empty(room, dtype=torch.int32, device=q.device),
     )  # fmt: skip
+    numbers = *problem.added, *problem.sizes, problem.scale, *problem.drop
     constants = {
         **problem.switches,
+        "DROPOUT": terms.dropout > 0.0,
         "BLOCK_DV": padded(dim_value),
         "num_warps": tiles.num_warps,
         "num_stages": tiles.back_stages,
     }
     kind = *problem.kind, (tau.data_ptr() | active.data_ptr()) % 16  # they may be anybody's
+    if sweep.fits(problem):
+        sweep.queries_gradient(problem, kind, sources, dq, delta, constants)
+    else:
+        launch(
+            _queries_kernel, n_tiles * problem.planes, kind,
+            *sources, dq, delta, dalpha, dslope, *numbers, dim_head,
+            ALPHA_GRAD=alpha is not None, **constants,
+        )  # fmt: skip
     launch(
-        _queries_kernel, n_tiles * problem.planes, kind,
-        *sources, dq, delta, dalpha, *problem.sizes, problem.scale, dim_head,
-        ALPHA_GRAD=alpha is not None, **constants,
+        _keys_kernel, slots * k.shape[0] * k.shape[1], kind,
+        *sources, delta, dk, dv, *numbers, width, dim_head, dim_value, **constants,
     )  # fmt: skip
-    launch(
-        _keys_kernel, n_blocks * k.shape[0] * k.shape[1], kind,
-        *sources, delta, dk, dv, *problem.sizes, problem.scale, dim_head, dim_value, **constants,
-    )  # fmt: skip
-    return dq, dk, dv, tau.new_empty(0) if alpha is None else dalpha.sum(-1)
+    sums = (tau.new_empty(0) if x is delta else x.sum(-1) for x in (dalpha, dslope))
+    dbias = bias_gradient(problem, grad, tau, active, delta) if bias_grad else tau.new_empty(0)
+    return dq, dk, dv, *sums, dbias

@@ -2,9 +2,12 @@
 
 import math
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from .reference import Options
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
@@ -50,19 +53,50 @@ def check_tensors(
 check_once = lru_cache(1024)(check_tensors)  # what fits once fits again; shapes must be integers
 
 
-def check_options(
-    q: Tensor,
-    k: Tensor,
-    alpha: float | Tensor,
-    scale: float | None,
-    mask: Tensor | None,
-    window: tuple[int, int] | None,
-    slopes: Tensor | None,
-    bias: Tensor | None,
-    softcap: float | None,
-    dropout: float,
-) -> None:
+def check_packed(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
+    """Refuse packed sequences that do not fit; bounds on a GPU are not looked at."""
+    bounds_q, bounds_k = options.bounds_q, options.bounds_k
+    if bounds_q is None:
+        raise ValueError("`cu_seqlens_k` needs `cu_seqlens_q`; got None.")
+    for name, given in (("key_padding_mask", options.key_mask), ("attn_bias", options.bias)):
+        if given is not None:
+            raise ValueError(f"`{name}` cannot go with `cu_seqlens_q`; leave one of them out.")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            raise ValueError(
+                f"`{name}` must have 3 dimensions with `cu_seqlens_q`; got shape {tuple(x.shape)}."
+            )
+    bounds_k = bounds_q if bounds_k is None else bounds_k
+    for name, bounds, x in (("q", bounds_q, q), ("k", bounds_k, k)):
+        if bounds.ndim != 1 or len(bounds) < 2:
+            raise ValueError(
+                f"`cu_seqlens_{name}` must have shape (sequences + 1,); got {tuple(bounds.shape)}."
+            )
+        if bounds.device.type != "cpu" or torch.compiler.is_compiling():
+            continue
+        places = bounds.tolist()
+        if places[0] != 0 or places[-1] != len(x) or places != sorted(places):
+            raise ValueError(
+                f"`cu_seqlens_{name}` must rise from 0 to {len(x)}, the tokens of `{name}`; "
+                f"got {places}."
+            )
+        longest = options.max_q if name == "q" else options.max_k
+        if longest and longest < max(end - start for start, end in pairwise(places)):
+            raise ValueError(
+                f"`max_seqlen_{name}` must be at least the longest sequence; got {longest} for "
+                f"bounds {places}."
+            )
+    if len(bounds_q) != len(bounds_k):
+        raise ValueError(
+            f"`cu_seqlens_k` must hold {len(bounds_q) - 1} sequences as `cu_seqlens_q` does; "
+            f"got {len(bounds_k) - 1}."
+        )
+
+
+def check_options(q: Tensor, k: Tensor, alpha: float | Tensor, options: Options) -> None:
     """Refuse options that do not fit q and k."""
+    mask, window, softcap = options.key_mask, options.window, options.softcap
+    slopes, bias, scale, dropout = options.slopes, options.bias, options.scale, options.dropout
     heads = tuple(q.shape[:2])
     if isinstance(alpha, Tensor):
         if tuple(alpha.shape) not in ((), heads[1:], heads):
@@ -75,7 +109,7 @@ def check_options(
             raise ValueError(f"`alpha` must be above 1 and at most 2; got {alpha.tolist()}.")
     elif not 1 <= alpha <= 2:
         raise ValueError(f"`alpha` must be between 1 and 2; got {alpha}.")
-    if scale is not None and not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"`scale` must be finite; got {scale}.")
     if mask is not None:
         if mask.dtype != torch.bool:

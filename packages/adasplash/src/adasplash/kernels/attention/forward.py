@@ -25,18 +25,25 @@ import triton
 import triton.language as tl
 
 from ..launch import launch
+from . import fused
+from .philox import words
+from .scores import factor_of, load_part, scores, sequence_of, terms_of
 from .screen import Candidates, screen
+from .terms import PLAIN, Terms
 from .threshold import threshold
-from .tiles import SIZES, UNALIGNED, Problem, load_tile, padded, pose, products, roots, store_rows
+from .tiles import SIZES, UNALIGNED, Problem, padded, pose, roots, store_rows
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 @no_type_check
 def _output_kernel(
     q_desc, k_desc, v_desc, mask_ptr, alpha_ptr, list_ptr, count_ptr, tau_ptr, out_ptr, active_ptr,
-    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale, dim_value,
+    slopes_ptr, bias_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, cap,
+    bias_batch, bias_head, bias_row, bias_key,
+    stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
+    seed_ptr, drop_below, keep_scale, dim_value,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Write the output of one tile of queries, and mark the blocks that hold weight."""
@@ -49,29 +56,42 @@ def _output_kernel(
     list_ptr += line * n_blocks
     active_ptr += line * n_blocks
     count = tl.load(count_ptr + line)
+    row_base = plane.to(tl.int64) * seq_q
+    tile, row_at, seq_q, key_at, seq_k, sequence = sequence_of(
+        tile, bounds_q_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, seq_q, seq_k, FORM, BLOCK_M
+    )
     first = tile * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
-    row_base = plane.to(tl.int64) * seq_q
-    q = load_tile(q_desc, batch, head, first, BLOCK_M, BLOCK_D)
+    row_base += row_at
+    q = load_part(q_desc, batch, head, row_at, first, seq_q, FORM, BLOCK_M, BLOCK_D)
     tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
     alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
     power = 1.0 / (alpha - 1.0)
-    factor = scale * (alpha - 1.0)
+    factor = factor_of(scale, alpha, FORM)
+    terms = terms_of(
+        plane, batch, head, scale, alpha, cap, slopes_ptr, bias_ptr,
+        bias_batch, bias_head, bias_row, bias_key, FORM,
+    )  # fmt: skip
     output = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for index in range(0, count):
         block = tl.load(list_ptr + index)
         start = block * BLOCK_N
-        k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
-        v = load_tile(v_desc, batch, head_kv, start, BLOCK_N, BLOCK_DV)
-        s = products(
-            q, k, mask_ptr, first, start, seq_q, seq_k, left, right,
-            IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N,
+        k = load_part(k_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_D)
+        v = load_part(v_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_DV)
+        s, gate = scores(
+            q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
+            IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         x, u = roots(s * factor, tau[:, None], power, HALF)
         p = x * u
-        output = tl.dot(p.to(v.dtype), v, output, input_precision="ieee")
         weighted = tl.sum(p, 1) != 0.0
+        if DROPOUT:
+            drawn = words(tl.load(seed_ptr), plane, row_at + first, start, BLOCK_M, BLOCK_N)
+            p = tl.where(drawn >= drop_below, p, 0.0)
+        output = tl.dot(p.to(v.dtype), v, output, input_precision="ieee")
         tl.store(active_ptr + block + rows * 0, 1, mask=weighted)
+    if DROPOUT:
+        output = output * keep_scale
     store_rows(out_ptr + row_base * dim_value, output, rows, seq_q, dim_value, BLOCK_DV)
 
 
@@ -84,6 +104,7 @@ def launch_forward(
     scale: float,
     is_causal: bool,
     window: tuple[int, int] | None,
+    terms: Terms = PLAIN,
     *,
     skip: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -98,10 +119,13 @@ def launch_forward(
         scale: Factor of the scores, at least 0.
         is_causal: Row i sees keys up to `i + seq_k - seq_q`.
         window: How far a row sees to the left and to the right; None for all.
+        terms: What else there is.
         skip: False visits every block; in float32 the output is the same, bit for bit.
     """
-    problem = pose(q, k, v, key_mask, alpha, scale, is_causal, window)
+    problem = pose(q, k, v, key_mask, alpha, scale, is_causal, window, terms)
     candidates = screen(problem, skip=skip)
+    if fused.fits(problem):
+        return fused.solve(problem, candidates)
     tau = threshold(problem, candidates)
     output, active = weighted_sum(problem, candidates, tau)
     return output, tau, active
@@ -113,12 +137,13 @@ def weighted_sum(
     """Return the output, and the blocks that hold weight (int8 `[batch, heads, tiles, blocks]`)."""
     q, v, tiles = problem.q, problem.v, problem.tiles
     dim_value = v.shape[-1]
-    output = torch.empty((*q.shape[:3], dim_value), dtype=q.dtype, device=q.device)
+    output = problem.new(*q.shape[:3], dim_value, dtype=q.dtype)
     active = torch.zeros(candidates.listed.shape, dtype=torch.int8, device=q.device)
     launch(
         _output_kernel, problem.grid[0] * problem.planes, problem.kind,
         *problem.descriptors, problem.mask, problem.alpha, *candidates[2:], tau, output, active,
-        *problem.sizes, problem.scale, dim_value, **problem.switches, BLOCK_DV=padded(dim_value),
+        *problem.added, *problem.sizes, problem.scale, *problem.drop, dim_value, **problem.switches,
+        DROPOUT=problem.terms.dropout > 0.0, BLOCK_DV=padded(dim_value),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return output, active

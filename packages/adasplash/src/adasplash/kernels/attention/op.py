@@ -1,6 +1,7 @@
 """The public function: what its options mean, and the choice of the backend."""
 
 import logging
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
@@ -12,8 +13,10 @@ from torch import Tensor
 from fourfold_common import triton_status
 
 from . import reference
-from .checks import KERNEL_DTYPES, check_once, check_options, check_tensors
+from .checks import KERNEL_DTYPES, check_once, check_options, check_packed, check_tensors
+from .dropout import fresh_seed
 from .operators import attend, unheard
+from .terms import Terms
 
 _logger = logging.getLogger(__name__)
 _status_of_gpus = cache(triton_status)  # whether kernels are interpreted matters on a CPU alone
@@ -42,19 +45,25 @@ def adasplash(
     key_padding_mask: Bool[Tensor, "batch seq_k"] | None = None,
     cu_seqlens_q: Int[Tensor, " bounds"] | None = None,
     cu_seqlens_k: Int[Tensor, " bounds"] | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     backend: Literal["auto", "triton", "reference"] = "auto",
 ) -> Float[Tensor, "batch heads seq_q dim_value"] | Float[Tensor, "tokens_q heads dim_value"]:
     """Return attention whose weights are the alpha-entmax of the scores, most of them exactly zero.
 
     The weights of row i are `p = relu((alpha - 1) s - tau_i) ** (1 / (alpha - 1))`, where `s` are
     the scores, `scale * q_i k^T` with what the options add, and `tau_i` makes them sum to 1.
-    Differentiable in q, k, v, `alpha`, `alibi_slopes` and `attn_bias`; deterministic but for
-    dropout. A row without a visible key gives zeros and zero gradients; a NaN stays in the rows
-    that see it. Under autocast q, k and v are cast to its dtype, as in torch's own attention.
+    Differentiable in q, k, v, `alpha`, `alibi_slopes` and `attn_bias`; deterministic, dropout
+    under `torch.manual_seed`. A row without a visible key gives zeros and zero gradients; a NaN
+    stays in the rows that see it. Under autocast q, k and v are cast to its dtype, as in torch's
+    own attention.
 
-    The kernels compute every `alpha` above 1, with `is_causal`, `scale`, `window`,
-    `key_padding_mask` and `cu_seqlens`, and are fastest at 1.5; `alpha` 1 alone is torch's
-    softmax attention. Every other option runs on the reference.
+    The kernels compute every `alpha` above 1 with every option, and are fastest at 1.5; `alpha` 1
+    is torch's softmax attention, or the reference where that lacks an option.
+
+    Which weights are dropped follows from a seed that is drawn on the device, once for every call
+    and the same for both backends. Checkpointing draws it again from the generator's state that it
+    keeps; every replay of a CUDA graph draws another one.
 
     Args:
         q: Queries, float16, bfloat16, float32 or (reference only) float64. Any strides. With
@@ -76,10 +85,14 @@ def adasplash(
         dropout_p: Probability with which a weight is dropped and the others are scaled up.
         key_padding_mask: True for keys to attend to; holes are allowed.
         cu_seqlens_q: Where the packed sequences begin, and where the last one ends.
-        cu_seqlens_k: The same for keys; that of the queries if None.
+        cu_seqlens_k: The same for keys; that of the queries if None. On a GPU the kernels do not
+            look at the values of either, which would wait for the device: they must rise from 0 and
+            not pass the tokens; rows behind the last one give zeros.
+        max_seqlen_q: Longest sequence of queries, at most; saves memory with `cu_seqlens_q`. A
+            sequence must not be longer.
+        max_seqlen_k: The same for keys.
         backend: `"triton"` runs the kernels, `"reference"` plain PyTorch; `"auto"` the kernels for
-            CUDA tensors when Triton can be imported and the kernels cover the options, else the
-            reference. A backend that was asked for is never replaced by the other.
+            CUDA tensors when Triton can be imported and `alpha` is not 1, else the reference. A backend that was asked for is never replaced by the other.
 
     Returns:
         The output, in the dtype of `q`.
@@ -90,23 +103,39 @@ def adasplash(
 
     Source: AdaSplash (arXiv 2502.12082), equations 5 to 9.
     """
+    options = reference.Options(
+        scale=max(1, q.shape[-1]) ** -0.5 if scale is None else float(scale), is_causal=is_causal,
+        key_mask=key_padding_mask, window=window, softcap=softcap, slopes=alibi_slopes,
+        bias=attn_bias, dropout=dropout_p, bounds_q=cu_seqlens_q, bounds_k=cu_seqlens_k,
+        max_q=max_seqlen_q or 0, max_k=max_seqlen_k or 0,
+    )  # fmt: skip
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        shared: dict[str, Any] = {
-            "alpha": alpha, "is_causal": is_causal, "scale": scale, "window": window,
-            "alibi_slopes": alibi_slopes, "attn_bias": attn_bias, "softcap": softcap,
-            "dropout_p": dropout_p, "key_padding_mask": key_padding_mask, "backend": backend,
-        }  # fmt: skip
         if varlen is not None:
             raise ValueError("`varlen` cannot go with `cu_seqlens_q`; leave one of them out.")
-        return _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, shared)
+        check_packed(q, k, v, options)
+        if cu_seqlens_k is None:
+            longest = options.max_k or options.max_q
+            options = replace(options, bounds_k=cu_seqlens_q, max_k=longest)
+        if len(k) == 0:  # no key to see
+            return q.new_zeros(*q.shape[:2], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return _attend(q, k, v, alpha, options, backend)[0].transpose(0, 1)
     if varlen is not None:
-        shown = _shown(q, k, varlen, key_padding_mask)
-        output = adasplash(
-            q, k, v, alpha, is_causal, scale=scale, window=window, alibi_slopes=alibi_slopes,
-            attn_bias=attn_bias, softcap=softcap, dropout_p=dropout_p, key_padding_mask=shown,
-            backend=backend,
-        )  # fmt: skip
+        options = replace(options, key_mask=_shown(q, k, varlen, key_padding_mask))
+        output = _attend(q, k, v, alpha, options, backend)
         return output.masked_fill(~_within(q, varlen)[:, None, :, None], 0.0)
+    return _attend(q, k, v, alpha, options, backend)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor,
+    options: reference.Options,
+    backend: str,
+) -> Tensor:
+    """Return the attention of tensors of 4 dimensions, also where they hold packed sequences."""
     kind = q.device.type
     if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -115,46 +144,107 @@ def adasplash(
     (check_once if direct else check_tensors)(
         (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
     )
-    check_options(
-        q, k, alpha, scale, key_padding_mask, window, alibi_slopes, attn_bias, softcap, dropout_p
-    )
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    options = reference.Options(
-        factor, is_causal, key_padding_mask, window, softcap, alibi_slopes, attn_bias, dropout_p
-    )
+    check_options(q, k, alpha, options)
     softmax = isinstance(alpha, float | int) and alpha == 1
-    chosen = _choose(backend, q, options.plain and not softmax)
+    chosen = _choose(backend, q, softmax)
     if q.numel() == 0:
         # No rows: an empty output that still belongs to the graph.
         return q.new_zeros(*q.shape[:-1], v.shape[-1]) + 0 * (q.sum() + k.sum() + v.sum())
     # torch aligns the causal mask at the first, and gives NaN for rows without a key.
-    simple = (not is_causal or q.shape[2] == k.shape[2]) and key_padding_mask is None
-    if softmax and options.plain and window is None and simple and backend == "auto":
+    simple = not options.is_causal or q.shape[2] == k.shape[2]
+    if softmax and options.plain and simple and options.bounds_q is None and backend == "auto":
         return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, scale=factor, enable_gqa=q.shape[1] != k.shape[1]
-        )
-    if chosen == "reference":
-        alpha = alpha if isinstance(alpha, Tensor) else float(alpha)
-        return reference.attention(q, k, v, alpha, options)
+            q, k, v, is_causal=options.is_causal, scale=options.scale, dropout_p=options.dropout,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+    if options.dropout > 0.0 and options.seed is None:
+        options = replace(options, seed=fresh_seed(q.device))
+    if chosen == "triton":
+        return _launch(q, k, v, alpha, options, direct)
+    if options.bounds_q is not None:
+        return _one_by_one(q, k, v, alpha, options, backend)
+    return reference.attention(
+        q, k, v, alpha if isinstance(alpha, Tensor) else float(alpha), options
+    )
+
+
+def _one_by_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor,
+    options: reference.Options,
+    backend: str,
+) -> Tensor:
+    """Return the attention of packed sequences, one after another."""
+    bounds = (options.bounds_q, options.bounds_k)
+    rows, keys = (pairwise(x.tolist()) for x in bounds if x is not None)
+    outputs = []
+    for (start, stop), (first, end) in zip(rows, keys, strict=True):
+        one = q[:, :, start:stop], k[:, :, first:end], v[:, :, first:end]
+        if start == stop or first == end:  # no rows, or no key to see
+            outputs.append(one[0].new_zeros(*one[0].shape[:3], v.shape[3]))
+            continue
+        its = replace(options, bounds_q=None, bounds_k=None, first_row=start)
+        outputs.append(_attend(*one, alpha, its, backend))
+    return torch.cat(outputs, 2)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor,
+    options: reference.Options,
+    direct: bool,
+) -> Tensor:
+    """Return the output of the kernels, for arguments that have been checked."""
+    factor, window, bias = options.scale, options.window, options.bias
     if factor < 0.0:  # the kernels take the maximum before they scale
         q, factor = -q, -factor
-    mask = None if key_padding_mask is None else key_padding_mask.contiguous()
+    mask = None if options.key_mask is None else options.key_mask.contiguous()
     alphas: Tensor | None
     if isinstance(alpha, Tensor):
-        alphas = alpha.to(q.device, torch.float32).expand(q.shape[:2]).contiguous()
+        alphas = _per_head(alpha, q)
     else:
         alphas = None if alpha == 1.5 else torch.full(q.shape[:2], alpha, device=q.device)
+    if bias is not None:
+        bias = bias.to(q.device)[(None,) * (4 - bias.ndim)]
+        bias = bias.float() if bias.dtype == torch.float64 else bias
+    terms = Terms(
+        slopes=None if options.slopes is None else _per_head(options.slopes, q),
+        bias=bias,
+        seed=options.seed,
+        bounds_q=_bounds(options.bounds_q, q),
+        bounds_k=_bounds(options.bounds_k, q),
+        softcap=options.softcap or 0.0,
+        dropout=options.dropout,
+        max_q=options.max_q,
+        max_k=options.max_k,
+    )
     group = q.shape[1] // k.shape[1]
-    if q.shape[2] == 1 and group > 1 and window is None and not isinstance(alpha, Tensor):
+    alike = not isinstance(alpha, Tensor) and terms == Terms(softcap=terms.softcap)
+    if q.shape[2] == 1 and group > 1 and window is None and alike:
         # One query sees all keys: the heads that share them become the rows of one tile.
         rows = q.reshape(q.shape[0], k.shape[1], group, q.shape[3])
         alphas = None if alphas is None else alphas[:, ::group].contiguous()
-        folded = attend(rows, k, v, mask, alphas, factor, False, -1, -1, direct=direct)
+        folded = attend(rows, k, v, mask, alphas, (factor, False, -1, -1), terms, direct=direct)
         return folded.reshape(*q.shape[:3], v.shape[3])
     # -1 stands for no window in the operator; one open side sees as far as there are keys.
     far = q.shape[2] + k.shape[2]
-    sides = (-1, -1) if window is None else [far if side < 0 else side for side in window]
-    return attend(q, k, v, mask, alphas, factor, is_causal, *sides, direct=direct)
+    left, right = (-1, -1) if window is None else (far if side < 0 else side for side in window)
+    return attend(
+        q, k, v, mask, alphas, (factor, options.is_causal, left, right), terms, direct=direct
+    )
+
+
+def _per_head(x: Tensor, q: Tensor) -> Tensor:
+    """Return numbers of heads as the kernels read them, float32 `[batch, heads]`."""
+    return x.to(q.device, torch.float32).expand(q.shape[:2]).contiguous()
+
+
+def _bounds(x: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if x is None else x.to(q.device, torch.int32).contiguous()
 
 
 def entmax_attention(
@@ -201,54 +291,7 @@ def _shown(q: Tensor, k: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor
     return _within(k, lengths)
 
 
-def _packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bounds_q: Tensor | None,
-    bounds_k: Tensor | None,
-    options: dict[str, Any],
-) -> Tensor:
-    """Return the attention of every sequence to itself, one sequence after another."""
-    if bounds_q is None:
-        raise ValueError("`cu_seqlens_k` needs `cu_seqlens_q`; got None.")
-    for name in ("key_padding_mask", "attn_bias"):
-        if options[name] is not None:
-            raise ValueError(f"`{name}` cannot go with `cu_seqlens_q`; leave one of them out.")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 3:
-            raise ValueError(
-                f"`{name}` must have 3 dimensions with `cu_seqlens_q`; got shape {tuple(x.shape)}."
-            )
-    bounds_k = bounds_q if bounds_k is None else bounds_k
-    limits = []
-    for name, bounds, x in (("q", bounds_q, q), ("k", bounds_k, k)):
-        places = bounds.tolist()
-        if len(places) < 2 or places[0] != 0 or places[-1] != len(x) or places != sorted(places):
-            raise ValueError(
-                f"`cu_seqlens_{name}` must rise from 0 to {len(x)}, the tokens of `{name}`; "
-                f"got {places}."
-            )
-        limits.append([slice(*pair) for pair in pairwise(places)])
-    if len(limits[0]) != len(limits[1]):
-        raise ValueError(
-            f"`cu_seqlens_k` must hold {len(limits[0])} sequences as `cu_seqlens_q` does; "
-            f"got {len(limits[1])}."
-        )
-    outputs = []
-    for rows, keys in zip(*limits, strict=True):
-        if rows.start == rows.stop:
-            continue
-        if keys.start == keys.stop:  # no key to see
-            outputs.append(q.new_zeros(rows.stop - rows.start, q.shape[1], v.shape[-1]))
-            continue
-        pairs = ((q, rows), (k, keys), (v, keys))
-        one, its_keys, its_values = (x[None, part].transpose(1, 2) for x, part in pairs)
-        outputs.append(adasplash(one, its_keys, its_values, **options)[0].transpose(0, 1))
-    return torch.cat(outputs) if outputs else q.new_zeros(0, q.shape[1], v.shape[-1])
-
-
-def _choose(backend: str, q: Tensor, covered: bool) -> str:
+def _choose(backend: str, q: Tensor, softmax: bool) -> str:
     """Return the backend to run; raise if the one asked for cannot."""
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f"`backend` must be 'auto', 'triton' or 'reference'; got {backend!r}.")
@@ -263,8 +306,8 @@ def _choose(backend: str, q: Tensor, covered: bool) -> str:
         problem = f"Triton needs CUDA tensors, or TRITON_INTERPRET=1; `q` is on {q.device}"
     elif q.dtype not in KERNEL_DTYPES:
         problem = f"the kernels do not compute {q.dtype}"
-    elif not covered:
-        problem = "the kernels compute no softmax, ALiBi, bias, softcap or dropout"
+    elif softmax:
+        problem = "the kernels compute no softmax, `alpha` 1"
     if not problem:
         return "triton"
     if backend == "triton":

@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .dropout import kept
+
 _TILE = 128  # query rows at a time
 
 
@@ -29,12 +31,18 @@ class Options:
     slopes: Tensor | None = None  # [heads] or [batch, heads]
     bias: Tensor | None = None  # broadcasts to [batch, heads, seq_q, seq_k]
     dropout: float = 0.0
+    seed: Tensor | None = None  # of the dropout, int64 [1]
+    bounds_q: Tensor | None = None  # of packed sequences, int [sequences + 1]
+    bounds_k: Tensor | None = None
+    max_q: int = 0  # the longest of them at most; 0 if that is not known
+    max_k: int = 0
+    first_row: int = 0  # number of the first row among the tokens of packed sequences
 
     @property
     def plain(self) -> bool:
-        """Whether the kernels cover it: scale, causal mask, window and key mask alone."""
-        added = self.slopes is not None or self.bias is not None
-        return not added and self.softcap is None and self.dropout == 0.0
+        """Whether nothing but scale and causality shapes the scores."""
+        shaping = self.slopes, self.bias, self.softcap, self.window, self.key_mask
+        return all(x is None for x in shaping)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, alpha: float | Tensor, options: Options) -> Tensor:
@@ -65,7 +73,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, alpha: float | Tensor, options: O
             scores = scores + bias
         scores = scores.masked_fill(_hidden(distance, options), -torch.inf)
         weights = entmax_weights(scores, alpha)
-        return torch.nn.functional.dropout(weights, options.dropout) @ values
+        if options.seed is not None:
+            planes = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(q.shape[:2])
+            its_rows = rows + options.first_row
+            keep = kept(options.seed, planes, its_rows, keys.shape[2], options.dropout)
+            weights = weights.masked_fill(~keep, 0.0) / (1.0 - options.dropout)
+        return weights @ values
 
     outputs = []
     for start in range(0, q.shape[2], _TILE):
@@ -74,7 +87,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, alpha: float | Tensor, options: O
         output = checkpoint(
             attend, rows, q[:, :, part].to(wide), keys, values, alpha, slopes,
             None if bias is None else bias[:, :, part],
-            use_reentrant=False, preserve_rng_state=options.dropout > 0.0,
+            use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
         outputs.append(output.to(q.dtype))
     return torch.cat(outputs, 2)

@@ -25,11 +25,32 @@ import triton.language as tl
 
 from ..launch import interpreted, launch
 from .threshold import step_left
-from .tiles import SIZES, UNALIGNED, Problem, describe, hide, load_tile, roots, saturated
+from .scores import (
+    PACKED,
+    PLACED,
+    factor_of,
+    load_part,
+    sequence_of,
+    shaped,
+    slots_of,
+    terms_of,
+)
+from .tiles import (
+    SIZES,
+    UNALIGNED,
+    Problem,
+    describe,
+    hide,
+    load_tile,
+    n_slots,
+    roots,
+    saturated,
+)
 
 _ROOM = 2**28  # bytes of stored maxima
-_CHUNK, _LISTED, _WARPS = 8, 64, 1  # of the second kernel: blocks at a time
-_LIST_SWITCHES = "IS_CAUSAL", "HAS_WINDOW", "HALF", "BLOCK_M", "BLOCK_N"
+_CHUNK, _LISTED, _WARPS = 4, 64, 1  # of the second kernel: blocks at a time
+_LIST_SWITCHES = "IS_CAUSAL", "HAS_WINDOW", "HALF", "FORM", "BLOCK_M", "BLOCK_N"
+_MASKED_N = 64  # keys of a tile where each is asked whether it is hidden: more spill registers
 _STEPS = tl.constexpr(3)
 
 
@@ -97,34 +118,91 @@ def _store_peaks(
     )
 
 
+@triton.jit
+@no_type_check
+def _whole_tiles(
+    q, k_desc, peak_ptr, top, batch, head_kv, rows, inner, full, seq_q, n_blocks, factor,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Store the maxima of tiles that every row sees to the end; return the maxima of the rows.
+
+    Positive numbers are ordered as their bits are, and the hardware takes the maximum of three
+    integers at once. Of a block with no positive score that gives the smallest one; it is stored as
+    0, which is too high. Once every row has seen a score above 1 a block at 0 holds no weight
+    anyway; till then numbers are compared.
+    """
+    PARTS: tl.constexpr = TILE_N // BLOCK_N
+    LEAD: tl.constexpr = 4  # tiles between two questions whether every row has
+    done, low = 0, 1
+    while (done < full) & (low > 0):
+        stop = tl.minimum(done + LEAD, full)
+        for index in range(done, stop):
+            tile = full - 1 - index  # the diagonal's neighbours first
+            k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
+            z = tl.dot(q, k.T, input_precision="ieee")
+            # The scale is positive: the largest product has the largest score.
+            peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED) * factor
+            top = _larger(top, _highest(peaks, 1, INTERPRETED))
+            _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
+        done = stop
+        # With what the second kernel allows for rounding, and as much again.
+        high = (top >= 1.0 + (tl.abs(top) + 1.0) * 2.0**-9) | (top != top) | (rows >= seq_q)
+        low = tl.max(tl.where(high, 0, 1), 0)
+    for index in range(done, full):
+        tile = full - 1 - index
+        k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
+        z = tl.dot(q, k.T, input_precision="ieee")
+        if INTERPRETED:
+            z = tl.where(z != z, float("nan"), z)  # that of the tensor cores is positive
+        bits = tl.reshape(z.to(tl.int32, bitcast=True), [TILE_M, PARTS, BLOCK_N])
+        peaks = _larger(tl.max(bits, 2).to(tl.float32, bitcast=True), 0.0) * factor
+        top = _larger(top, _highest(peaks, 1, INTERPRETED))
+        _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
+    return top
+
+
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 @no_type_check
 def _screen_kernel(
     q_desc, k_desc, mask_ptr, alpha_ptr, top_ptr, peak_ptr, first_place,
+    slopes_ptr, bias_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, cap,
+    bias_batch, bias_head, bias_row, bias_key,
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Write the maximum of every row, and of every row in every block."""
     PARTS: tl.constexpr = TILE_N // BLOCK_N
-    n_wide = tl.cdiv(seq_q, TILE_M)
+    n_wide = slots_of(seq_q, n_seq, FORM, TILE_M)
     place = first_place + tl.program_id(0)
     plane = place // n_wide
-    first = (n_wide - 1 - place % n_wide) * TILE_M  # under a causal mask the longest rows first
+    wide = n_wide - 1 - place % n_wide  # under a causal mask the longest rows first
     batch, head = plane // heads, plane % heads
     head_kv = head // group
     mask_ptr += batch.to(tl.int64) * stride_mask
     peak_ptr += tl.program_id(0).to(tl.int64) * n_blocks * TILE_M
+    top_ptr += plane.to(tl.int64) * seq_q
+    wide, row_at, seq_q, key_at, seq_k, sequence = sequence_of(
+        wide, bounds_q_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, seq_q, seq_k, FORM, TILE_M
+    )
+    first = wide * TILE_M
     inner = tl.arange(0, TILE_M)
     rows = first + inner
-    q = load_tile(q_desc, batch, head, first, TILE_M, BLOCK_D)
+    q = load_part(q_desc, batch, head, row_at, first, seq_q, FORM, TILE_M, BLOCK_D)
 
     alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
-    factor = scale * (alpha - 1.0)
+    factor = factor_of(scale, alpha, FORM)
+    terms = terms_of(
+        plane, batch, head, scale, alpha, cap, slopes_ptr, bias_ptr,
+        bias_batch, bias_head, bias_row, bias_key, FORM,
+    )  # fmt: skip
 
     begin, limit = _range(first, TILE_M, seq_q, seq_k, left, right, IS_CAUSAL, HAS_WINDOW)
+    if PACKED & FORM:
+        limit = tl.where(first < seq_q, limit, 0)  # a slot without a tile
     full = limit // TILE_N  # tiles before `full` are visible to every row
     if IS_CAUSAL:
         full = tl.minimum(full, tl.maximum(first + 1 + seq_k - seq_q, 0) // TILE_N)
@@ -134,8 +212,10 @@ def _screen_kernel(
     top = tl.full([TILE_M], float("-inf"), tl.float32)
     for tile in range(tl.maximum(full, begin), end):
         keys = tile * TILE_N + tl.arange(0, TILE_N)
-        k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
-        z = tl.dot(q, k.T, input_precision="ieee") * factor
+        k = load_part(k_desc, batch, head_kv, key_at, tile * TILE_N, seq_k, FORM, TILE_N, BLOCK_D)
+        z = tl.dot(q, k.T, input_precision="ieee")
+        z, gate = shaped(z, rows[:, None], keys[None, :], first, seq_q, seq_k, terms, FORM)
+        z = z * factor
         z = hide(
             z, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, left, right,
             IS_CAUSAL, HAS_MASK, HAS_WINDOW,
@@ -143,14 +223,28 @@ def _screen_kernel(
         peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED)
         top = _larger(top, _highest(peaks, 1, INTERPRETED))
         _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
-    for tile in range(0, full):
-        k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
-        z = tl.dot(q, k.T, input_precision="ieee")
-        # The scale is positive: the largest product has the largest score.
-        peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED) * factor
-        top = _larger(top, _highest(peaks, 1, INTERPRETED))
-        _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
-    tl.store(top_ptr + plane.to(tl.int64) * seq_q + rows, top, mask=rows < seq_q)
+    if FORM == 0 and not (HAS_MASK or HAS_WINDOW):
+        top = _whole_tiles(
+            q, k_desc, peak_ptr, top, batch, head_kv, rows, inner, full, seq_q, n_blocks, factor,
+            BLOCK_N, BLOCK_D, TILE_M, TILE_N, INTERPRETED,
+        )  # fmt: skip
+    else:
+        for tile in range(0, full):
+            k = load_part(
+                k_desc, batch, head_kv, key_at, tile * TILE_N, seq_k, FORM, TILE_N, BLOCK_D
+            )
+            z = tl.dot(q, k.T, input_precision="ieee")
+            if PLACED & FORM:
+                keys = tile * TILE_N + tl.arange(0, TILE_N)
+                z, gate = shaped(z, rows[:, None], keys[None, :], first, seq_q, seq_k, terms, FORM)
+            # The scale is positive, and the cap rises: the largest product has the largest score.
+            peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED)
+            if (PLACED & FORM) == 0:
+                peaks, gate = shaped(peaks, rows, rows, first, seq_q, seq_k, terms, FORM)
+            peaks = peaks * factor
+            top = _larger(top, _highest(peaks, 1, INTERPRETED))
+            _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
+    tl.store(top_ptr + row_at + rows, top, mask=rows < seq_q)
 
 
 @triton.jit
@@ -167,9 +261,11 @@ def _peaks(peak_ptr, blocks, rows, real, TILE_M: tl.constexpr):
 @no_type_check
 def _list_kernel(
     alpha_ptr, top_ptr, peak_ptr, bound_ptr, list_ptr, count_ptr, first_place,
+    bounds_q_ptr, bounds_k_ptr, n_seq,
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks,
-    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HALF: tl.constexpr, SKIP: tl.constexpr,
-    SATURATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_M: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HALF: tl.constexpr, FORM: tl.constexpr,
+    SKIP: tl.constexpr, SATURATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_M: tl.constexpr,
     CHUNK: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """Write the bounds of one tile's rows, and the blocks that rise above them.
@@ -177,23 +273,31 @@ def _list_kernel(
     All blocks are read once, for a list by `max - 1`; what follows reads those of the list.
     """
     PARTS: tl.constexpr = TILE_M // BLOCK_M
-    n_wide = tl.cdiv(seq_q, TILE_M)
+    n_wide = slots_of(seq_q, n_seq, FORM, TILE_M)
     local, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     place = first_place + local
     plane = place // n_wide
-    first = (n_wide - 1 - place % n_wide) * TILE_M + part * BLOCK_M
+    row_base = plane.to(tl.int64) * seq_q
+    wide, row_at, seq_q, key_at, seq_k, sequence = sequence_of(
+        n_wide - 1 - place % n_wide, bounds_q_ptr, bounds_q_ptr, bounds_k_ptr, n_seq,
+        seq_q, seq_k, FORM, TILE_M,
+    )  # fmt: skip
+    first = wide * TILE_M + part * BLOCK_M
     if first < seq_q:
         peak_ptr += local.to(tl.int64) * n_blocks * TILE_M
-        line = (plane * n_tiles + first // BLOCK_M).to(tl.int64)
+        slot = first // BLOCK_M
+        if PACKED & FORM:
+            slot += row_at // BLOCK_M + sequence
+        line = (plane * n_tiles + slot).to(tl.int64)
         list_ptr += line * n_blocks
         inner = part * BLOCK_M + tl.arange(0, BLOCK_M)
         rows = first + tl.arange(0, BLOCK_M)
-        row_base = plane.to(tl.int64) * seq_q
+        row_base += row_at
         top = tl.load(top_ptr + row_base + rows, mask=rows < seq_q, other=float("-inf"))
         alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
         power = 1.0 / (alpha - 1.0)
         begin, end = _range(first, BLOCK_M, seq_q, seq_k, left, right, IS_CAUSAL, HAS_WINDOW)
-        begin, end = begin // BLOCK_N, tl.cdiv(end, BLOCK_N)
+        begin, end = begin // BLOCK_N, tl.minimum(tl.cdiv(end, BLOCK_N), n_blocks)
 
         # What the maxima near the top were rounded by, at most; beyond float16 nothing is known.
         size = tl.abs(top)
@@ -263,26 +367,31 @@ def screen(problem: Problem, *, skip: bool = True) -> Candidates:
     """Return the blocks that may hold weight; all that are visible unless `skip`."""
     q, tiles, switches = problem.q, problem.tiles, problem.switches
     device, (n_tiles, n_blocks) = q.device, problem.grid
-    top = torch.empty(q.shape[:3], dtype=torch.float32, device=device)
-    bound = torch.empty_like(top)
+    top = problem.new(*q.shape[:3], dtype=torch.float32)
+    bound = problem.new(*q.shape[:3], dtype=torch.float32)
     listed = torch.empty((*q.shape[:2], n_tiles, n_blocks), dtype=torch.int32, device=device)
-    count = torch.empty((*q.shape[:2], n_tiles), dtype=torch.int32, device=device)
-    places = triton.cdiv(q.shape[2], tiles.screen_m) * problem.planes
+    count = problem.new(*q.shape[:2], n_tiles, dtype=torch.int32)
+    places = n_slots(q.shape[2], tiles.screen_m, problem.terms.n_seq) * problem.planes
     at_once = min(places, max(1, _ROOM // (2 * n_blocks * tiles.screen_m)))
     peaks = torch.empty(at_once * n_blocks * tiles.screen_m, dtype=torch.float16, device=device)
     interpreting = interpreted(_screen_kernel)
-    sources = describe(q, tiles.screen_m), describe(problem.k, tiles.screen_n)
+    tile_n = tiles.screen_n
+    if switches["HAS_MASK"] or switches["HAS_WINDOW"]:
+        tile_n = min(tile_n, _MASKED_N)
+    sources = describe(q, tiles.screen_m), describe(problem.k, tile_n)
     for first in range(0, places, at_once):
         some = min(at_once, places - first)
         launch(
             _screen_kernel, some, problem.kind,
-            *sources, problem.mask, problem.alpha, top, peaks, first, *problem.sizes, problem.scale,
-            **switches, TILE_M=tiles.screen_m, TILE_N=tiles.screen_n, INTERPRETED=interpreting,
+            *sources, problem.mask, problem.alpha, top, peaks, first, *problem.added,
+            *problem.sizes, problem.scale,
+            **switches, TILE_M=tiles.screen_m, TILE_N=tile_n, INTERPRETED=interpreting,
             num_warps=tiles.screen_warps, num_stages=tiles.screen_stages,
         )  # fmt: skip
         launch(
             _list_kernel, some * (tiles.screen_m // tiles.block_m), problem.kind,
-            problem.alpha, top, peaks, bound, listed, count, first, *problem.sizes,
+            problem.alpha, top, peaks, bound, listed, count, first, *problem.added[2:5],
+            *problem.sizes,
             **{name: switches[name] for name in _LIST_SWITCHES}, SKIP=skip,
             SATURATE=switches["HALF"] and not interpreting, TILE_M=tiles.screen_m,
             CHUNK=_CHUNK, LISTED=_LISTED, num_warps=_WARPS,

@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 
 from ..launch import interpreted, launch
-from .tiles import SIZES, UNALIGNED, Problem, load_tile, products, roots, saturated
+from .scores import factor_of, load_part, scores, sequence_of, terms_of
+from .tiles import SIZES, UNALIGNED, Problem, roots, saturated
 
 if TYPE_CHECKING:
     from .screen import Candidates
@@ -111,10 +112,12 @@ def _sums(s, factor, t, power, HALF: tl.constexpr, SATURATE: tl.constexpr):
 @no_type_check
 def _threshold_kernel(
     q_desc, k_desc, mask_ptr, alpha_ptr, top_ptr, bound_ptr, list_ptr, count_ptr, tau_ptr,
+    slopes_ptr, bias_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, cap,
+    bias_batch, bias_head, bias_row, bias_key,
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
     tolerance, max_passes,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HALF: tl.constexpr, SATURATE: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr, SATURATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write tau of one tile of queries; +inf for rows without a key."""
@@ -126,15 +129,23 @@ def _threshold_kernel(
     mask_ptr += batch.to(tl.int64) * stride_mask
     list_ptr += line * n_blocks
     count = tl.load(count_ptr + line)
+    row_base = plane.to(tl.int64) * seq_q
+    tile, row_at, seq_q, key_at, seq_k, sequence = sequence_of(
+        tile, bounds_q_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, seq_q, seq_k, FORM, BLOCK_M
+    )
     first = tile * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
-    row_base = plane.to(tl.int64) * seq_q
-    q = load_tile(q_desc, batch, head, first, BLOCK_M, BLOCK_D)
+    row_base += row_at
+    q = load_part(q_desc, batch, head, row_at, first, seq_q, FORM, BLOCK_M, BLOCK_D)
     top = tl.load(top_ptr + row_base + rows, mask=rows < seq_q, other=float("-inf"))
     lower = tl.load(bound_ptr + row_base + rows, mask=rows < seq_q, other=0.0)
     alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
     power = 1.0 / (alpha - 1.0)
-    factor = scale * (alpha - 1.0)
+    factor = factor_of(scale, alpha, FORM)
+    terms = terms_of(
+        plane, batch, head, scale, alpha, cap, slopes_ptr, bias_ptr,
+        bias_batch, bias_head, bias_row, bias_key, FORM,
+    )  # fmt: skip
     if not HALF:  # a high power of x has fewer digits
         tolerance = tolerance * (1.0 + power)
     empty = top == float("-inf")
@@ -148,10 +159,10 @@ def _threshold_kernel(
         a2 = tl.zeros([BLOCK_M], tl.float32)
         for index in range(0, count):
             start = tl.load(list_ptr + index) * BLOCK_N
-            k = load_tile(k_desc, batch, head_kv, start, BLOCK_N, BLOCK_D)
-            s = products(
-                q, k, mask_ptr, first, start, seq_q, seq_k, left, right,
-                IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N,
+            k = load_part(k_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_D)
+            s, gate = scores(
+                q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
+                IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             b0, b1, b2 = _sums(s, factor, t, power, HALF, SATURATE)
             a0, a1, a2 = a0 + b0, a1 + b1, a2 + b2
@@ -172,8 +183,8 @@ def threshold(problem: Problem, candidates: Candidates) -> torch.Tensor:
     fast = dtype != torch.float32 and not interpreted(_threshold_kernel)
     launch(
         _threshold_kernel, problem.grid[0] * problem.planes, problem.kind,
-        *problem.descriptors[:2], problem.mask, problem.alpha, *candidates, tau, *problem.sizes,
-        problem.scale, TOLERANCE[dtype], MAX_PASSES, **problem.switches,
+        *problem.descriptors[:2], problem.mask, problem.alpha, *candidates, tau, *problem.added,
+        *problem.sizes, problem.scale, TOLERANCE[dtype], MAX_PASSES, **problem.switches,
         SATURATE=fast and problem.switches["HALF"],
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

@@ -21,10 +21,16 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .dropout import cut
+from .terms import PLAIN, Terms
+
 # Arguments of every kernel; no value of them compiles anything.
 SIZES = ["first_place", "stride_mask", "left", "right", "heads", "group", "seq_q", "seq_k",
-         "n_tiles", "n_blocks", "max_passes"]  # fmt: skip
-UNALIGNED = ["mask_ptr", "alpha_ptr"]  # the caller's own, at any address
+         "n_tiles", "n_blocks", "max_passes", "n_seq", "bias_batch", "bias_head", "bias_row",
+         "bias_key", "drop_below", "list_width", "its_heads", "batches", "n_heads"]  # fmt: skip
+# The caller's own, at any address.
+UNALIGNED = ["mask_ptr", "alpha_ptr", "slopes_ptr", "bias_ptr", "bounds_q_ptr", "bounds_k_ptr",
+             "seed_ptr"]  # fmt: skip
 TINY = 1e-30  # stands for a scale of 0, by which the -inf of hidden keys cannot be multiplied
 
 
@@ -45,7 +51,7 @@ class Tiles(NamedTuple):
 # By the padded head size; float32 products need twice the room.
 _HALF = {
     64: Tiles(64, 64, 4, 2, 128, 128, 4, 3, 2),
-    128: Tiles(64, 64, 4, 2, 64, 128, 4, 3, 2),
+    128: Tiles(64, 64, 4, 2, 128, 128, 8, 2, 2),
     256: Tiles(64, 32, 8, 2, 64, 64, 4, 2, 2),
 }
 _FULL = {
@@ -88,6 +94,18 @@ def describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, padded(x.shape[-1])])
 
 
+def n_slots(seq: int, block: int, n_seq: int) -> int:
+    """Return for how many tiles there is room: packed sequences need not begin at a tile's."""
+    return seq // block + n_seq if n_seq else -(-seq // block)
+
+
+def marks_of(
+    shape: tuple[int, ...], keys: int, tiles: Tiles, n_seq: int, max_k: int
+) -> tuple[int, int]:
+    """Return the tiles of queries, and the blocks of keys of the longest sequence."""
+    return n_slots(shape[2], tiles.block_m, n_seq), -(-(max_k or keys) // tiles.block_n)
+
+
 class Problem(NamedTuple):
     """What the launches of one call have in common; see `pose`."""
 
@@ -103,6 +121,9 @@ class Problem(NamedTuple):
     sizes: tuple[int, ...]
     switches: dict[str, Any]  # constants of all kernels
     kind: tuple[Any, ...]  # what else their variants depend on
+    terms: Terms = PLAIN
+    # slopes, bias, bounds of queries and keys, number of sequences, cap, strides of the bias
+    added: tuple[Any, ...] = ()
 
     @property
     def planes(self) -> int:
@@ -114,6 +135,17 @@ class Problem(NamedTuple):
         """Tiles of queries, blocks of keys."""
         return self.sizes[-2], self.sizes[-1]
 
+    @property
+    def drop(self) -> tuple[torch.Tensor, int, float]:
+        """Seed of the dropout, the least word that is kept, and the scale of what is."""
+        p = self.terms.dropout
+        return (self.q if self.terms.seed is None else self.terms.seed), cut(p), 1.0 / (1.0 - p)
+
+    def new(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return memory to write; zeros where sequences are packed: bounds may leave rows out."""
+        make = torch.zeros if self.terms.n_seq else torch.empty
+        return make(shape, dtype=dtype, device=self.q.device)
+
 
 def pose(
     q: torch.Tensor,
@@ -124,17 +156,27 @@ def pose(
     scale: float,
     is_causal: bool,
     window: tuple[int, int] | None,
+    terms: Terms = PLAIN,
 ) -> Problem:
     """Return the problem; arguments as for `launch_forward`."""
     q, k, v = aligned(q), aligned(k), aligned(v)
     mask, stride = (q, 0) if key_mask is None else (key_mask.view(torch.uint8), key_mask.stride(0))
     plan = _plan(
         q.shape, k.shape[1:3], v.shape[-1], q.dtype, q.device.index, key_mask is not None, stride,
-        alpha is None, is_causal, window,
+        alpha is None, is_causal, window, terms.n_seq, terms.max_k, terms.form,
     )  # fmt: skip
-    m, n = plan[0].block_m, plan[0].block_n
+    tiles, sizes, switches, kind = plan
+    m, n = tiles.block_m, tiles.block_n
+    strides, bias = [0] * 4, terms.bias
+    if bias is not None:
+        pairs = zip(bias.stride(), bias.shape, strict=True)
+        strides = [stride if size > 1 else 0 for stride, size in pairs]
+        kind = *kind, bias.dtype, max(strides) >= 2**31
+    given = (terms.slopes, bias, terms.bounds_q, terms.bounds_k)
+    added = (*(q if x is None else x for x in given), terms.n_seq, terms.softcap or 1.0, *strides)
     return Problem(q, k, v, (describe(q, m), describe(k, n), describe(v, n)), mask,
-                   q if alpha is None else alpha, scale or TINY, *plan)  # fmt: skip
+                   q if alpha is None else alpha, scale or TINY, tiles, sizes, switches, kind,
+                   terms, added)  # fmt: skip
 
 
 @lru_cache(1024)
@@ -149,18 +191,24 @@ def _plan(
     half: bool,
     is_causal: bool,
     window: tuple[int, int] | None,
+    n_seq: int,
+    max_k: int,
+    form: int,
 ) -> tuple[Tiles, tuple[int, ...], dict[str, Any], tuple[Any, ...]]:
     """Return tiles, sizes, switches and kind of a problem; made once for each shape."""
     heads, seq_q, dim_head = shape[1:]
     heads_kv, seq_k = keys
     tiles = _tiles(dtype, max(dim_head, dim_value))
+    if form % 8:  # what shapes the scores takes registers: no larger tiles than the blocks
+        tiles = tiles._replace(screen_m=tiles.block_m, screen_n=tiles.block_n)
     sizes = (stride_mask, *(window or (0, 0)), heads, heads // heads_kv, seq_q, seq_k,
-             triton.cdiv(seq_q, tiles.block_m), triton.cdiv(seq_k, tiles.block_n))  # fmt: skip
+             *marks_of(shape, seq_k, tiles, n_seq, max_k))  # fmt: skip
     switches = {
         "IS_CAUSAL": is_causal,
         "HAS_MASK": has_mask,
         "HAS_WINDOW": window is not None,
         "HALF": half,
+        "FORM": form,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_D": padded(dim_head),

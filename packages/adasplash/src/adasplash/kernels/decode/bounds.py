@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention.tiles import padded
+from .kernel import load_alpha
 
 _SLACK, _SEED_SLACK = tl.constexpr(4e-3), tl.constexpr(1e-4)
 _CHUNK = 32
@@ -28,9 +29,10 @@ _CHUNK = 32
 @triton.jit
 @no_type_check
 def _bounds_kernel(
-    q_ptr, low_ptr, high_ptr, table_ptr, bound_ptr, stride_sb, stride_sh, stride_table,
-    heads, n_rows, n_blocks, dim, factor,
-    PAGED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_ptr, low_ptr, high_ptr, table_ptr, alpha_ptr, bound_ptr, stride_sb, stride_sh, stride_table,
+    heads, n_rows, n_blocks, dim, scale,
+    PAGED: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write the upper bounds of some blocks, `[rows, blocks]` of one key head."""
     plane = tl.program_id(0)
@@ -50,7 +52,9 @@ def _bounds_kernel(
     q = tl.load(
         q_ptr + (plane.to(tl.int64) * n_rows + rows[:, None]) * dim + dims[None, :],
         mask=(rows[:, None] < n_rows) & (dims[None, :] < dim), other=0.0,
-    ).to(tl.float32) * factor  # fmt: skip
+    ).to(tl.float32)  # fmt: skip
+    alpha = load_alpha(alpha_ptr, plane.to(tl.int64) * n_rows + rows, rows < n_rows, HALF)
+    q = q * (scale * (alpha - 1.0))[:, None]
     bound = tl.dot(tl.maximum(q, 0.0), high.T, input_precision="tf32")
     bound = tl.dot(tl.minimum(q, 0.0), low.T, bound, input_precision="tf32")
     size = tl.dot(
@@ -66,9 +70,11 @@ def _bounds_kernel(
 @triton.jit
 @no_type_check
 def _seed_kernel(
-    q_ptr, k_ptr, table_ptr, length_ptr, bound_ptr, seed_ptr,
-    stride_kb, stride_kh, stride_ks, stride_table, heads, n_rows, seq_q, n_blocks, dim, factor,
-    PAGED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_ptr, k_ptr, table_ptr, length_ptr, mask_ptr, alpha_ptr, bound_ptr, seed_ptr,
+    stride_kb, stride_kh, stride_ks, stride_table, stride_mask,
+    heads, n_rows, seq_q, n_blocks, dim, scale,
+    PAGED: tl.constexpr, HAS_MASK: tl.constexpr, HALF: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write the largest score of one row in the block of its largest bound, lowered a little."""
     line = tl.program_id(0).to(tl.int64)
@@ -93,15 +99,20 @@ def _seed_kernel(
         if PAGED:
             slab, inner = tl.load(table_ptr + batch * stride_table + block).to(tl.int64), 0
         keys, dims = inner * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+        visible = keys >= 0
+        if HAS_MASK:  # a hidden key proves nothing about the maximum
+            places = batch.to(tl.int64) * stride_mask + block * BLOCK + tl.arange(0, BLOCK)
+            visible = tl.load(mask_ptr + places) != 0
         k = tl.load(
             k_ptr + slab.to(tl.int64) * stride_kb + head * stride_kh
             + keys[:, None].to(tl.int64) * stride_ks + dims[None, :],
-            mask=(dims < dim)[None, :], other=0.0,
+            mask=visible[:, None] & (dims < dim)[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
+        factor = scale * (load_alpha(alpha_ptr, line, line >= 0, HALF) - 1.0)
         q = tl.load(q_ptr + line * dim + dims, mask=dims < dim, other=0.0).to(tl.float32) * factor
         z = tl.sum(k * q[None, :], 1)
         slack = _SEED_SLACK * tl.max(tl.sum(tl.abs(k * q[None, :]), 1), 0)
-        seed = tl.max(z, 0) - slack
+        seed = tl.max(tl.where(visible, z, float("-inf")), 0) - slack
     tl.store(seed_ptr + line, seed)
 
 
@@ -141,7 +152,9 @@ def launch_keep(
     seq_q: int,
     block: int,
     n_blocks: int,
-    factor: float,
+    alpha: Tensor | None,
+    scale: float,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the blocks that may hold weight, int32 `[batch, heads_kv, n_blocks]`, and how many.
 
@@ -155,7 +168,9 @@ def launch_keep(
         seq_q: Number of new tokens.
         block: Keys of a block; the size of a page if there is a table.
         n_blocks: Blocks of the longest sequence there can be.
-        factor: z is `factor * q . k`.
+        alpha: As for `launch_decode`.
+        scale: z is `scale (alpha - 1) q . k`.
+        key_mask: As for `launch_decode`.
     """
     batch, heads, n_rows, dim = q.shape
     planes, rows = batch * heads, max(16, padded(n_rows))
@@ -165,14 +180,16 @@ def launch_keep(
     count = torch.empty((batch, heads), dtype=torch.int32, device=q.device)
     pages = lengths if table is None else table
     stride_table = 0 if table is None else table.stride(0)
-    sizes = {"PAGED": table is not None, "BLOCK_D": max(16, padded(dim))}
+    sizes = {"PAGED": table is not None, "HALF": alpha is None, "BLOCK_D": max(16, padded(dim))}
+    alphas = seed if alpha is None else alpha
+    mask, stride_mask = (lengths, 0) if key_mask is None else (key_mask, key_mask.stride(0))
     _bounds_kernel[(planes, triton.cdiv(n_blocks, _CHUNK))](
-        q, low, high, pages, bound, *low.stride()[:2], stride_table,
-        heads, n_rows, n_blocks, dim, factor, ROWS=rows, CHUNK=_CHUNK, num_warps=4, **sizes,
+        q, low, high, pages, alphas, bound, *low.stride()[:2], stride_table,
+        heads, n_rows, n_blocks, dim, scale, ROWS=rows, CHUNK=_CHUNK, num_warps=4, **sizes,
     )  # fmt: skip
     _seed_kernel[(planes * n_rows,)](
-        q, k, pages, lengths, bound, seed, *k.stride()[:3], stride_table,
-        heads, n_rows, seq_q, n_blocks, dim, factor,
+        q, k, pages, lengths, mask, alphas, bound, seed, *k.stride()[:3], stride_table, stride_mask,
+        heads, n_rows, seq_q, n_blocks, dim, scale, HAS_MASK=key_mask is not None,
         BLOCK=block, CHUNK=512, num_warps=4, **sizes,
     )  # fmt: skip
     _keep_kernel[(planes,)](

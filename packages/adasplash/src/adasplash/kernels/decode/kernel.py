@@ -43,10 +43,21 @@ def _place(table_ptr, batch, block, stride_table, PAGED: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def load_alpha(alpha_ptr, lines, real, HALF: tl.constexpr):
+    """Return alpha of some rows, 1.5 for HALF."""
+    if HALF:
+        return tl.where(real, 1.5, 1.5)
+    else:
+        return tl.load(alpha_ptr + lines, mask=real, other=1.5)
+
+
+@triton.jit
+@no_type_check
 def _scores_kernel(
-    q_ptr, k_ptr, table_ptr, length_ptr, kept_ptr, kept_count_ptr, z_ptr, peak_ptr,
-    stride_kb, stride_kh, stride_ks, stride_table, heads, n_rows, seq_q, n_blocks, dim, factor,
-    PAGED: tl.constexpr, LISTED: tl.constexpr,
+    q_ptr, k_ptr, table_ptr, length_ptr, mask_ptr, alpha_ptr, kept_ptr, kept_count_ptr, z_ptr,
+    peak_ptr, stride_kb, stride_kh, stride_ks, stride_table, stride_mask,
+    heads, n_rows, seq_q, n_blocks, dim, scale,
+    PAGED: tl.constexpr, HAS_MASK: tl.constexpr, HALF: tl.constexpr, LISTED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write the scores of one split's blocks and their maxima."""
@@ -58,6 +69,9 @@ def _scores_kernel(
         q_ptr + (plane.to(tl.int64) * n_rows + rows[:, None]) * dim + dims[None, :],
         mask=(rows[:, None] < n_rows) & (dims[None, :] < dim), other=0.0,
     )  # fmt: skip
+    alpha = load_alpha(alpha_ptr, plane.to(tl.int64) * n_rows + rows, rows < n_rows, HALF)
+    factor = scale * (alpha - 1.0)
+    mask_ptr += batch.to(tl.int64) * stride_mask
     last = length - seq_q + rows % seq_q  # the last key that a row sees
     line = (plane.to(tl.int64) * n_rows + rows[:, None]) * n_blocks * BLOCK
     real = rows < n_rows
@@ -75,12 +89,14 @@ def _scores_kernel(
         places = block * BLOCK + tl.arange(0, BLOCK)
         keys = inner * BLOCK + tl.arange(0, BLOCK)
         filled = places < length
+        if HAS_MASK:
+            filled = filled & (tl.load(mask_ptr + places, mask=filled, other=0) != 0)
         k = tl.load(
             k_ptr + slab * stride_kb + head.to(tl.int64) * stride_kh
             + keys[:, None].to(tl.int64) * stride_ks + dims[None, :],
             mask=filled[:, None] & (dims[None, :] < dim), other=0.0,
         )  # fmt: skip
-        z = tl.dot(q, k.T, input_precision="ieee") * factor
+        z = tl.dot(q, k.T, input_precision="ieee") * factor[:, None]
         z = tl.where(filled[None, :] & (places[None, :] <= last[:, None]), z, float("-inf"))
         poisoned = tl.max((z != z).to(tl.int32), 1) != 0
         highest = tl.max(z, 1)
@@ -142,8 +158,8 @@ def _list_kernel(
 @triton.jit
 @no_type_check
 def _threshold_kernel(
-    z_ptr, top_ptr, list_ptr, count_ptr, tau_ptr, n_rows, n_blocks, alpha, tolerance, max_passes,
-    HALF: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    z_ptr, top_ptr, alpha_ptr, list_ptr, count_ptr, tau_ptr, n_rows, n_blocks, tolerance,
+    max_passes, HALF: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Write tau of one row."""
     line = tl.program_id(0).to(tl.int64)
@@ -153,7 +169,9 @@ def _threshold_kernel(
     count = tl.load(count_ptr + plane)
     top = tl.load(top_ptr + line)
     empty = top == float("-inf")
-    power = 1.0 / (alpha - 1.0)
+    power = 1.0 / (load_alpha(alpha_ptr, line, line >= 0, HALF) - 1.0)
+    if not HALF:  # a high power of x has fewer digits
+        tolerance = tolerance * (1.0 + power)
     upper = tl.where(empty, 0.0, top)
     lower = upper - 1.0
     t = lower
@@ -184,8 +202,8 @@ def _threshold_kernel(
 @triton.jit
 @no_type_check
 def _output_kernel(
-    v_ptr, table_ptr, length_ptr, z_ptr, list_ptr, count_ptr, tau_ptr, part_ptr,
-    stride_vb, stride_vh, stride_vs, stride_table, heads, n_rows, n_blocks, n_splits, dim, alpha,
+    v_ptr, table_ptr, length_ptr, z_ptr, alpha_ptr, list_ptr, count_ptr, tau_ptr, part_ptr,
+    stride_vb, stride_vh, stride_vs, stride_table, heads, n_rows, n_blocks, n_splits, dim,
     PAGED: tl.constexpr, HALF: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -196,7 +214,7 @@ def _output_kernel(
     rows, dims = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     lines, real = plane.to(tl.int64) * n_rows + rows, rows < n_rows
     tau = tl.load(tau_ptr + lines, mask=real, other=float("inf"))
-    power = 1.0 / (alpha - 1.0)
+    power = 1.0 / (load_alpha(alpha_ptr, lines, real, HALF) - 1.0)
     output = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for index in range(split, tl.load(count_ptr + plane), n_splits):
         block = tl.load(list_ptr + plane.to(tl.int64) * n_blocks + index)
@@ -212,7 +230,7 @@ def _output_kernel(
             z_ptr + lines[:, None] * n_blocks * BLOCK + places[None, :],
             mask=real[:, None], other=float("-inf"),
         )  # fmt: skip
-        x, u = roots(z, tau[:, None], power, HALF)
+        x, u = roots(z, tau[:, None], power[:, None], HALF)
         output = tl.dot((x * u).to(v.dtype), v, output, input_precision="ieee")
     offset = (plane.to(tl.int64) * n_splits + split) * ROWS
     tl.store(
@@ -230,8 +248,9 @@ def launch_decode(
     seq_q: int,
     block: int,
     n_blocks: int,
-    alpha: float,
+    alpha: torch.Tensor | None,
     scale: float,
+    key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the output `[batch, heads_kv, rows, dim_value]`, float32.
 
@@ -246,8 +265,10 @@ def launch_decode(
         seq_q: Number of new tokens.
         block: Keys of a block; the size of a page if there is a table.
         n_blocks: Blocks of the longest sequence there can be.
-        alpha: Above 1, up to 2.
+        alpha: Float32 `[batch, heads_kv, rows]`, contiguous; None means 1.5.
         scale: Factor of the scores.
+        key_mask: Bytes, not 0 for visible keys, `[batch, n_blocks * block or fewer]`, last stride
+            1; or None.
     """
     batch, heads, n_rows, dim = q.shape
     planes, rows, dim_value = batch * heads, max(16, padded(n_rows)), v.shape[-1]
@@ -263,26 +284,27 @@ def launch_decode(
     count = torch.empty((planes,), dtype=torch.int32, device=q.device)
     pages = lengths if table is None else table
     stride_table = 0 if table is None else table.stride(0)
-    half = alpha == 1.5
+    half = alpha is None
+    alphas = top if alpha is None else alpha
+    mask, stride_mask = (lengths, 0) if key_mask is None else (key_mask, key_mask.stride(0))
     lists = (lengths, lengths) if kept is None else kept
     _scores_kernel[(planes, score_splits)](
-        q, k, pages, lengths, *lists, z, peaks,
-        *k.stride()[:3], stride_table, heads, n_rows, seq_q, n_blocks, dim,
-        scale * (alpha - 1), PAGED=table is not None, LISTED=kept is not None,
+        q, k, pages, lengths, mask, alphas, *lists, z, peaks,
+        *k.stride()[:3], stride_table, stride_mask, heads, n_rows, seq_q, n_blocks, dim, scale,
+        PAGED=table is not None, HAS_MASK=key_mask is not None, HALF=half, LISTED=kept is not None,
         ROWS=rows, BLOCK=block, BLOCK_D=max(16, padded(dim)), num_warps=4,
     )  # fmt: skip
     _list_kernel[(planes,)](
         peaks, top, listed, count, lengths, *lists, heads, n_rows, n_blocks,
         LISTED=kept is not None, ROWS=rows, BLOCK=block, CHUNK=max(16, 4096 // rows), num_warps=8,
     )  # fmt: skip
-    tolerance = TOLERANCE[v.dtype] * (1 if half else 1 + 1 / (alpha - 1))
     _threshold_kernel[(planes * n_rows,)](
-        z, top, listed, count, tau, n_rows, n_blocks, alpha, tolerance, MAX_PASSES,
+        z, top, alphas, listed, count, tau, n_rows, n_blocks, TOLERANCE[v.dtype], MAX_PASSES,
         HALF=half, BLOCK=block, PARTS=max(1, 8192 // block), num_warps=8,
     )  # fmt: skip
     _output_kernel[(planes, splits)](
-        v, pages, lengths, z, listed, count, tau, part,
-        *v.stride()[:3], stride_table, heads, n_rows, n_blocks, splits, dim_value, alpha,
+        v, pages, lengths, z, alphas, listed, count, tau, part,
+        *v.stride()[:3], stride_table, heads, n_rows, n_blocks, splits, dim_value,
         PAGED=table is not None, HALF=half,
         ROWS=rows, BLOCK=block, BLOCK_D=max(16, padded(dim_value)), num_warps=4,
     )  # fmt: skip

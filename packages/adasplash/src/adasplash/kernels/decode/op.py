@@ -3,7 +3,7 @@
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fourfold_common import triton_status
@@ -60,8 +60,9 @@ def adasplash_decode(
     block_table: Int[Tensor, "batch pages"] | None = None,
     page_stats: PageStats | None = None,
     *,
-    alpha: float = 1.5,
+    alpha: float | Tensor = 1.5,
     scale: float | None = None,
+    key_padding_mask: Bool[Tensor, "batch seq_k"] | None = None,
     backend: Literal["auto", "triton", "reference"] = "auto",
 ) -> Float[Tensor, "batch heads seq_q dim_value"]:
     """Return alpha-entmax attention of the newest tokens to a cache that holds their keys, too.
@@ -79,8 +80,12 @@ def adasplash_decode(
             not read. A page holds a power of two of keys, 16 to 256.
         page_stats: From `page_stats(k_cache)`, kept up to date: pages whose bound proves that they
             hold no weight are not read.
-        alpha: Above 1, up to 2.
+        alpha: Above 1, up to 2; or a tensor of shape `[]`, `[heads]` or `[batch, heads]` with such
+            values.
         scale: Factor of the scores; `dim_head ** -0.5` if None.
+        key_padding_mask: True for keys to attend to, `[batch, places]`, by their place in the
+            sequence. Hidden keys are not read. A sequence without a visible
+            key gives zeros.
         backend: `"auto"` runs the kernels on CUDA tensors and plain PyTorch elsewhere.
 
     Raises:
@@ -89,6 +94,7 @@ def adasplash_decode(
     Source: own; upper bounds of pages as in Quest (arXiv 2406.10774), but used to skip exactly.
     """
     _check(q, k_cache, v_cache, cache_seqlens, block_table, page_stats, alpha, backend)
+    _check_mask(key_padding_mask, q, k_cache, block_table)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     lengths = cache_seqlens.to(q.device, torch.int32)
     able = _able(q)
@@ -98,14 +104,27 @@ def adasplash_decode(
             f"float32, or TRITON_INTERPRET=1; got {q.dtype} on {q.device}."
         )
     if backend == "reference" or (backend == "auto" and not q.is_cuda) or not able:
-        return _reference(q, k_cache, v_cache, lengths, block_table, alpha, factor)
+        return _reference(
+            q, k_cache, v_cache, lengths, block_table, key_padding_mask, alpha, factor
+        )  # fmt: skip
     k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_cache, v_cache))
     table = None if block_table is None else block_table.to(torch.int32).contiguous()
     low, high = (None, None) if page_stats is None else page_stats
+    mask = None if key_padding_mask is None else key_padding_mask.contiguous()
     run = _launch if unheard(q, k_cache, v_cache) else _decode
     with torch.no_grad():
-        output: Tensor = run(q, k_cache, v_cache, lengths, table, low, high, float(alpha), factor)
+        alphas = _spread(alpha, q)
+        output: Tensor = run(
+            q, k_cache, v_cache, lengths, table, low, high, mask, alphas, factor
+        )  # fmt: skip
     return output
+
+
+def _spread(alpha: float | Tensor, q: Tensor) -> Tensor | None:
+    """Return alpha of every head, float32 `[batch, heads]`; None for 1.5."""
+    if isinstance(alpha, Tensor):
+        return alpha.to(q.device, torch.float32).expand(q.shape[:2])
+    return None if alpha == 1.5 else torch.full(q.shape[:2], alpha, device=q.device)
 
 
 def _able(q: Tensor) -> bool:
@@ -124,16 +143,23 @@ def _launch(
     table: Tensor | None,
     low: Tensor | None,
     high: Tensor | None,
-    alpha: float,
+    key_mask: Tensor | None,
+    alpha: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Return the output by the kernels; `low` and `high` are the bounds of pages, or None."""
+    """Return the output by the kernels; `low` and `high` are the bounds of pages, or None.
+
+    `alpha` is `[batch, heads]`, or None for 1.5; `key_mask` is contiguous.
+    """
     from .bounds import launch_keep
     from .kernel import launch_decode
 
     batch, heads, seq_q, dim = q.shape
     heads_kv, places = k_cache.shape[1:3]
     rows = q.reshape(batch, heads_kv, heads // heads_kv * seq_q, dim).contiguous()
+    alphas, mask = alpha, None if key_mask is None else key_mask.view(torch.uint8)
+    if alpha is not None:  # of every row
+        alphas = alpha[..., None].expand(-1, -1, seq_q).reshape(batch, heads_kv, -1).contiguous()
     block = _BLOCK if table is None else places
     n_blocks = -(-places // _BLOCK) if table is None else table.shape[1]
     with torch.cuda.device_of(q):  # Triton launches on the current device
@@ -141,11 +167,12 @@ def _launch(
         if low is not None and high is not None:
             kept = launch_keep(
                 rows, k_cache, low.float().contiguous(), high.float().contiguous(), lengths, table,
-                seq_q, block, n_blocks, scale * (alpha - 1),
+                seq_q, block, n_blocks, alphas, scale, mask,
             )  # fmt: skip
         output = launch_decode(
-            rows, k_cache, v_cache, lengths, table, kept, seq_q, block, n_blocks, alpha, scale
-        )
+            rows, k_cache, v_cache, lengths, table, kept, seq_q, block, n_blocks, alphas, scale,
+            mask,
+        )  # fmt: skip
     return output.reshape(batch, heads, seq_q, -1).to(q.dtype)
 
 
@@ -158,10 +185,11 @@ def _decode(
     table: Tensor | None,
     low: Tensor | None,
     high: Tensor | None,
-    alpha: float,
+    key_mask: Tensor | None,
+    alpha: Tensor | None,
     scale: float,
 ) -> Tensor:
-    return _launch(q, k_cache, v_cache, lengths, table, low, high, alpha, scale)
+    return _launch(q, k_cache, v_cache, lengths, table, low, high, key_mask, alpha, scale)
 
 
 @_decode.register_fake
@@ -173,7 +201,8 @@ def _(
     table: Tensor | None,
     low: Tensor | None,
     high: Tensor | None,
-    alpha: float,
+    key_mask: Tensor | None,
+    alpha: Tensor | None,
     scale: float,
 ) -> Tensor:
     return q.new_empty(*q.shape[:3], v_cache.shape[3])
@@ -185,7 +214,8 @@ def _reference(
     v_cache: Tensor,
     lengths: Tensor,
     table: Tensor | None,
-    alpha: float,
+    mask: Tensor | None,
+    alpha: float | Tensor,
     scale: float,
 ) -> Tensor:
     """Return the output in plain PyTorch, with the pages put one after another."""
@@ -195,6 +225,8 @@ def _reference(
     keys = torch.arange(k_cache.shape[2], device=q.device)
     last = lengths[:, None] - q.shape[2] + torch.arange(q.shape[2], device=q.device)
     seen = keys <= last[..., None]  # [batch, seq_q, keys]
+    if mask is not None:
+        seen = seen & mask[:, None, : len(keys)]
     # What lies behind the end may be anything, also NaN.
     filled = (keys < lengths[:, None])[:, None, :, None]
     k_cache, v_cache = (torch.where(filled, x, 0.0) for x in (k_cache, v_cache))
@@ -207,6 +239,22 @@ def _reference(
     return output
 
 
+def _check_mask(mask: Tensor | None, q: Tensor, k: Tensor, table: Tensor | None) -> None:
+    if mask is None:
+        return
+    places = k.shape[2] * (1 if table is None else table.shape[1])
+    if mask.dtype != torch.bool or mask.ndim != 2 or len(mask) != len(q):
+        raise ValueError(
+            f"`key_padding_mask` must be bool with {len(q)} rows; got {mask.dtype} "
+            f"{tuple(mask.shape)}."
+        )
+    if mask.shape[1] < places:
+        raise ValueError(
+            f"`key_padding_mask` must be as wide as the {places} places of the cache; got "
+            f"{mask.shape[1]}."
+        )
+
+
 def _check(
     q: Tensor,
     k: Tensor,
@@ -214,12 +262,18 @@ def _check(
     lengths: Tensor,
     table: Tensor | None,
     stats: PageStats | None,
-    alpha: float,
+    alpha: float | Tensor,
     backend: str,
 ) -> None:
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f"`backend` must be 'auto', 'triton' or 'reference'; got {backend!r}.")
-    if not 1 < alpha <= 2:
+    if isinstance(alpha, Tensor):
+        if tuple(alpha.shape) not in ((), (q.shape[1],), tuple(q.shape[:2])):
+            raise ValueError(
+                f"`alpha` must have shape [], [{q.shape[1]}] or {list(q.shape[:2])}; got "
+                f"{list(alpha.shape)}."
+            )
+    elif not 1 < alpha <= 2:
         raise ValueError(f"`alpha` must be above 1, up to 2; got {alpha}.")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
