@@ -1,5 +1,6 @@
 """Every Python block of the READMEs and pages runs, in an empty folder, as a reader would."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -44,3 +45,12 @@ def test_every_readme_has_a_quickstart(package: str) -> None:
 @pytest.mark.parametrize("package", ["adasplash", "hetero-sd", "conceptattention", "mole"])
 def test_every_page_has_a_quickstart(package: str) -> None:
     assert _python_blocks(ROOT / "docs" / package / "index.md")
+
+
+@pytest.mark.parametrize("package", ["adasplash", "hetero-sd", "conceptattention", "mole"])
+def test_the_reference_has_every_public_name(package: str) -> None:
+    module = importlib.import_module(package.replace("-", "_"))
+    text = (ROOT / "docs" / package / "api.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    missing = {f"{module.__name__}.{name}" for name in module.__all__} - set(shown)
+    assert missing == {f"{module.__name__}.__version__"}

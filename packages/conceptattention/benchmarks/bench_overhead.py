@@ -6,11 +6,14 @@
 Contenders alternate within every round: the plain model, the observer by torch, the observer by
 Triton, and keeping every layer's vectors as the reference implementation does. Before timing, the
 model's output must be the same bits under each of them, and the kernels' maps those of torch.
+Shapes that end in "-cfg" are a guided step as pipelines make it, two rows of which the conditional
+one is observed; "flux2-1024-part" is all 8 dual-stream layers and 8 of the 48 single-stream ones.
 """
 
 import argparse
 import gc
 import json
+import math
 import statistics
 import time
 from contextlib import nullcontext
@@ -38,7 +41,7 @@ def flux(side, text, **config):
     return "FluxTransformer2DModel", {"guidance_embeds": True, **config}, arguments
 
 
-def flux2(side, text):
+def flux2(side, text, **config):
     """Return model class, configuration and arguments of Flux.2."""
     arguments = flux(side, text, in_channels=128, joint_attention_dim=15360)[2]
     del arguments["pooled_projections"]
@@ -47,7 +50,7 @@ def flux2(side, text):
     arguments["txt_ids"] = torch.cartesian_prod(*[torch.zeros(1)] * 3, torch.arange(text * 1.0))[
         None
     ]
-    return "Flux2Transformer2DModel", {}, arguments
+    return "Flux2Transformer2DModel", config, arguments
 
 
 def sd35(side, text):
@@ -80,14 +83,18 @@ def cogvideox(frames, height, width):
 SHAPES = {
     "flux1-1024": lambda: flux(64, 512),
     "sd35-large-1024": lambda: sd35(64, 333),
+    "sd35-large-1024-cfg": lambda: sd35(64, 333),
     "cogvideox-5b-13-frames": lambda: cogvideox(4, 60, 90),
-    "flux2-1024": lambda: flux2(64, 512),
+    "cogvideox-5b-13-frames-cfg": lambda: cogvideox(4, 60, 90),
+    "flux2-1024-part": lambda: flux2(64, 512, num_single_layers=8),
     "tiny": lambda: flux(
         8, 16, in_channels=16, num_layers=3, num_single_layers=2, attention_head_dim=32,
         num_attention_heads=4, joint_attention_dim=32, pooled_projection_dim=32,
         axes_dims_rope=(8, 12, 12),
     ),
 }  # fmt: skip
+PLAIN = "plain"
+KEEP = "keep everything"
 
 
 def to_device(value, device, dtype):
@@ -98,71 +105,108 @@ def to_device(value, device, dtype):
     return value.to(device) if keep else value.to(device, dtype)
 
 
-def measure(name, concepts, runs, device):
-    """Return one row of results per contender."""
+def build(name, device):
+    """Return a transformer with random weights made on the device, and its arguments."""
     import diffusers
 
-    kind, config, arguments = SHAPES[name]()
+    kind, config, _ = SHAPES[name]()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device("meta"):
+        model = getattr(diffusers, kind)(**config).to(dtype).eval()
+    empty = {key: buffer for key, buffer in model.named_buffers() if buffer.is_meta}
+    if empty:  # tables that the constructor computes
+        with torch.device(device):
+            filled = dict(getattr(diffusers, kind)(**{**config, "num_layers": 1}).named_buffers())
+    model = model.to_empty(device=device)
+    for key in empty:
+        owner, _, last = key.rpartition(".")
+        setattr(model.get_submodule(owner), last, filled[key].to(device))
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    with torch.device(device):
-        model = getattr(diffusers, kind)(**config).eval()
-    torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=1 / math.sqrt(weight[0].numel()))
+            else:
+                weight.fill_(1.0 if key.endswith("weight") else 0.0)
+    return model, build_arguments(name, device)
+
+
+def build_arguments(name, device):
+    """Return the arguments of one forward pass, of two rows for guided shapes."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.manual_seed(1)
+    arguments = SHAPES[name]()[2]
     arguments = {key: to_device(value, device, dtype) for key, value in arguments.items()}
-    arguments["return_dict"] = False
-    pipe = SimpleNamespace(transformer=model, scheduler=None)
-    width = arguments["encoder_hidden_states"].shape[-1]
+    if name.endswith("-cfg"):
+        arguments = {
+            key: value if isinstance(value, tuple) else torch.cat([value, value])
+            for key, value in arguments.items()
+        }
+    return {**arguments, "return_dict": False}
+
+
+def contenders(pipe, width, concepts, device):
+    """Return a context for each contender, by name."""
     embeds = torch.randn(concepts, width, device=device)
     words = [str(i) for i in range(concepts)]
 
     def observer(**settings):
-        return ConceptAttention(pipe, words, concept_embeds=embeds, **settings)
+        return lambda: ConceptAttention(pipe, words, concept_embeds=embeds, **settings)
 
     vectors = ["concept_output", "image_output"]
-    contenders = {
-        "plain": nullcontext,
-        "torch": lambda: observer(kernels="torch"),
-        "triton": lambda: observer(kernels="triton"),
-        "torch, all layers": lambda: observer(kernels="torch", layers="all"),
-        "triton, all layers": lambda: observer(kernels="triton", layers="all"),
-        "keep everything": lambda: observer(kernels="torch", layers="all", vectors=vectors),
+    found = {
+        PLAIN: nullcontext,
+        "torch": observer(kernels="torch"),
+        "triton": observer(kernels="triton"),
+        KEEP: observer(kernels="torch", layers="all", vectors=vectors),
     }
     if device != "cuda":
-        contenders = {key: value for key, value in contenders.items() if "triton" not in key}
+        del found["triton"]
+    return found
+
+
+def measure(name, concepts, runs, device, *, built, details):
+    """Return one row of results per contender."""
+    model, arguments = built
+    pipe = SimpleNamespace(
+        transformer=model, scheduler=None, guidance_scale=4.5 if name.endswith("-cfg") else 1.0
+    )
+    ways = contenders(pipe, arguments["encoder_hidden_states"].shape[-1], concepts, device)
+    gpu = device == "cuda"
 
     def call():
         return model(**arguments)[0]
 
-    plain, maps, times, memory, host = None, {}, {}, {}, {}
+    plain, maps, times, memory, host, detail = None, {}, {}, {}, {}, {}
     with torch.no_grad():
-        for key, make in contenders.items():
+        for key, make in ways.items():
             with make() as watched:
                 call()  # compiles the kernels
-                if device == "cuda":
+                if gpu:
                     torch.cuda.synchronize()
                     torch.cuda.reset_peak_memory_stats()
                 out = call()
-                if device == "cuda":
+                if gpu:
                     memory[key] = torch.cuda.max_memory_allocated() / 2**20
             plain = out if plain is None else plain
             if not torch.equal(out, plain):
                 raise RuntimeError(f"{name}: {key} changed the output")
-            if key not in ("plain", "keep everything"):
+            if not plain.isfinite().all():
+                raise RuntimeError(f"{name}: the random model overflows")
+            if key not in (PLAIN, KEEP):
                 maps[key] = watched.heatmaps().with_reduce("raw").values
             times[key], host[key] = [], []
         error = 0.0
-        if device == "cuda":
-            for plan in ("", ", all layers"):
-                ours, twin = maps[f"triton{plan}"], maps[f"torch{plan}"]
-                error = max(error, float((ours - twin).abs().max() / twin.abs().max()))
+        if gpu:
+            ours, twin = maps["triton"], maps["torch"]
+            error = float((ours - twin).abs().max() / twin.abs().max())
             if error > 2e-2:
                 raise RuntimeError(f"{name}: the kernels' maps differ from torch by {error}")
         for _ in range(runs):
-            for key, make in contenders.items():
+            for key, make in ways.items():
                 with make():
                     start = time.perf_counter()
-                    if device == "cuda":
+                    if gpu:
                         marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
                         torch.cuda.synchronize()
                         start = time.perf_counter()
@@ -175,64 +219,114 @@ def measure(name, concepts, runs, device):
                     else:
                         call()
                         times[key].append(1000 * (time.perf_counter() - start))
-        syncs = None if device != "cuda" else count_syncs(call, contenders["torch"])
+        if gpu and details:
+            detail = {key: look(call, make) for key, make in ways.items() if key != KEEP}
+            extra = {key: subtract(detail[key], detail[PLAIN]) for key in maps}
+            for key, table in extra.items():
+                print_table(name, key, concepts, table)
     rows = []
-    base = statistics.median(times["plain"])
+    base = statistics.median(times[PLAIN])
     for key, values in times.items():
         middle = statistics.median(values)
         # Each round is one pair, so slow drift of the clock cancels.
-        ratios = [a / b for a, b in zip(values, times["plain"], strict=True)]
+        ratios = [a / b for a, b in zip(values, times[PLAIN], strict=True)]
         rows.append({
             "shape": name, "contender": key, "concepts": concepts, "median_ms": middle,
             "p20_ms": statistics.quantiles(values, n=5)[0] if runs > 1 else middle,
             "p80_ms": statistics.quantiles(values, n=5)[3] if runs > 1 else middle,
             "overhead_percent": 100 * (statistics.median(ratios) - 1),
             "overhead_of_medians_percent": 100 * (middle / base - 1), "runs": runs,
-            "extra_memory_mib": memory.get(key, 0.0) - memory.get("plain", 0.0),
+            "extra_memory_mib": memory.get(key, 0.0) - memory.get(PLAIN, 0.0),
             "host_ms": statistics.median(host[key]) if host[key] else None,
-            "syncs_plain_and_observed": syncs, "kernel_error": error, "bit_identical": True,
+            "layers": {"dual": len(model.transformer_blocks)},
+            "kernel_error": error, "bit_identical": True,
+            **({"syncs": detail[key]["syncs"], "launches": detail[key]["launches"]}
+               if key in detail else {}),
+            **({"extra_gpu_kernels": extra[key][:16]} if detail and key in maps else {}),
         })  # fmt: skip
         print(
-            f"{name:24} {key:20} {middle:9.2f} ms  {rows[-1]['overhead_percent']:+7.2f} %  "
-            f"{rows[-1]['extra_memory_mib']:+8.1f} MiB  host {rows[-1]['host_ms'] or 0:7.2f} ms"
-        )
-    print(f"{name:24} same bits; kernels against torch {error:.1e}; syncs {syncs}", flush=True)
+            f"{name:24} r={concepts:2} {key:16} {middle:8.2f} ms "
+            f"{rows[-1]['overhead_percent']:+7.2f} %  {middle - base:+7.2f} ms  "
+            f"{rows[-1]['extra_memory_mib']:+8.1f} MiB  host {rows[-1]['host_ms'] or 0:7.2f} ms  "
+            f"syncs {rows[-1].get('syncs')}  launches {rows[-1].get('launches')}", flush=True,
+        )  # fmt: skip
+    print(f"{name:24} same bits; kernels against torch {error:.1e}", flush=True)
     return rows
 
 
-def count_syncs(call, make):
-    """Return the number of device synchronisations of a plain and of an observed forward pass."""
+def look(call, make):
+    """Return device synchronisations, launches and GPU time by kernel of one forward pass."""
     import warnings
 
-    counts = []
-    for context in (nullcontext, make):
-        with context():
+    from torch.profiler import ProfilerActivity, profile
+
+    with make():
+        call()
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            call()
+            torch.cuda.set_sync_debug_mode("default")
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
             call()
             torch.cuda.synchronize()
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn")
-                call()
-                torch.cuda.set_sync_debug_mode("default")
-        counts.append(sum("synchroniz" in str(warning.message) for warning in caught))
-    return counts
+    kernels = {}
+    for event in seen.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            count, total = kernels.get(event.name, (0, 0.0))
+            kernels[event.name] = count + 1, total + event.time_range.elapsed_us()
+    return {
+        "syncs": sum("synchroniz" in str(warning.message) for warning in caught),
+        "launches": sum(count for count, _ in kernels.values()), "kernels": kernels,
+    }  # fmt: skip
+
+
+def subtract(observed, plain):
+    """Return (kernel, further launches, further microseconds), the longest first."""
+    rows = []
+    for name, (count, total) in observed["kernels"].items():
+        before, less = plain["kernels"].get(name, (0, 0.0))
+        if count != before:
+            # Of a kernel that both use, the plain model's launches cost what they cost there.
+            rows.append((name[:90], count - before, total - less))
+    return sorted(rows, key=lambda row: -row[2])
+
+
+def print_table(name, key, concepts, table):
+    """Print what one contender adds on the GPU."""
+    count, total = (sum(row[place] for row in table) for place in (1, 2))
+    print(f"{name} r={concepts} {key}: {count} further launches, {total:.0f} us on the GPU")
+    for kernel, launches, micro in table[:14]:
+        print(f"    {micro:8.1f} us {launches:5}x {micro / max(launches, 1):7.2f}  {kernel[:80]}")
 
 
 def main():
     """Run the benchmark and write its rows as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="flux1-1024,sd35-large-1024,cogvideox-5b-13-frames")
-    parser.add_argument("--concepts", type=int, default=5)
+    parser.add_argument("--concepts", default="5", help="numbers, separated by commas")
     parser.add_argument("--runs", type=int, default=12)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, default=None)
     given = parser.parse_args()
-    rows = []
-    for name in given.shapes.split(","):
-        rows += measure(name, given.concepts, given.runs, given.device)
-        gc.collect()
-        if given.device == "cuda":
-            torch.cuda.empty_cache()
+    rows, built, names = [], None, given.shapes.split(",")
+    for index, name in enumerate(names):
+        if built is None or name.removesuffix("-cfg") != names[index - 1].removesuffix("-cfg"):
+            built = None
+            gc.collect()
+            if given.device == "cuda":
+                torch.cuda.empty_cache()
+        start = time.perf_counter()
+        if built is None:
+            built = build(name, given.device)
+        else:
+            built = built[0], build_arguments(name, given.device)
+        print(f"{name}: made in {time.perf_counter() - start:.1f} s", flush=True)
+        for place, concepts in enumerate(given.concepts.split(",")):
+            rows += measure(
+                name, int(concepts), given.runs, given.device, built=built, details=place == 0
+            )
         if given.output is not None:
             given.output.parent.mkdir(parents=True, exist_ok=True)
             report = {"environment": environment_report(), "rows": rows}

@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from conceptattention.kernels.concept import add_scores, concept_attention, reference
+from conceptattention.kernels.concept import (
+    HeadNorm,
+    add_scores,
+    concept_attention,
+    halved,
+    reference,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -35,6 +41,41 @@ def test_attention_equals_its_twin(concepts, patches, dim, own, rotary, dtype):
     twin = reference.concept_attention(q, k, v, keys, values, turn)
     bound = 2 * (twin.double() - exact).abs().max() + 1e-6 + (1e-2 if dtype != torch.float32 else 0)
     assert (ours.double() - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize(("kind", "bias"), [("rms", False), ("layer", True)])
+def test_attention_normalises_queries_and_keys(kind, bias):
+    q, k, v = (3 * normal(2, 2, 3, 16, seed=s) + 1 for s in (1, 2, 3))
+    keys, values = (normal(2, 2, 70, 16, seed=s) for s in (4, 5))
+    norms = [
+        HeadNorm(kind, normal(16, seed=s), 1e-5, normal(16, seed=s + 1) if bias else None)
+        for s in (6, 8)
+    ]
+
+    def normed(x, norm):
+        if kind == "rms":
+            return torch.nn.functional.rms_norm(x, (16,), norm.weight, norm.eps)
+        return torch.nn.functional.layer_norm(x, (16,), norm.weight, norm.bias, norm.eps)
+
+    angle = normal(70, 8, seed=10).repeat_interleave(2, dim=1)
+    turn = (angle.cos(), angle.sin())
+    ours = concept_attention(q, k, v, keys, values, halved(turn, 16), tuple(norms))
+    twin = reference.concept_attention(
+        normed(q, norms[0]), normed(k, norms[1]), v, keys, values, turn
+    )
+    torch.testing.assert_close(ours, twin, rtol=1e-5, atol=1e-5)
+
+
+def test_the_twin_equals_attention_over_rotated_keys():
+    q, k, v = (normal(2, 3, 4, 16, seed=s) for s in (1, 2, 3))
+    keys, values = (normal(2, 3, 50, 16, seed=s) for s in (4, 5))
+    angle = normal(50, 8, seed=6).repeat_interleave(2, dim=1)
+    turn = (angle.cos(), angle.sin())
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        q, torch.cat([k, reference.rotate(keys, *turn)], 2), torch.cat([v, values], 2)
+    )
+    ours = reference.concept_attention(q, k, v, keys, values, turn)
+    torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -75,9 +116,9 @@ def test_kernels_that_cannot_run_say_why(flux):
 
     with pytest.raises(ValueError, match=r"`kernels` must be one of .*; got 'cuda'"):
         ConceptAttention(flux, ["cat"], kernels="cuda")
-    message = r"`kernels='triton'` cannot run here: more than 16 concepts \(17\)"
+    message = r"`kernels='triton'` cannot run here: more than 64 concepts \(65\)"
     with (
         pytest.raises(ValueError, match=message),
-        ConceptAttention(flux, [str(i) for i in range(17)], kernels="triton"),
+        ConceptAttention(flux, [str(i) for i in range(65)], kernels="triton"),
     ):
         flux("a cat", height=16, width=16, num_inference_steps=1, max_sequence_length=16)

@@ -68,10 +68,11 @@ class Wandering(Bandit):
             self.arm = self.draw.choice(arms)
         return self.arm
 
-    def learn(self, arm, tokens, seconds, readied=0.0):
-        assert 1 <= tokens <= 1 + 8 * arm.lookahead
-        assert readied >= 0
-        assert seconds > 0
+    def learn(self, arm, outcome):
+        assert outcome.rows <= outcome.tokens <= outcome.rows * (1 + 8 * arm.lookahead)
+        assert outcome.accepted <= outcome.judged <= outcome.proposed
+        assert outcome.readied >= 0
+        assert outcome.seconds > 0
 
 
 @pytest.mark.parametrize("backend", ["auto", "cudagraph"])

@@ -277,7 +277,9 @@ def test_costs_are_times_of_passes(pair, monkeypatch):
 
 def test_bad_requests_are_refused(pair, prompts, tmp_path):
     for wrong in ({"repeats": 0}, {"tokens": 1}):
-        with pytest.raises(ValueError, match="`repeats` must be 1 or more, `tokens` 2 or more"):
+        with pytest.raises(
+            ValueError, match="`peer_repeats` must be 1 or more, `tokens` 2 or more"
+        ):
             run_bench(pair, prompts, tmp_path, **wrong)
     with pytest.raises(ValueError, match="hold at least one of each set"):
         run_bench(pair, {"none": []}, tmp_path)

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from hetero_sd import HeteroSpeculativeDecoder, requests, rounds
-from hetero_sd.control import LADDER, PLAIN, Arm, Bandit
+from hetero_sd.control import LADDER, PLAIN, Arm, Bandit, Outcome
 from hetero_sd.testing import make_model
 
 
@@ -22,11 +22,12 @@ class World:
     def play(self, bandit, rounds):
         for _ in range(rounds):
             arm = bandit.choose()
-            tokens = 1
-            while tokens <= arm.lookahead and self.draw.random() < self.acceptance[arm.method]:
-                tokens += 1
+            taken = 0
+            while taken < arm.lookahead and self.draw.random() < self.acceptance[arm.method]:
+                taken += 1
+            tokens, judged = taken + 1, min(taken + 1, arm.lookahead)
             seconds = (1 + self.cost * arm.lookahead) * self.draw.lognormvariate(0, self.noise)
-            bandit.learn(arm, float(tokens), seconds)
+            bandit.learn(arm, Outcome(1, tokens, arm.lookahead, judged, taken, seconds))
             self.now += seconds
             self.tokens += tokens
         return self.tokens / self.now

@@ -157,6 +157,7 @@ def _flat_laws(whole):
     [
         ("tli", "block", False),
         ("standard", "token", False),
+        ("slrs", "token", False),
         pytest.param("tli", "token", True, id="negative control"),
     ],
 )

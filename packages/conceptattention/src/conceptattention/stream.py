@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter, Block, Call, ImageSide
+from .adapters import Adapter, Block, Call, ImageSide, Normed
 from .concepts import PromptWords
-from .kernels.concept import concept_attention, reference, usable
+from .kernels.concept import concept_attention, halved, reference, usable
 from .scores import Normalize, RunningMean, Temperature, heat_map
 
 Space = Literal["output", "cross_attention", "prompt_attention", "value", "daam"]
@@ -88,6 +88,7 @@ class ConceptStream:
         self._concepts: Tensor | None = None
         self._temb: Tensor | None = None
         self._shares: Tensor | None = None
+        self._tables: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -167,12 +168,10 @@ class ConceptStream:
                 **arguments, "text_tokens": self._text, "call": self.call, "rows": self._rows,
             }  # fmt: skip
             image = self.adapter.image_side(block, taps, given)
+            self.adapter.kernels = triton = self._use_triton(image, concepts.shape[1])
             normed, state = self.adapter.pre(block, concepts, temb)
             q, k, v = self.adapter.qkv(block, normed, given)
-            triton = self._use_triton(image, q.shape[2])
-            attend = concept_attention if triton else reference.concept_attention
-            own = (k, v) if self.recording.self_attention else (None, None)
-            out = attend(q, own[0], own[1], image.keys, image.values, image.rotary)
+            q, out = self._attend(q, k, v, image, triton)
             outputs = out.transpose(1, 2).flatten(2)  # [batch, concepts, dim]
             if block.index in self.recording.layers:
                 patches = image.keys.shape[2]
@@ -185,6 +184,43 @@ class ConceptStream:
                 self._keep_vectors(block.index, image, q, v, outputs)
             if block.index < self.recording.layers[-1]:
                 self._concepts = self.adapter.post(block, concepts, outputs, state)
+
+    def _attend(
+        self, q: Tensor | Normed, k: Tensor | Normed, v: Tensor, image: ImageSide, triton: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the queries, normalised where something needs them, and the concepts' outputs."""
+        asking, asked = (
+            part if isinstance(part, Normed) else Normed(part, None) for part in (q, k)
+        )
+        turns = self._turns(image, triton)
+        if not triton:
+            q, k = asking.value, asked.value
+            own, values = (k, v) if self.recording.self_attention else (None, None)
+            out = reference.concept_attention(q, own, values, image.keys, image.values, turns)
+            return q, out
+        (q, q_norm), (k, k_norm) = (
+            (part.value, None) if part is asking and self._reads_queries else part.split()
+            for part in (asking, asked)
+        )
+        own, values = (k, v) if self.recording.self_attention else (None, None)
+        norms = (q_norm, k_norm)
+        return q, concept_attention(q, own, values, image.keys, image.values, turns, norms)
+
+    @property
+    def _reads_queries(self) -> bool:
+        recording = self.recording
+        return "concept_query" in recording.vectors or "cross_attention" in recording.spaces
+
+    def _turns(self, image: ImageSide, triton: bool) -> tuple[Tensor, Tensor] | None:
+        """Return the rotary tables as the attention wants them, made once for all layers."""
+        rotary = image.rotary
+        if rotary is None:
+            return None
+        if self._tables is None or not _same(self._tables[0], rotary[0]):
+            dim, dtype = image.keys.shape[-1], image.keys.dtype
+            cos, sin = halved(rotary, dim) if triton else (part.to(dtype) for part in rotary)
+            self._tables = rotary[0], (cos, sin)
+        return self._tables[1]
 
     def _score(
         self,
@@ -242,6 +278,8 @@ class ConceptStream:
         kernels = self.recording.kernels
         if kernels == "torch" or (kernels == "auto" and not image.keys.is_cuda):
             return False
+        if kernels == "auto" and torch.compiler.is_compiling():
+            return False  # the compiler fuses torch's operations, and knows them better
         reason = usable(image.keys, concepts)
         if reason is not None and kernels == "triton":
             raise ValueError(f"`kernels='triton'` cannot run here: {reason}.")
@@ -251,6 +289,11 @@ class ConceptStream:
 def _flat(heads: Tensor) -> Tensor:
     """Return (batch, tokens, heads * dim_head) from (batch, heads, tokens, dim_head)."""
     return heads.transpose(1, 2).flatten(2)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors, both alive, look at the same numbers."""
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 def _per_row(value: Any, batch: int) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from .adapters import Adapter, Block, Call
+from .adapters.linear import tap
 
 _logger = logging.getLogger(__name__)
 _logger.addHandler(logging.NullHandler())
@@ -146,8 +147,8 @@ class Taps:
                 self._heard[index][name] = args[0]
 
         if side == "input":
-            return module.register_forward_pre_hook(record_input)
-        return module.register_forward_hook(record_output)
+            return module.register_forward_pre_hook(tap(record_input))
+        return module.register_forward_hook(tap(record_output))
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self._heard.clear()

@@ -43,4 +43,6 @@ class Chance:
 
     def serves(self, device: torch.device) -> bool:
         """Return whether noise can be made on a device."""
-        return self._generator is None or self._generator.device.type == device.type
+        own = device if self._generator is None else self._generator.device
+        indices = {own.index, device.index} - {None}
+        return own.type == device.type and len(indices) < 2

@@ -369,6 +369,14 @@ def generate(
     default=True,
     help="Time transformers' assisted generation and prompt lookup too.",
 )
+@click.option(
+    "--peer-repeats", type=click.IntRange(min=1), help="Timed passes of transformers; else as ours."
+)
+@click.option(
+    "--warm-ups",
+    type=click.IntRange(min=0),
+    help="Untimed passes over the prompts; 1, and of auto 3, if missing.",
+)
 @click.option("--compiled", is_flag=True, help="Time transformers static and compiled too.")
 @click.option(
     "--output",
@@ -399,6 +407,8 @@ def bench(
     repeats: int,
     draws: int,
     peers: bool,
+    peer_repeats: int | None,
+    warm_ups: int | None,
     compiled: bool,
     output: Path,
     seed: int,
@@ -442,6 +452,8 @@ def bench(
         repeats=repeats,
         draws=draws,
         peers=peers,
+        peer_repeats=peer_repeats,
+        warm_ups=warm_ups,
         compiled=compiled,
         seed=seed,
         command=" ".join(command),

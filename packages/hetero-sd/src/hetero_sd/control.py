@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from .speed import expected_tokens
 
 METHODS = ("auto", "tli", "slem", "slrs", "c-slrs", "slrs-plain", "standard")
 LADDER = (1, 2, 3, 4, 6, 8, 12)
 _DISCOUNT = 0.99  # Weight of a round at the next one: a memory of some 100 rounds.
-_WIDTH = 0.12  # Breadth of the confidence bound, in rates of the best arm.
-_ALLOWANCE = 5.0  # Rounds' worth of plain decoding that trials may cost at first,
-_SHARE = 0.015  # and share of all time after that.
-_HOPE = 1.1  # What an arm that was never tried is hoped to bring, in rates of the best arm.
+_HOPE = 1.0  # Proposals that a method is credited with, beside those judged,
+_APART = 0.3  # accepted so much oftener than those of all methods.
+_STEP = 0.06  # What a drafter step is taken to cost, in plain rounds, before one was timed.
+_GAIN = 1.05  # By how much an arm that was never played must promise to be better.
+_ALLOWANCE = 3.0  # Rounds' worth of plain decoding that trials may cost at first,
+_SHARE = 0.01  # and share of all time after that.
 _FRESH = 0.2  # Weight below which what is known of plain decoding is measured anew.
+_OUTLIER = 3.0  # A round counts for no more than so many of its kind.
 
 
 class Arm(NamedTuple):
@@ -27,15 +31,73 @@ class Arm(NamedTuple):
 PLAIN = Arm("plain", 0)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a round brought, and what it took.
+
+    Attributes:
+        rows: Rows of the batch.
+        tokens: New tokens, of all rows.
+        proposed: Proposals.
+        judged: Proposals that were accepted, or were the first of their draft to be refused.
+        accepted: Proposals that were accepted.
+        seconds: Time that it took, in seconds.
+        readied: Time that getting ready for it took beside, which says nothing about it.
+    """
+
+    rows: int
+    tokens: int
+    proposed: int
+    judged: int
+    accepted: int
+    seconds: float
+    readied: float = 0.0
+
+
 @dataclass
-class _Record:
-    tokens: float = 0.0
+class _Cost:
+    """Seconds of an arm's rounds, recent ones counting most."""
+
     seconds: float = 0.0
     weight: float = 0.0
 
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+    def add(self, seconds: float) -> None:
+        if self.weight:
+            seconds = min(seconds, _OUTLIER * self.seconds / self.weight)
+        self.seconds += seconds
+        self.weight += 1
+
+    def fade(self) -> None:
+        self.seconds *= _DISCOUNT
+        self.weight *= _DISCOUNT
+
+
+@dataclass
+class _Record:
+    """How a method's proposals fare, at any lookahead; recent rounds count most."""
+
+    steps: float = 0.0
+    proposed: float = 0.0
+    judged: float = 0.0
+    accepted: float = 0.0
+
+    def fade(self) -> None:
+        for name, value in vars(self).items():
+            setattr(self, name, _DISCOUNT * value)
+
+    def tokens(self, lookahead: int, prior: float = 0.5, weight: float = 2.0) -> float:
+        """Return the tokens that a round is expected to bring to a row.
+
+        Args:
+            lookahead: Drafter steps.
+            prior: What acceptance is taken to be beside what was judged,
+            weight: as if on so many proposals.
+        """
+        acceptance = (self.accepted + weight * prior) / (self.judged + weight)
+        length = lookahead * (self.proposed / self.steps if self.steps else 1.0)
+        whole = int(length)
+        least, most = (expected_tokens(acceptance, whole + more) for more in (0, 1))
+        return least + (most - least) * (length - whole)
 
 
 class Fixed:
@@ -50,33 +112,38 @@ class Fixed:
         """Return the arm of the next round."""
         return self._arm
 
-    def learn(self, arm: Arm, tokens: float, seconds: float, readied: float = 0.0) -> None:
+    def learn(self, arm: Arm, outcome: Outcome) -> None:
         """Take note of a round."""
 
 
 class Bandit:
-    """Discounted upper confidence bounds over plain decoding and (method, lookahead) pairs.
+    """Optimism in the face of uncertainty, over plain decoding and (method, lookahead) pairs.
 
-    Lookaheads are a ladder: tried are the best one known and its neighbours. Trials of what turns
-    out slower than plain decoding may cost a small share of all time, and no more: beyond it,
-    plain decoding goes on until the share is small again. What is chosen depends on the past alone,
-    never on the round at hand, so the law of the output is the same for any choice.
+    A method's acceptance is learnt from each proposal that is judged, whatever the lookahead, and
+    an arm's cost from its rounds. Both together predict what every lookahead brings: the best one
+    is found without trials of the others. Methods are tried again as what is known of them fades.
+
+    Trials of what turns out slower than plain decoding may cost a small share of all time, and no
+    more: beyond it, plain decoding goes on until the share is small again. An arm that was never
+    played may cost preparations, so it is played only where it promises a gain. What is chosen
+    depends on the past alone, never on the round at hand, so the law of the output is the same for
+    any choice.
 
     Args:
         methods: Methods to choose from, the likeliest best first.
         lookaheads: Ladder of lookaheads, ascending.
         start: Lookahead to begin with.
 
-    Source: own; the bounds follow Garivier and Moulines, 2011.
+    Source: own; the model of the speed is Leviathan et al.'s, the optimism as in Lai and Robbins.
     """
 
     def __init__(
         self, methods: Sequence[str], lookaheads: Sequence[int] = LADDER, start: int = 3
     ) -> None:
-        self._methods = list(methods)
         self._ladder = sorted(lookaheads)
         self._start = min(self._ladder, key=lambda step: abs(step - start))
-        self._records: dict[Arm, _Record] = {}
+        self._records = {method: _Record() for method in methods}
+        self._costs: dict[Arm, _Cost] = {}
         self._elapsed = 0.0
         self._lost = 0.0  # Seconds lost to trials against plain decoding; negative when gained.
         self.history: list[Arm] = []
@@ -90,69 +157,89 @@ class Bandit:
     @property
     def hopeful(self) -> bool:
         """Whether drafting is likely to be tried soon."""
+        played = [arm for arm in self._costs if arm != PLAIN]
         rates = self.rates()
-        drafting = [rate for arm, rate in rates.items() if arm != PLAIN]
-        return not drafting or max(drafting) > rates.get(PLAIN, 0.0)
+        return not played or max(rates[arm] for arm in played) > rates.get(PLAIN, 0.0)
 
     def _choose(self) -> Arm:
-        plain = self._records.get(PLAIN)
+        plain = self._costs.get(PLAIN)
         if plain is None or plain.weight < _FRESH:
             return PLAIN
-        known = {arm: r for arm, r in self._records.items() if r.weight > 0}
-        allowance = _ALLOWANCE / plain.rate + _SHARE * self._elapsed
-        if self._lost > allowance:
+        second = plain.seconds / plain.weight
+        if self._lost > _ALLOWANCE * second + _SHARE * self._elapsed:
             return PLAIN
-        drafting = {arm: r for arm, r in known.items() if arm != PLAIN}
-        candidates = {PLAIN, *drafting}
-        if drafting:
-            best = max(drafting, key=lambda arm: drafting[arm].rate)
-            place = self._ladder.index(best.lookahead)
-            for near in self._ladder[max(place - 1, 0) : place + 2]:
-                candidates.add(Arm(best.method, near))
-            candidates |= {Arm(method, best.lookahead) for method in self._methods}
-        else:
-            candidates.add(Arm(self._methods[0], self._start))
-        top = max(r.rate for r in known.values())
-        total = sum(r.weight for r in known.values())
+        arms = [self._best_of(method) for method in self._records]
+        best = max(arms, key=self._hoped)  # Of equals, the first method.
+        return best if self._hoped(best) * second > 1 else PLAIN
 
-        def bound(arm: Arm) -> float:
-            record = self._records.get(arm)
-            if record is None:
-                return _HOPE * top
-            spread = math.sqrt(math.log(1 + total) / max(record.weight, 1e-3))
-            return record.rate + _WIDTH * top * spread
+    def _best_of(self, method: str) -> Arm:
+        """Return the arm of a method that promises most."""
+        played = [arm for arm in self._costs if arm.method == method]
+        if not played:
+            return Arm(method, self._start)
+        best = max(played, key=self._rate)
+        place = self._ladder.index(best.lookahead)
+        near = [Arm(method, step) for step in self._ladder[max(place - 1, 0) : place + 2]]
+        least = _GAIN * max(self._rate(best), self._rate(PLAIN))
+        fresh = [arm for arm in near if arm not in self._costs and self._rate(arm) > least]
+        return max(fresh, key=self._rate, default=best)
 
-        # Of equals, the first method and the nearest lookahead.
-        return max(sorted(candidates, key=self._rank), key=bound)
+    def _rate(self, arm: Arm) -> float:
+        """Return the tokens a second that an arm is expected to bring to a row."""
+        tokens = 1.0 if arm == PLAIN else self._records[arm.method].tokens(arm.lookahead)
+        return tokens / self._seconds(arm)
 
-    def _rank(self, arm: Arm) -> tuple[int, int]:
-        method = -1 if arm == PLAIN else self._methods.index(arm.method)
-        return method, abs(arm.lookahead - self._start)
+    def _hoped(self, arm: Arm) -> float:
+        """Return the same by an acceptance that might be, as far as is known.
 
-    def learn(self, arm: Arm, tokens: float, seconds: float, readied: float = 0.0) -> None:
-        """Take note of a round.
-
-        Args:
-            arm: What was done.
-            tokens: Tokens that it brought to each row, so that rows may end meanwhile.
-            seconds: Time that it took, in seconds.
-            readied: Time that getting ready for it took beside, which says nothing about it.
+        One drafter makes all proposals, so that methods differ less than drafters do.
         """
+        judged = sum(record.judged for record in self._records.values())
+        accepted = sum(record.accepted for record in self._records.values())
+        prior = min((accepted + _HOPE) / (judged + _HOPE) + _APART, 1.0)
+        return self._records[arm.method].tokens(arm.lookahead, prior, _HOPE) / self._seconds(arm)
+
+    def _seconds(self, arm: Arm) -> float:
+        """Return what a round is expected to take; what is not known by what is."""
+        cost = self._costs.get(arm)
+        plain = self._costs[PLAIN].seconds / self._costs[PLAIN].weight
+        if arm == PLAIN:
+            return plain
+        guess = plain * (1 + _STEP * arm.lookahead)
+        if cost is None:
+            timed = list(self._timed(arm.method))
+            if timed:
+                nearest = min(timed, key=lambda pair: abs(pair[0] - arm.lookahead))
+                guess = max(plain + (nearest[1] - plain) * arm.lookahead / nearest[0], plain)
+            return guess
+        return (cost.seconds + guess) / (cost.weight + 1)
+
+    def _timed(self, method: str) -> Iterator[tuple[int, float]]:
+        for arm, cost in self._costs.items():
+            if arm.method == method:
+                yield arm.lookahead, cost.seconds / cost.weight
+
+    def learn(self, arm: Arm, outcome: Outcome) -> None:
+        """Take note of a round."""
+        for cost in self._costs.values():
+            cost.fade()
         for record in self._records.values():
-            record.tokens *= _DISCOUNT
-            record.seconds *= _DISCOUNT
-            record.weight *= _DISCOUNT
-        record = self._records.setdefault(arm, _Record())
-        record.tokens += tokens
-        record.seconds += seconds
-        record.weight += 1
-        self._elapsed += seconds + readied
-        plain = self._records.get(PLAIN)
-        if arm != PLAIN and plain is not None:
-            lost = self._lost + readied + seconds - tokens / plain.rate
+            record.fade()
+        self._costs.setdefault(arm, _Cost()).add(outcome.seconds)
+        self._elapsed += outcome.seconds + outcome.readied
+        if arm == PLAIN:
+            return
+        record = self._records[arm.method]
+        record.steps += arm.lookahead * outcome.rows
+        record.proposed += outcome.proposed
+        record.judged += outcome.judged
+        record.accepted += outcome.accepted
+        if PLAIN in self._costs:
+            plain = self._seconds(PLAIN)
+            lost = outcome.seconds + outcome.readied - plain * outcome.tokens / outcome.rows
             # What was gained long ago is little credit for new trials.
-            self._lost = max(lost, -_ALLOWANCE / plain.rate)
+            self._lost = max(self._lost + lost, -_ALLOWANCE * plain)
 
     def rates(self) -> dict[Arm, float]:
-        """Return the measured tokens a second of each arm, recent rounds counting most."""
-        return {arm: record.rate for arm, record in self._records.items()}
+        """Return the tokens a second that each arm played so far is expected to bring to a row."""
+        return {arm: self._rate(arm) for arm in self._costs} if PLAIN in self._costs else {}

@@ -24,6 +24,7 @@ from .checks import (
 )
 from .context import Context, DrafterContext, DrafterMemory, SameContext
 from .control import LADDER, METHODS, Arm, Bandit, Fixed
+from .devices import input_device
 from .drafting import ExactText, LastTokenRuns, Method, SharedTokens, Text, TokenRuns, find_head
 from .generation import Generation, run_all, sequences_of, whole_tokens
 from .graphs import MARGIN, GraphRunner, Runners
@@ -98,6 +99,7 @@ class HeteroSpeculativeDecoder:
         self.method, self.lookahead, self.backend = method, lookahead, backend
         self._block = verification == "block"
         self.target, self.drafter = target, drafter
+        self._place, self._drafter_place = input_device(target), input_device(drafter)
         self.target_tokenizer, self.drafter_tokenizer = target_tokenizer, drafter_tokenizer
         self.target_eos = end_tokens(target, target_tokenizer)
         self._drafter_eos = end_tokens(drafter, drafter_tokenizer)
@@ -147,11 +149,9 @@ class HeteroSpeculativeDecoder:
         for name, model in (("target", self.target), ("drafter", self.drafter)):
             if not reason and (why := why_not_llama(model)):
                 reason = f"of the {name}, {why}"
-        devices = self.target.device, self.drafter.device
-        if not reason and self.backend != "cudagraph" and devices[0].type != "cuda":
-            reason = f"the target is on the device {devices[0]}"
-        if not reason and devices[0] != devices[1]:
-            reason = f"the models are on {devices[0]} and {devices[1]}"
+        for name, device in (("target", self._place), ("drafter", self._drafter_place)):
+            if not reason and self.backend != "cudagraph" and device.type != "cuda":
+                reason = f"the {name} is on the device {device}"
         if not reason and len(self.mapping.keep) == 0:
             reason = "the vocabularies share nothing"
         if reason and self.backend == "cudagraph":
@@ -166,7 +166,7 @@ class HeteroSpeculativeDecoder:
         mapping = self.mapping
         if self._same:
             mapping = mapping.identity(min(self._sizes))
-        device = self.drafter.device
+        device = self._drafter_place
         method = SharedTokens(mapping, self.target_eos, self._sizes[0], device, self._block)
         weight = find_head(self.drafter, method.keep)
         if weight is None:
@@ -177,13 +177,13 @@ class HeteroSpeculativeDecoder:
 
     @cached_property
     def _runs(self) -> TokenRuns:
-        return TokenRuns(self._text, self.mapping, self._sizes[1], self.drafter.device)
+        return TokenRuns(self._text, self.mapping, self._sizes[1], self._drafter_place)
 
     @cached_property
     def _spelled(self) -> Method:
         from .spelling import SpelledTokens
 
-        return SpelledTokens(self._text, self.mapping, self._sizes[1], self.drafter.device)
+        return SpelledTokens(self._text, self.mapping, self._sizes[1], self._drafter_place)
 
     def _method(self, name: str) -> Method:
         makers: dict[str, Callable[[], Method]] = {
@@ -404,7 +404,7 @@ class HeteroSpeculativeDecoder:
         chats: list[list[int]] | None,
         generator: torch.Generator | None,
     ) -> Rounds:
-        request = read_request(prepared, self.target.device, Chance(generator))
+        request = read_request(prepared, self._place, Chance(generator))
         greedy = request.processors.greedy
         rows = rows_of(prepared)
         repeats = len(rows) // len(chats) if chats else 0
@@ -422,7 +422,8 @@ class HeteroSpeculativeDecoder:
         memory = DrafterMemory(drafter, contexts, self._limit)
         whole, at_end = None, None
         if isinstance(target, GraphRunner) and isinstance(drafter, GraphRunner):
-            if request.processors.by_score and request.chance.serves(target.device):
+            together = target.device == drafter.device
+            if together and request.processors.by_score and request.chance.serves(target.device):
                 whole = self._kept.round(
                     target, drafter, self._shared, request.processors, self._block
                 )

@@ -16,6 +16,7 @@ from ._bytes import ByteEncoder, unfinished_tail
 from .acceptance import Choice, laws_of_runs, settle, verify, verify_block, verify_runs
 from .chance import Chance
 from .context import DrafterMemory
+from .devices import is_spread
 from .processors import Processors
 from .vocab import VocabMap
 
@@ -441,8 +442,25 @@ class TokenRuns:
         tokens: list[list[int]] = [[] for _ in feeds]
         steps: list[list[Choice]] = [[] for _ in feeds]
         lengths: list[list[int]] = [[] for _ in feeds]
-        active = [row for row, feed in enumerate(feeds) if feed]
+
+        def take(row: int, law: Tensor, place: int) -> bool:
+            """Append a run, and return whether another may follow."""
+            steps[row].append(Choice(self.runs, law, place))
+            tokens[row].extend(self._run_of[place])
+            lengths[row].append(len(self._run_of[place]))
+            ended = self._usable[place] in self._text.drafter_eos
+            return len(tokens[row]) < now.rooms[row] and not ended
+
         drafted = 0
+        active = [row for row, feed in enumerate(feeds) if feed]
+        if active and now.memory.draws(now.processors, now.chance):
+            drawn, laws = now.memory.draw(feeds, rooms, self.usable, now.processors, now.chance)
+            drafted = sum(map(len, drawn))
+            for row, places in enumerate(drawn):
+                for step, place in enumerate(places):
+                    if not take(row, laws[row, step], place):
+                        break
+            active = []
         while active:
             said = now.memory.feed(feeds)
             logits = torch.cat([said[row] for row in active])[:, self.usable]
@@ -451,11 +469,7 @@ class TokenRuns:
             places = now.chance.draw(law)
             feeds = [[] for _ in feeds]
             for i, (row, place) in enumerate(zip(active, places, strict=True)):
-                steps[row].append(Choice(self.runs, law[i], place))
-                tokens[row] += self._run_of[place]
-                lengths[row].append(len(self._run_of[place]))
-                ended = self._usable[place] in self._text.drafter_eos
-                if len(tokens[row]) < rooms[row] and not ended:
+                if take(row, law[i], place) and len(steps[row]) < rooms[row]:
                     feeds[row] = [self._usable[place]]
             active = [row for row in active if feeds[row]]
         for row, run in enumerate(tokens):
@@ -540,7 +554,7 @@ def find_head(drafter: Any, keep: Tensor) -> Tensor | None:
     weight = getattr(head, "weight", None)
     if body is drafter or weight is None or not weight.is_floating_point():
         return None
-    if getattr(head, "bias", None) is not None:
+    if getattr(head, "bias", None) is not None or is_spread(drafter):
         return None
     rows: Tensor = weight.detach()
     probe = keep[:2][None]

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from .acceptance import settle
 from .chance import Chance
+from .devices import on
 from .drafting import SharedTokens
 from .llama import LlamaBody
 from .processors import Processors
 from .runners import best_of
 
 _logger = logging.getLogger(__name__)
-WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)  # Tokens of a row in one graph.
+WIDTHS = (1, 2, 4, 6, 8, 12, 16)  # Tokens of a row in one graph, where a graph is for any number.
+_DRAFT_WIDTHS = (2, 8, 16)  # The same of a draft's first pass: a small model's time is not width's.
 MARGIN = 2 * WIDTHS[-1]  # Cache entries beyond a text that drafts and padding may touch.
 _IDLE = [*[0] * (WIDTHS[-1] + 1), 1, 0, 0, 0]  # What a round says of a row that has ended.
 _CHUNK = 512  # Longest stretch of a prompt in one pass.
@@ -69,6 +71,7 @@ class GraphRunner:
         self._given = torch.zeros(2, rows, WIDTHS[-1], dtype=torch.long, device=self.device)
         self._last = torch.zeros(rows, dtype=torch.long, device=self.device)
         self._graphs: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
+        self._drawing: dict[tuple[Any, ...], Tensor] = {}  # Laws of drawn ids, and noise for them.
         self.reset()
 
     def reset(self) -> None:
@@ -89,18 +92,19 @@ class GraphRunner:
             call = _Call(run)
             return call, call.out
         begun = time.perf_counter()
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            run()
-            run()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            out = run()
-        graph.replay()  # The first replay loads the graph, which takes longer than later ones.
-        torch.cuda.synchronize(self.device)
+        with on(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                run()
+                run()
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                out = run()
+            graph.replay()  # The first replay loads the graph, which takes longer than later ones.
+            torch.cuda.synchronize()
         self.setup_seconds += time.perf_counter() - begun
         return graph, out
 
@@ -119,14 +123,15 @@ class GraphRunner:
         given = self._padded(feeds, bucket)
         if bucket > WIDTHS[-1]:
             given = given.to(self.device)
-            states = self.forward(given[0], given[1], min(max(self.lengths) + width, self.capacity))
-            wanted = [
-                states[slot, len(feed) - k : len(feed)]
-                for slot, feed, k in zip(self.slots, feeds, keep, strict=True)
-            ]
-            logits = wanted
-            if most:
-                logits = list(self.body.logits(torch.cat(wanted), head).split(list(keep)))
+            extent = min(max(self.lengths) + width, self.capacity)
+            with on(self.device):
+                states = self.forward(given[0], given[1], extent)
+                logits = [
+                    states[slot, len(feed) - k : len(feed)]
+                    for slot, feed, k in zip(self.slots, feeds, keep, strict=True)
+                ]
+                if most:
+                    logits = list(self.body.logits(torch.cat(logits), head).split(list(keep)))
         else:
             out = self._replay(given, head)
             logits = [
@@ -153,16 +158,45 @@ class GraphRunner:
         self, feeds: Sequence[Sequence[int]], counts: Sequence[int], among: Tensor | None = None
     ) -> list[list[int]]:
         """See `Chooser`."""
+        return self._write(feeds, counts, among, None)
+
+    def draw(
+        self,
+        feeds: Sequence[Sequence[int]],
+        counts: Sequence[int],
+        among: Tensor,
+        process: Processors,
+        chance: Chance,
+    ) -> tuple[list[list[int]], Tensor]:
+        """See `Chooser`."""
+        key, steps = ("laws", among.data_ptr()), max(counts)
+        if key not in self._drawing:
+            wide = torch.promote_types(self.body.weight.dtype, torch.float32)
+            shape = 2, self.rows, WIDTHS[-1], len(among)
+            self._drawing[key] = torch.ones(shape, dtype=wide, device=self.device)
+        laws, noise = self._drawing[key]
+        chance.fill(noise[:, :steps], "exponential")
+        places = self._write(feeds, counts, among, process)
+        lines = torch.tensor(self.slots).to(self.device)
+        return places, laws[lines, :steps]
+
+    def _write(
+        self,
+        feeds: Sequence[Sequence[int]],
+        counts: Sequence[int],
+        among: Tensor | None,
+        process: Processors | None,
+    ) -> list[list[int]]:
         if max(map(len, feeds)) > WIDTHS[-1]:  # A prompt: all but its end in one pass.
             self.extend([feed[:-1] for feed in feeds], [0] * len(feeds))
             feeds = [feed[-1:] for feed in feeds]
         counts = [count if feed else 0 for count, feed in zip(counts, feeds, strict=True)]
-        given = self._padded(feeds, next(w for w in WIDTHS if w >= max(map(len, feeds))))
+        given = self._padded(feeds, next(w for w in _DRAFT_WIDTHS if w >= max(map(len, feeds))))
         last = torch.zeros(self.rows, dtype=torch.long)
         for slot, feed in zip(self.slots, feeds, strict=True):
             last[slot] = max(len(feed), 1) - 1
         self._last.copy_(_pinned(last, self.device), non_blocking=True)
-        written = self._replay_draft(given, max(counts), among).tolist()
+        written = self._replay_draft(given, max(counts), among, process).tolist()
         for row, (feed, count) in enumerate(zip(feeds, counts, strict=True)):
             self.lengths[row] += len(feed) + max(count - 1, 0)
         return [written[slot][:count] for slot, count in zip(self.slots, counts, strict=True)]
@@ -198,10 +232,17 @@ class GraphRunner:
 
         return self._result(key, run)
 
-    def _replay_draft(self, given: Tensor, steps: int, among: Tensor | None) -> Tensor:
-        """Return the likeliest ids after each row's last, shape `(rows, steps)`, by a graph."""
+    def _replay_draft(
+        self, given: Tensor, steps: int, among: Tensor | None, process: Processors | None
+    ) -> Tensor:
+        """Return the ids after each row's last, or where drawn their places, by a graph.
+
+        The shape is `(rows, steps)`.
+        """
         ids, places = self._take(given)
-        key = "draft", ids.shape[1], steps, 0 if among is None else among.data_ptr()
+        chosen_from = 0 if among is None else among.data_ptr()
+        key = "draft", ids.shape[1], steps, chosen_from, process and process.key
+        laws, noise = self._drawing.get(("laws", chosen_from), (None, None))
 
         def run() -> Tensor:
             line = torch.arange(self.rows, device=self.device)
@@ -211,11 +252,16 @@ class GraphRunner:
             for step in range(steps):
                 if step:
                     place = (place + 1).clamp(max=self.capacity - 1)
-                    state = self.forward(written[-1][:, None], place[:, None])[:, 0]
+                    last = written[-1] if among is None else among[written[-1]]
+                    state = self.forward(last[:, None], place[:, None])[:, 0]
                 logits = self.body.logits(state)
-                best = (logits if among is None else logits[:, among]).argmax(dim=1)
-                written.append(best if among is None else among[best])
-            return torch.stack(written, dim=1)
+                logits = logits if among is None else logits[:, among]
+                if process is not None and laws is not None and noise is not None:
+                    laws[:, step] = process.scores_only(logits).softmax(dim=1)
+                    logits = laws[:, step] / noise[:, step]
+                written.append(logits.argmax(dim=1))
+            out = torch.stack(written, dim=1)
+            return out if among is None or process is not None else among[out]
 
         return self._result(key, run)
 
@@ -229,7 +275,8 @@ class GraphRunner:
         if key not in self._graphs:
             self._graphs[key] = self.capture(run)
         graph, out = self._graphs[key]
-        graph.replay()
+        with on(self.device):
+            graph.replay()
         result: Tensor = out
         return result
 
@@ -356,12 +403,13 @@ class GraphRound:
             ahead: Whether the next round will be plain too, as this one is: it begins before the
                 result of this one is read, which the device goes on from by itself.
         """
-        if lookahead or self._flying is None:
-            self._say(pending, feeds, limits, lookahead, chance)
-            flying = self._fly(lookahead, chance)
-        else:
-            flying = self._flying
-        self._flying = self._fly(0, chance) if ahead and not lookahead else None
+        with on(self._target.device):
+            if lookahead or self._flying is None:
+                self._say(pending, feeds, limits, lookahead, chance)
+                flying = self._fly(lookahead, chance)
+            else:
+                flying = self._flying
+            self._flying = self._fly(0, chance) if ahead and not lookahead else None
         return self._settled(flying.read(), feeds, limits, lookahead)
 
     def land(self) -> None:
@@ -392,7 +440,7 @@ class GraphRound:
             if not self._process.greedy:
                 chance.fill(self._coins, "uniform")
                 chance.fill(self._draft_noise[:, :lookahead], "exponential")
-            self._draft(next(w for w in WIDTHS if w >= max(map(len, feeds))), lookahead)
+            self._draft(next(w for w in _DRAFT_WIDTHS if w >= max(map(len, feeds))), lookahead)
 
     def _fly(self, lookahead: int, chance: Chance) -> _Answer:
         """Begin a verification, and return what its result will be read from."""

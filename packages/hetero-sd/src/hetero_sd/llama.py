@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .devices import on
 from .kernels.decode import pick_steps
 
 _SHAPED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -240,16 +241,17 @@ class LlamaRunner:
         places = (starts + torch.arange(width)).to(device)
         ids = torch.tensor(padded, device=device)
         table = body.rotary_table(extent)
-        states = body(ids, places, self._keys, self._values, extent, table)
-        for row, feed in enumerate(feeds):
-            self.lengths[row] += len(feed)
-        wanted = [
-            states[row, len(feed) - k : len(feed)]
-            for row, (feed, k) in enumerate(zip(feeds, keep, strict=True))
-        ]
-        if not most:
-            return wanted
-        return list(body.logits(torch.cat(wanted), head).split(list(keep)))
+        with on(device):
+            states = body(ids, places, self._keys, self._values, extent, table)
+            for row, feed in enumerate(feeds):
+                self.lengths[row] += len(feed)
+            wanted = [
+                states[row, len(feed) - k : len(feed)]
+                for row, (feed, k) in enumerate(zip(feeds, keep, strict=True))
+            ]
+            if not most:
+                return wanted
+            return list(body.logits(torch.cat(wanted), head).split(list(keep)))
 
     def crop(self, lengths: Sequence[int]) -> None:
         """See `Runner`."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .chance import Chance
+from .devices import input_device
 from .processors import Processors
 from .rounds import Request, Row, stop_by
 
@@ -155,7 +156,7 @@ def prepare(
         )
         return input_ids
 
-    device = target.device
+    device = input_device(target)
     target.generate(
         ids.to(device), attention_mask=mask.to(device), custom_generate=catch, **options
     )

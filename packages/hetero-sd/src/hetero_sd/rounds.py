@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 from .acceptance import verify_greedy
 from .chance import Chance
 from .context import DrafterMemory
-from .control import PLAIN, Arm, Bandit, Fixed
+from .control import PLAIN, Arm, Bandit, Fixed, Outcome
 from .drafting import Certain, Draft, Method, Situation, judge_together
 from .graphs import WIDTHS, GraphRound
 from .processors import Processors
@@ -24,6 +25,7 @@ from .runners import Chooser, Runner, best_of
 _logger = logging.getLogger(__name__)
 _NO_NUMBERS = "`target` gave logits that are no numbers."
 WIDEST = WIDTHS[-1]  # Tokens of a row that a graph takes.
+COUNTS = ("rounds", "row_rounds", "drafted", "proposed", "judged", "accepted", "generated")
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Stats:
         row_rounds: The same, counted once for each row that took part.
         drafted: Tokens the drafter drafted.
         proposed: Target tokens proposed.
+        judged: Proposals that were accepted, or were the first of their draft to be refused.
         accepted: Proposals accepted.
         by_position: For each position in a draft, how often it was proposed and accepted.
         generated: New tokens, of all rows.
@@ -47,6 +50,7 @@ class Stats:
     row_rounds: int = 0
     drafted: int = 0
     proposed: int = 0
+    judged: int = 0
     accepted: int = 0
     by_position: list[tuple[int, int]] = field(default_factory=list)
     generated: int = 0
@@ -73,7 +77,7 @@ class Stats:
 
     def add(self, other: Stats) -> None:
         """Add another generation's counts, positions left out."""
-        for name in ("rounds", "row_rounds", "drafted", "proposed", "accepted", "generated"):
+        for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for mine, theirs in ((self.seconds, other.seconds), (self.arms, other.arms)):
             for key, value in theirs.items():
@@ -83,6 +87,7 @@ class Stats:
         """Take note of one row's round."""
         self.row_rounds += 1
         self.proposed += proposed
+        self.judged += min(accepted + 1, proposed)
         self.accepted += accepted
         while len(self.by_position) < proposed:
             self.by_position.append((0, 0))
@@ -213,19 +218,31 @@ class Rounds:
                 readied = clock() - begun
             # A plain round may begin before the last one's result is known: chosen ahead, then.
             ahead = policy.choose() if arm == PLAIN and self._chainable() else None
-            rows = len(self.rows)
+            counts = copy.copy(self.stats)
             new = self._round(arm, ahead == PLAIN)
             setup = self._setup_seconds() - setup
             seconds = clock() - begun - setup
             self.stats.seconds["total"] += seconds
             # What is done once, and a round with it, say nothing about an arm.
             if before is not None and not setup:
-                tokens = sum(len(tokens) for _, tokens in new) / rows
-                policy.learn(arm, tokens, seconds - readied, readied)
+                policy.learn(arm, self._outcome(counts, seconds - readied, readied))
             before = arm
             yield new
             if self.rows:
                 arm = ahead or policy.choose()
+
+    def _outcome(self, before: Stats, seconds: float, readied: float) -> Outcome:
+        """Return what a round brought, given the counts before it."""
+        now = self.stats
+        return Outcome(
+            now.row_rounds - before.row_rounds,
+            now.generated - before.generated,
+            now.proposed - before.proposed,
+            now.judged - before.judged,
+            now.accepted - before.accepted,
+            seconds,
+            readied,
+        )
 
     def _chainable(self) -> bool:
         """Return whether a plain round may begin before the result of the last one is known."""

@@ -11,6 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .chance import Chance
+from .devices import input_device
+from .processors import Processors
+
 _logger = logging.getLogger(__name__)
 
 
@@ -49,7 +53,13 @@ class Runner(Protocol):
 
 @runtime_checkable
 class Chooser(Protocol):
-    """A runner that takes the likeliest ids on its own device, and so is waited for only once."""
+    """A runner that takes ids on its own device, and so is waited for only once.
+
+    Attributes:
+        device: Where it runs.
+    """
+
+    device: torch.device
 
     def choose(self, feeds: Sequence[Sequence[int]], keep: Sequence[int]) -> list[list[int]]:
         """Feed ids and return the likeliest id after each of a row's last few; see `best_of`."""
@@ -64,6 +74,29 @@ class Chooser(Protocol):
             feeds: Ids for each row; an empty list leaves a row as it is.
             counts: How many ids to write in each row that is fed.
             among: Ids to choose from; all if missing.
+        """
+        ...
+
+    def draw(
+        self,
+        feeds: Sequence[Sequence[int]],
+        counts: Sequence[int],
+        among: Tensor,
+        process: Processors,
+        chance: Chance,
+    ) -> tuple[list[list[int]], Tensor]:
+        """Do as `write` does, but draw each id from its law.
+
+        Args:
+            feeds: As for `write`.
+            counts: As for `write`.
+            among: Ids to choose from.
+            process: What is done to their logits; all by scores alone.
+            chance: Source of noise; it must serve the device.
+
+        Returns:
+            The place of each id in `among`, and the laws, of shape `(rows, steps, among)`, which
+            the next draft overwrites.
         """
         ...
 
@@ -95,6 +128,7 @@ class EagerRunner:
         self._cache: Any = DynamicCache()
         self._filled = 0
         self._valid = torch.zeros(rows, 0, dtype=torch.bool)
+        self._device = input_device(model)
         self._trims = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def extend(
@@ -104,7 +138,7 @@ class EagerRunner:
         width = max(map(len, feeds))
         if not width:
             return [torch.empty(0) for _ in feeds]
-        device = self._model.device
+        device = self._device
         ids = torch.tensor([[*feed, *[0] * (width - len(feed))] for feed in feeds], device=device)
         inputs: dict[str, Any] = {"input_ids": ids}
         if len(feeds) > 1:
@@ -167,7 +201,7 @@ class EagerRunner:
             return
         index = torch.tensor(list(rows))
         if self._filled:
-            self._cache.batch_select_indices(index.to(self._model.device))
+            self._cache.batch_select_indices(index)  # On the CPU, for layers anywhere.
         self.lengths = [self.lengths[row] for row in rows]
         self._valid = self._valid[index]
         if len(rows) == 1:  # One row knows no holes.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .decoder import HeteroSpeculativeDecoder
+from .devices import input_device
 from .drafting import Drawn
 from .pairs import Pair
 
@@ -82,7 +83,7 @@ def verify_pair(
 
 
 def _alone(target: Any, ids: Tensor, tokens: int) -> list[int]:
-    ids = ids.to(target.device)
+    ids = ids.to(input_device(target))
     made = target.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
     )
@@ -124,7 +125,7 @@ def gap_at_difference(target: Any, ids: Tensor, found: list[int], right: list[in
     if place is None:
         return float("inf")
     history = torch.cat([ids, torch.tensor([right[:place]], dtype=ids.dtype)], dim=1)
-    logits = target(history.to(target.device)).logits[0, -1].float()
+    logits = target(history.to(input_device(target))).logits[0, -1].float()
     spread = float(logits.max() - logits.mean())
     return abs(float(logits[found[place]] - logits[right[place]])) / spread
 
@@ -138,11 +139,11 @@ def rounding(target: Any) -> float:
 @torch.no_grad()
 def _sampled(dec: HeteroSpeculativeDecoder, ids: Tensor, draws: int, seed: int, kind: str) -> Check:
     target = dec.target
-    logits = target(ids.to(target.device)).logits[0, -1].double().cpu()
+    logits = target(ids.to(input_device(target))).logits[0, -1].double().cpu()
     best = logits.topk(min(50, len(logits)))
     law = torch.zeros_like(logits)
     law[best.indices] = best.values.softmax(-1)
-    generator = torch.Generator(target.device).manual_seed(seed)
+    generator = torch.Generator(input_device(target)).manual_seed(seed)
     counts = torch.zeros_like(law)
     rows = min(draws, 64)
     for start in range(0, draws, rows):

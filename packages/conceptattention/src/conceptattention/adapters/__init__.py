@@ -2,6 +2,7 @@
 
 from .base import Adapter, Block, Call, Encoded, ImageSide, adapter_for, register_adapter
 from .joint import JointAdapter, word_vectors
+from .linear import Modulated, Normed
 
 __all__ = [
     "Adapter",
@@ -10,6 +11,8 @@ __all__ = [
     "Encoded",
     "ImageSide",
     "JointAdapter",
+    "Modulated",
+    "Normed",
     "adapter_for",
     "register_adapter",
     "word_vectors",

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from .linear import LinearLayers, Modulated, Normed
+
 
 @dataclass(frozen=True)
 class Block:
@@ -80,10 +82,11 @@ class ImageSide:
         return self.keys if self.rotary is None else reference.rotate(self.keys, *self.rotary)
 
 
-class Adapter(ABC):
+class Adapter(LinearLayers, ABC):
     """How to read one family of multi-modal diffusion transformers.
 
-    The observer calls modules, never raw weights, so that offloading and LoRA keep working.
+    Linear layers go through `project`, `modulation` and `feed_forward`, which call the modules, so
+    that offloading and LoRA keep working, or one kernel where every module is plain.
     """
 
     family: ClassVar[str]
@@ -198,14 +201,16 @@ class Adapter(ABC):
         )
 
     @abstractmethod
-    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
-        """Return the normalised, modulated concepts, and what `post` needs."""
+    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor | Modulated, Any]:
+        """Return the normalised, modulated concepts, computed or not yet, and what `post` needs."""
 
     @abstractmethod
     def qkv(
-        self, block: Block, concepts: Tensor, arguments: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, block: Block, concepts: Any, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor | Normed, Tensor | Normed, Tensor]:
         """Return queries, keys and values of the concepts, (batch, heads, concepts, dim_head).
+
+        Queries and keys may be `Normed`: then their norm is left to the attention.
 
         Args:
             block: The layer.

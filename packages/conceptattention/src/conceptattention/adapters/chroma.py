@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .base import Block, Call, Encoded, execution_device
 from .joint import JointAdapter, Token, word_vectors
+from .linear import Modulated
 
 
 class ChromaAdapter(JointAdapter):
@@ -37,5 +38,8 @@ class ChromaAdapter(JointAdapter):
         text = 3 * len(parts.single_transformer_blocks) + dual
         return table[:, text : text + dual]  # type: ignore[no-any-return]
 
-    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
-        return super().pre(block, concepts, temb[:, 6 * block.index : 6 * block.index + 6])
+    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Modulated, Any]:
+        norm: Any = block.module.norm1_context
+        first = 6 * block.index
+        shift, scale, *state = temb[:, first : first + 6, None].unbind(1)
+        return Modulated(concepts, norm.norm, scale, shift), state

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .base import Block, Call, Encoded, ImageSide, execution_device
 from .joint import JointAdapter, Token, positions_from_latents, word_vectors
+from .linear import Modulated, Normed
 
 
 class CogVideoXAdapter(JointAdapter):
@@ -76,30 +77,29 @@ class CogVideoXAdapter(JointAdapter):
             tap = (tap.chunk(3, -1)[0] if fused else tap).unflatten(-1, (heads, -1)).transpose(1, 2)
         return tap[:, :, : tap.shape[2] - patches]  # text has no rotary position
 
-    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
-        module: Any = block.module
-        _, normed, _, gate = module.norm1(concepts, concepts, temb)
-        return normed, (gate, temb)
+    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor | Modulated, Any]:
+        norm: Any = block.module.norm1
+        shift, scale, gate = self.modulation(norm.linear, temb, 6, first=3)  # behind the video's
+        return Modulated(concepts, norm.norm, scale, shift), (gate, temb)
 
     def qkv(
-        self, block: Block, concepts: Tensor, arguments: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, block: Block, concepts: Any, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor | Normed, Tensor | Normed, Tensor]:
         attn: Any = block.attention
         if attn.fused_projections:
-            q, k, v = attn.to_qkv(concepts).chunk(3, dim=-1)
+            q, k, v = self.project(attn.to_qkv, concepts).chunk(3, dim=-1)
         else:
-            q, k, v = attn.to_q(concepts), attn.to_k(concepts), attn.to_v(concepts)
+            q, k, v = self.project_each((attn.to_q, attn.to_k, attn.to_v), concepts)
         q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        q = q if attn.norm_q is None else attn.norm_q(q)
-        k = k if attn.norm_k is None else attn.norm_k(k)
-        return q, k, v
+        return Normed(q, attn.norm_q), Normed(k, attn.norm_k), v
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         module: Any = block.module
         gate, temb = state
-        concepts = concepts + gate * module.attn1.to_out[0](outputs)
-        _, normed, _, gate = module.norm2(concepts, concepts, temb)
-        return concepts + gate * module.ff(normed)  # type: ignore[no-any-return]
+        concepts = self.project(module.attn1.to_out[0], outputs, gate=gate, residual=concepts)
+        shift, scale, gate = self.modulation(module.norm2.linear, temb, 6, first=3)
+        normed = Modulated(concepts, module.norm2.norm, scale, shift)
+        return self.feed_forward(module.ff, normed, gate)
 
     def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
         latents = call.arguments["hidden_states"].transpose(1, 2)  # frames before channels

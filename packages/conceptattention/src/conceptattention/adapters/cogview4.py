@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .base import Block, Call, Encoded, execution_device
 from .cogvideox import CogVideoXAdapter
 from .joint import Token, positions_from_latents, word_vectors
+from .linear import Modulated
 
 
 class CogView4Adapter(CogVideoXAdapter):
@@ -46,9 +47,9 @@ class CogView4Adapter(CogVideoXAdapter):
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         module: Any = block.module
         gate, shift_mlp, scale_mlp, gate_mlp = state
-        concepts = concepts + gate * module.attn1.to_out[0](outputs)
-        normed = module.norm2_context(concepts) * (1 + scale_mlp) + shift_mlp
-        return concepts + gate_mlp * module.ff(normed)  # type: ignore[no-any-return]
+        concepts = self.project(module.attn1.to_out[0], outputs, gate=gate, residual=concepts)
+        normed = Modulated(concepts, module.norm2_context, scale_mlp, shift_mlp)
+        return self.feed_forward(module.ff, normed, gate_mlp)
 
     def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
         return positions_from_latents(call.arguments["hidden_states"], call.config)

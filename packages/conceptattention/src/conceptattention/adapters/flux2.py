@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .base import Block, Call, Encoded, ImageSide, execution_device
 from .joint import Token, word_vectors
+from .linear import Modulated, Normed
 from .single import SingleStreamAdapter
 
 
@@ -68,33 +69,33 @@ class Flux2Adapter(SingleStreamAdapter):
         outputs = taps["outputs"][:, text:, :width]
         return ImageSide(keys.transpose(1, 2), values.transpose(1, 2), outputs, rotary)
 
-    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
+    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor | Modulated, Any]:
         module: Any = block.module
         parts = temb[:, None].chunk(9, dim=-1)  # six of the dual-stream blocks, then three
         if self.is_single(block):
             shift, scale, gate = parts[6:]
-            attn, normed = module.attn, (1 + scale) * module.norm(concepts) + shift
+            attn, normed = module.attn, Modulated(concepts, module.norm, scale, shift)
             widths = [3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor]
-            qkv, inner = attn.to_qkv_mlp_proj(normed).split(widths, dim=-1)
+            qkv, inner = self.project(attn.to_qkv_mlp_proj, normed).split(widths, dim=-1)
             return qkv, (gate, inner)  # one projection for attention and feed-forward
         shift, scale, *state = parts[:6]
-        return (1 + scale) * module.norm1_context(concepts) + shift, state
+        return Modulated(concepts, module.norm1_context, scale, shift), state
 
     def qkv(
-        self, block: Block, concepts: Tensor, arguments: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, block: Block, concepts: Any, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor | Normed, Tensor | Normed, Tensor]:
         if not self.is_single(block):
             return super().qkv(block, concepts, arguments)
         attn: Any = block.attention
         qkv = concepts.chunk(3, dim=-1)  # `pre` projected them
         q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in qkv)
-        return attn.norm_q(q), attn.norm_k(k), v
+        return Normed(q, attn.norm_q), Normed(k, attn.norm_k), v
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         if not self.is_single(block):
             return super().post(block, concepts, outputs, state)
         attn: Any = block.attention
         gate, inner = state
-        inner = attn.mlp_act_fn(inner)
-        concepts = concepts + gate * attn.to_out(torch.cat([outputs, inner], dim=-1))
+        inner = torch.cat([outputs, attn.mlp_act_fn(inner)], dim=-1)
+        concepts = self.project(attn.to_out, inner, gate=gate, residual=concepts)
         return concepts.clip(-65504, 65504) if concepts.dtype == torch.float16 else concepts

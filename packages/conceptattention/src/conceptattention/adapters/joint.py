@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels.concept import reference
 from .base import Adapter, Block, Call, Encoded, ImageSide
+from .linear import Modulated, Normed
 
 Token = Literal["auto", "first", "mean", "last"]
 
@@ -138,31 +139,30 @@ class JointAdapter(Adapter):
                     return [self.prompt_start + place + offset for offset in range(len(ids))]
         raise ValueError(f"`prompt` must hold every concept; {word!r} is not in {prompt!r}.")
 
-    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
+    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor | Modulated, Any]:
         norm: Any = block.module.norm1_context
-        normed, *state = norm(concepts, emb=temb)
-        return normed, [part[:, None] for part in state]
+        shift, scale, *state = self.modulation(norm.linear, temb, 6)
+        return Modulated(concepts, norm.norm, scale, shift), state
 
     def qkv(
-        self, block: Block, concepts: Tensor, arguments: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, block: Block, concepts: Any, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor | Normed, Tensor | Normed, Tensor]:
         attn: Any = block.attention
         if attn.fused_projections:
-            q, k, v = attn.to_added_qkv(concepts).chunk(3, dim=-1)
+            q, k, v = self.project(attn.to_added_qkv, concepts).chunk(3, dim=-1)
         else:
-            q, k, v = (f(concepts) for f in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+            weights = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+            q, k, v = self.project_each(weights, concepts)
         q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
         # Concepts sit at position 0, where the rotation is the identity.
-        q = q if attn.norm_added_q is None else attn.norm_added_q(q)
-        k = k if attn.norm_added_k is None else attn.norm_added_k(k)
-        return q, k, v
+        return Normed(q, attn.norm_added_q), Normed(k, attn.norm_added_k), v
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         module: Any = block.module
         gate, shift_mlp, scale_mlp, gate_mlp = state
-        concepts = concepts + gate * module.attn.to_add_out(outputs)
-        normed = module.norm2_context(concepts) * (1 + scale_mlp) + shift_mlp
-        concepts = concepts + gate_mlp * module.ff_context(normed)
+        concepts = self.project(module.attn.to_add_out, outputs, gate=gate, residual=concepts)
+        normed = Modulated(concepts, module.norm2_context, scale_mlp, shift_mlp)
+        concepts = self.feed_forward(module.ff_context, normed, gate_mlp)
         return concepts.clip(-65504, 65504) if concepts.dtype == torch.float16 else concepts
 
     def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:

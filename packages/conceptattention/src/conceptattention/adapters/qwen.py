@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .base import Block, Call, Encoded, execution_device
 from .joint import JointAdapter, Token, word_vectors
+from .linear import Modulated, Normed
 
 
 class QwenImageAdapter(JointAdapter):
@@ -52,15 +53,16 @@ class QwenImageAdapter(JointAdapter):
             tap = super().prompt_queries(block, tap, {}, patches).transpose(1, 2)
         return turn(tap, arguments["image_rotary_emb"][1][: tap.shape[1]]).transpose(1, 2)
 
-    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
+    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Modulated, Any]:
         module: Any = block.module
-        shift, scale, *state = module.txt_mod(temb)[:, None].chunk(6, dim=-1)
-        return module.txt_norm1(concepts) * (1 + scale) + shift, state
+        shift, scale, *state = self.modulation(module.txt_mod[1], temb, 6)
+        return Modulated(concepts, module.txt_norm1, scale, shift), state
 
     def qkv(
-        self, block: Block, concepts: Tensor, arguments: Mapping[str, Any]
+        self, block: Block, concepts: Any, arguments: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().qkv(block, concepts, arguments)
+        q, k = (part.value if isinstance(part, Normed) else part for part in (q, k))
         # Text starts behind the picture here: every concept takes the first text position.
         first = arguments["image_rotary_emb"][1][:1]
         q, k = (turn(part.transpose(1, 2), first).transpose(1, 2) for part in (q, k))
@@ -69,9 +71,9 @@ class QwenImageAdapter(JointAdapter):
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         module: Any = block.module
         gate, shift_mlp, scale_mlp, gate_mlp = state
-        concepts = concepts + gate * module.attn.to_add_out(outputs)
-        normed = module.txt_norm2(concepts) * (1 + scale_mlp) + shift_mlp
-        concepts = concepts + gate_mlp * module.txt_mlp(normed)
+        concepts = self.project(module.attn.to_add_out, outputs, gate=gate, residual=concepts)
+        normed = Modulated(concepts, module.txt_norm2, scale_mlp, shift_mlp)
+        concepts = self.feed_forward(module.txt_mlp, normed, gate_mlp)
         return concepts.clip(-65504, 65504) if concepts.dtype == torch.float16 else concepts
 
     def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:

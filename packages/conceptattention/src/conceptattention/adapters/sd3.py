@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .base import Block, Call, Encoded, execution_device
 from .joint import JointAdapter, Token, positions_from_latents, word_vectors
+from .linear import Modulated
 
 
 class SD3Adapter(JointAdapter):
@@ -42,7 +43,7 @@ class SD3Adapter(JointAdapter):
         given = call.arguments
         return embed(given["timestep"], given["pooled_projections"])  # type: ignore[no-any-return]
 
-    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
+    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor | Modulated, Any]:
         module: Any = block.module
         if module.context_pre_only:  # the last block modulates text but does not carry it on
             return module.norm1_context(concepts, temb), None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..kernels.concept import reference
 from .base import Block, ImageSide
 from .joint import JointAdapter
+from .linear import Modulated, Normed
 
 
 class SingleStreamAdapter(JointAdapter):
@@ -70,31 +71,33 @@ class SingleStreamAdapter(JointAdapter):
         rotary = (part[:text] for part in arguments["image_rotary_emb"])
         return reference.rotate(tap[:, :text].transpose(1, 2), *rotary)
 
-    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor, Any]:
+    def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor | Modulated, Any]:
         if not self.is_single(block):
             return super().pre(block, concepts, temb)
-        module: Any = block.module
-        normed, gate = module.norm(concepts, emb=temb)
-        return normed, (normed, gate[:, None])
+        norm: Any = block.module.norm
+        shift, scale, gate = self.modulation(norm.linear, temb, 3)
+        normed = Modulated(concepts, norm.norm, scale, shift)
+        return normed, (normed, gate)
 
     def qkv(
-        self, block: Block, concepts: Tensor, arguments: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, block: Block, concepts: Any, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor | Normed, Tensor | Normed, Tensor]:
         if not self.is_single(block):
             return super().qkv(block, concepts, arguments)
         attn: Any = block.attention
         if attn.fused_projections:
-            q, k, v = attn.to_qkv(concepts).chunk(3, dim=-1)
+            q, k, v = self.project(attn.to_qkv, concepts).chunk(3, dim=-1)
         else:
-            q, k, v = attn.to_q(concepts), attn.to_k(concepts), attn.to_v(concepts)
+            q, k, v = self.project_each((attn.to_q, attn.to_k, attn.to_v), concepts)
         q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        return attn.norm_q(q), attn.norm_k(k), v
+        return Normed(q, attn.norm_q), Normed(k, attn.norm_k), v
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         if not self.is_single(block):
             return super().post(block, concepts, outputs, state)
         module: Any = block.module
         normed, gate = state
-        inner = module.act_mlp(module.proj_mlp(normed))
-        concepts = concepts + gate * module.proj_out(torch.cat([outputs, inner], dim=2))
+        inner = module.act_mlp(self.project(module.proj_mlp, normed))
+        inner = torch.cat([outputs, inner], dim=2)
+        concepts = self.project(module.proj_out, inner, gate=gate, residual=concepts)
         return concepts.clip(-65504, 65504) if concepts.dtype == torch.float16 else concepts

@@ -42,7 +42,7 @@ TEXT_ENCODER = {
     "d_model": 128,
     "d_kv": 32,
     "d_ff": 256,
-    "num_layers": 2,
+    "num_layers": 1,
     "num_heads": 4,
     "feed_forward_proj": "gated-gelu",
     "dropout_rate": 0.0,
@@ -108,10 +108,15 @@ class DemoPipeline(FluxPipeline):  # type: ignore[misc]
 
 
 def encode_tokens(text_encoder: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return token vectors (batch, tokens, dim) and their mean over the words (batch, dim)."""
-    states = text_encoder(input_ids=tokens).last_hidden_state
-    words = (tokens > 0)[..., None].to(states.dtype)
-    return states, (states * words).sum(1) / words.sum(1).clamp(min=1)
+    """Return token vectors (batch, tokens, dim) and their mean over the words (batch, dim).
+
+    Padding is zero: a padded place that had seen the words could tell the picture what they say,
+    and concepts have no such place.
+    """
+    words = tokens > 0
+    states = text_encoder(input_ids=tokens, attention_mask=words).last_hidden_state
+    states = states * words[..., None].to(states.dtype)
+    return states, states.sum(1) / words.sum(1, keepdim=True).clamp(min=1)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

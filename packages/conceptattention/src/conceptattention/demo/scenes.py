@@ -1,8 +1,9 @@
 """Procedural captioned scenes with exact masks, drawn for a whole batch at once in tensor code.
 
-A scene is one or two textured backgrounds, split by a wavy horizon, with one to four objects that
+A scene is one or two textured backgrounds, split by a wavy horizon, with one to three objects that
 do not overlap. Twelve nouns have a palette, a texture and an outline of their own; four more are
-"paintable" and take one of eight colours. Everything follows from the generator's seed.
+"paintable": they take one of eight colours, and a pattern in a second one tells them apart.
+Everything follows from the generator's seed.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ FUNCTION_WORDS = ("on", "under", "with", "photo", "picture")
 VOCABULARY = (
     "<pad>", "<unk>", *LABELS, *COLOURS, *SYNONYMS.values(), *FUNCTION_WORDS,
 )  # fmt: skip
-MAX_TOKENS = 16
-MAX_OBJECTS = 4
+VERSION = 2  # of what scenes look like; stored with the weights that were trained on them
+MAX_TOKENS = 12
+MAX_OBJECTS = 4  # slots of a layout; sampled scenes fill up to three
 _TOKEN = {word: index for index, word in enumerate(VOCABULARY)}
 
 _COLOUR_RGB = (
@@ -58,6 +60,8 @@ _NOUN_RGB = (
     ((0.98, 0.78, 0.06), (0.08, 0.06, 0.05)),  # bee: yellow and black
     ((0.16, 0.16, 0.18), (0.74, 0.76, 0.80)),  # wheel: black tyre, grey spokes
 )
+# Second colours of the paintable items; None: white beside strong paints, grey beside pale ones.
+_PATTERN_RGB = ((0.24, 0.13, 0.05), None, (0.0, 0.72, 0.74), (0.74, 0.03, 0.46))
 _BACKGROUND_RGB = (
     ((0.20, 0.50, 0.14), (0.36, 0.66, 0.22)),  # grass
     ((0.05, 0.34, 0.56), (0.30, 0.66, 0.82)),  # water
@@ -177,8 +181,8 @@ def sample_scenes(
     single = uniform(count) < 0.5
     backgrounds[:, 1] = torch.where(single, backgrounds[:, 0], backgrounds[:, 1])
     fits = pairs.T[backgrounds].all(dim=1)  # [count, items]
-    items = choose(fits * constant["frequency"], MAX_OBJECTS)
-    # One object in 25 % of the scenes, two in 30 %, three in 25 %, four in 20 %.
+    items = choose(fits.float(), MAX_OBJECTS)
+    # One object in 40 % of the scenes, two in 35 %, three in 25 %.
     present = uniform(count, 1) > constant["fewer"]
     paint = (items - len(NOUNS)).clamp(min=0)
     colours = choose(colour_pairs[paint].float(), 1)[..., 0]
@@ -211,22 +215,28 @@ def sample_scenes(
 def _constants(device: torch.device) -> dict[str, Tensor]:
     """Return the tables on a device; copied once, as every copy would wait for the device."""
     pairs, colour_pairs = allowed_pairs()
-    # Paintables count double: each of their colours has to be seen often enough.
-    frequency = torch.tensor([1.0] * len(NOUNS) + [2.0] * len(PAINTABLE))
     synonym = torch.arange(len(VOCABULARY))
     for word, other in SYNONYMS.items():
         synonym[_TOKEN[word]] = _TOKEN[other]
     paint = torch.tensor(_COLOUR_RGB)
+    light = 1 - 0.6 * paint.amin(1, keepdim=True)
+    second = torch.stack(
+        [
+            torch.tensor(rgb).expand_as(paint) if rgb else light.expand_as(paint)
+            for rgb in _PATTERN_RGB
+        ]
+    )
     tables = {
         "pairs": pairs,
         "colour_pairs": colour_pairs,
-        "frequency": frequency,
-        "fewer": torch.tensor([-1.0, 0.25, 0.55, 0.8]),
-        "radius_low": torch.tensor([0.20, 0.19, 0.17, 0.15]),
-        "radius_range": torch.tensor([0.10, 0.07, 0.05, 0.05]),
+        "fewer": torch.tensor([-1.0, 0.4, 0.75, 1.0]),
+        "radius_low": torch.tensor([0.31, 0.25, 0.20]),
+        "radius_range": torch.tensor([0.17, 0.09, 0.06]),
         "synonym": synonym,
         "noun_rgb": torch.tensor(_NOUN_RGB),
-        "paint_rgb": torch.stack([paint, paint * 0.35], dim=1),  # [colours, 2, 3]
+        "paint_rgb": torch.stack(
+            [paint.expand(4, -1, -1), second], dim=2
+        ),  # [items, colours, 2, 3]
         "background_rgb": torch.tensor(_BACKGROUND_RGB),
     }
     return {name: table.to(device) for name, table in tables.items()}
@@ -261,10 +271,8 @@ def _place(present: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
     number = present.sum(1)
     constant = _constants(device)
     spread = torch.rand((count, MAX_OBJECTS), generator=generator, device=device)
-    radii = (
-        constant["radius_low"][number - 1, None]
-        + constant["radius_range"][number - 1, None] * spread
-    )
+    low, wide = (constant[name][number - 1, None] for name in ("radius_low", "radius_range"))
+    radii = low + wide * spread
     draw = torch.rand((count, tries, MAX_OBJECTS, 2), generator=generator, device=device)
     margin = 0.9 * radii[:, None, :, None]
     centres = margin + draw * (1 - 2 * margin)
@@ -293,7 +301,7 @@ def _draw(layout: _Layout, size: int, tables: dict[str, Tensor]) -> tuple[Tensor
     inside, blend = _outline_and_texture(u, v, layout.items[..., None, None])
     base = torch.where(
         (layout.colours >= 0)[..., None, None],
-        tables["paint_rgb"][layout.colours.clamp(min=0)],
+        tables["paint_rgb"][(layout.items - len(NOUNS)).clamp(min=0), layout.colours.clamp(min=0)],
         tables["noun_rgb"][layout.items.clamp(0, len(NOUNS) - 1)],
     )  # [count, objects, 2, 3]
     base = (base + layout.shade[:, :, None]).clamp(0, 1)
@@ -415,7 +423,6 @@ def _outline_and_texture(u: Tensor, v: Tensor, item: Tensor) -> tuple[Tensor, Te
         torch.maximum(flag, pole),
     )
     checks = torch.sin(4.5 * math.pi * u * 0.8) * torch.sin(4.5 * math.pi * v * 0.8)
-    shine = ((u + 0.3) ** 2 + (v + 0.3) ** 2).sqrt()
     textures = (
         ((u.abs() < 0.13) & (v < -0.3)).float(),
         torch.maximum(
@@ -431,10 +438,10 @@ def _outline_and_texture(u: Tensor, v: Tensor, item: Tensor) -> tuple[Tensor, Te
         torch.where(v > 0.1, torch.ones_like(v), (spots > 0.72).float()),
         (torch.sin(9.5 * u) > 0.1).float(),
         ((radius < 0.62) & ((torch.sin(3 * angle).abs() > 0.45) | (radius < 0.18))).float(),
-        torch.maximum((square < 0.14).float(), (u.abs() < 0.07).float()),
-        (0.75 * (shine - 0.45)).clamp(0, 0.8),
-        torch.maximum((u.abs() < 0.08).float(), (v.abs() < 0.08).float()),
-        (u < -0.7).float(),
+        torch.maximum((square < 0.22).float(), ((u - v).abs() < 0.17).float()),
+        (torch.sin(3 * angle) > 0).float(),
+        (u * v > 0).float(),
+        torch.maximum((u < -0.7).float(), (torch.sin(11 * wave + 0.4) > 0).float()),
     )
     inside, blend = torch.full_like(u, -1.0), torch.zeros_like(u)
     for index, (outline, texture) in enumerate(zip(outlines, textures, strict=True)):
@@ -449,8 +456,8 @@ def _captions(
 ) -> Int[Tensor, "batch tokens"]:
     """Return captions as token rows: objects, then "on" and "under" backgrounds, or reversed.
 
-    A tenth of the captions is empty, a tenth names one thing only, a tenth of the words is left out
-    and a fifth replaced by a synonym, unless `plain`.
+    Unless `plain`, a fifth of the captions is a single word, as concepts are, and one in twenty
+    empty, for guidance; one word in twenty is left out and one in ten replaced by a synonym.
     """
     count, device = len(items), items.device
     first_label, first_colour = _TOKEN[LABELS[0]], _TOKEN[COLOURS[0]]
@@ -467,12 +474,12 @@ def _captions(
     place_swap = chance(2, count, 2)
     shape = chance(3, count)
     if not plain:
-        nouns = torch.where(swap[0] < 0.2, synonym[nouns], nouns)
-        places = torch.where(place_swap[0] < 0.2, synonym[places], places)
-        left_out = swap[1] < 0.1
+        nouns = torch.where(swap[0] < 0.1, synonym[nouns], nouns)
+        places = torch.where(place_swap[0] < 0.1, synonym[places], places)
+        left_out = swap[1] < 0.05
         nouns = nouns.masked_fill(left_out, 0)
-        paints = paints.masked_fill(left_out | (swap[2] < 0.1), 0)
-        places = places.masked_fill(place_swap[1] < 0.1, 0)
+        paints = paints.masked_fill(left_out | (swap[2] < 0.05), 0)
+        places = places.masked_fill(place_swap[1] < 0.05, 0)
     on = torch.where(places[:, 0] > 0, _TOKEN["on"], 0)
     under = torch.where(two & (places[:, 1] > 0), _TOKEN["under"], 0)
     upper = places[:, 1] * two
@@ -501,11 +508,10 @@ def _captions(
         lone = torch.zeros_like(rows)
         word = torch.where((shape[1] < 0.5) | (nouns[:, 0] == 0), places[:, 0], nouns[:, 0])
         lone[:, 0] = word
-        rows = torch.where((shape[2] < 0.1)[:, None], lone, rows)
-        rows = rows.masked_fill((shape[2] > 0.9)[:, None], 0)
+        rows = torch.where((shape[2] < 0.2)[:, None], lone, rows)
+        rows = rows.masked_fill((shape[2] > 0.95)[:, None], 0)
     order = (rows == 0).to(torch.int8).argsort(dim=1, stable=True)
-    rows = rows.gather(1, order)
-    return F.pad(rows, (0, MAX_TOKENS - rows.shape[1]))
+    return rows.gather(1, order)[:, :MAX_TOKENS]
 
 
 def patchify(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches 12"]:

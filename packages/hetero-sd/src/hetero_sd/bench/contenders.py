@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..decoder import HeteroSpeculativeDecoder
 from ..pairs import Pair
-from ..rounds import Stats
+from ..rounds import COUNTS, Stats
 from . import assisted
 
 EAGER = "transformers"
@@ -42,7 +42,7 @@ class Counts:
     drafted: int = 0
     proposed: int = 0
     accepted: int = 0
-    judged: float = 0.0
+    judged: int = 0
 
     def add(self, other: Counts) -> None:
         """Add another generation's."""
@@ -52,20 +52,7 @@ class Counts:
     @classmethod
     def between(cls, first: Stats, last: Stats) -> Counts:
         """Return what was done between two states of one generation."""
-        names = ("rounds", "row_rounds", "generated", "drafted", "proposed", "accepted")
-        counts = cls(**{name: getattr(last, name) - getattr(first, name) for name in names})
-        before = [*first.by_position, *[(0, 0)] * len(last.by_position)]
-        kept, offered = 1.0, 1.0
-        for (tried, taken), (tried_before, taken_before) in zip(
-            last.by_position, before, strict=False
-        ):
-            tried, taken = tried - tried_before, taken - taken_before
-            # Judged are those after accepted ones. Where drafts differ in length, the share of
-            # accepted ones is taken to be the same for long and short drafts.
-            share = kept / offered if offered else 0.0
-            counts.judged += tried * share
-            kept, offered = float(taken), float(tried)
-        return counts
+        return cls(**{name: getattr(last, name) - getattr(first, name) for name in COUNTS})
 
 
 @dataclass(frozen=True)
@@ -78,6 +65,7 @@ class Took:
         first_seconds: Time until these.
         seconds: Time in all.
         counts: What the rounds after that did, if there are any drafts.
+        arms: Rounds of ours by method and lookahead.
     """
 
     rows: list[list[int]]
@@ -85,6 +73,7 @@ class Took:
     first_seconds: float
     seconds: float
     counts: Counts | None = None
+    arms: dict[str, int] = field(default_factory=dict)
 
 
 Run = Callable[[Tensor, Tensor, dict[str, Any]], Took]
@@ -99,11 +88,13 @@ class Contender:
         run: Continues prompts, given ids and mask, padded on the left, and options of `generate`.
         method: Drafting method of ours, or "" for others.
         warm_ups: Passes over the prompts that are not timed.
+        repeats: Passes that are.
         note: What the reader of its figures should know.
         speeds: Tokens a second of each timed pass over the prompts, prompts left out.
         whole_speeds: The same with the prompts' passes.
         firsts: Seconds until the first token, for each prompt and pass.
         counts: What its rounds did, over all timed passes.
+        arms: How many of them were of each method and lookahead.
         seconds: Time of these rounds.
         written: Rows written in the last pass, by prompt.
         peak: Most device memory in use meanwhile, in bytes.
@@ -114,15 +105,22 @@ class Contender:
     run: Run
     method: str = ""
     warm_ups: int = 1
+    repeats: int = 1
     note: str = ""
     speeds: list[float] = field(default_factory=list)
     whole_speeds: list[float] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
+    arms: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     written: list[list[list[int]]] = field(default_factory=list)
     peak: int = 0
     failed: str = ""
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is not one of transformers' own."""
+        return not self.name.startswith(EAGER)
 
 
 class _Watch:
@@ -196,7 +194,14 @@ def _ours(pair: Pair, **settings: Any) -> Run:
             pass
         ended = time.perf_counter()
         counts = Counts.between(before, rounds.stats)
-        return Took([row.new for row in rows], first_tokens, first - begun, ended - begun, counts)
+        return Took(
+            [row.new for row in rows],
+            first_tokens,
+            first - begun,
+            ended - begun,
+            counts,
+            rounds.stats.arms,
+        )
 
     return run
 

@@ -73,6 +73,8 @@ def run_bench(
     repeats: int = 3,
     draws: int = 0,
     peers: bool = True,
+    peer_repeats: int | None = None,
+    warm_ups: int | None = None,
     compiled: bool = False,
     seed: int = 0,
     command: str = "",
@@ -80,8 +82,7 @@ def run_bench(
 ) -> Results:
     """Time all contenders in turn on every prompt, save figures, table and plots, and return them.
 
-    Each decodes once untimed, `auto` three times, in which it learns; then they take turns prompt
-    by prompt, `repeats` times. Speeds are medians over the repeats of tokens by seconds, both
+    Each decodes untimed first; then they take turns prompt by prompt, `repeats` times. Speeds are medians over the repeats of tokens by seconds, both
     summed over prompts; the prompt's own pass and its tokens count in the end-to-end speed alone.
 
     Args:
@@ -97,6 +98,9 @@ def run_bench(
         repeats: Timed passes over the prompts, 1 or more.
         draws: Draws of one token, to compare with the target's law; 0 for no such test.
         peers: Time transformers' assisted generation and prompt lookup too, one row at a time.
+        peer_repeats: Timed passes of transformers' own ways, which take longest; `repeats` if
+            missing.
+        warm_ups: Untimed passes of each; if missing 1, and of `auto` 3, in which it learns.
         compiled: Time transformers with a static cache, compiled, too; compiling takes minutes.
         seed: Seed of sampling.
         command: Command line to note.
@@ -105,10 +109,11 @@ def run_bench(
     Raises:
         ValueError: `repeats` or `tokens` is too small, or there is no prompt.
     """
-    if repeats < 1 or tokens < 2 or not prompts or not all(prompts.values()):
+    peer_repeats = repeats if peer_repeats is None else min(peer_repeats, repeats)
+    if min(repeats, peer_repeats) < 1 or tokens < 2 or not prompts or not all(prompts.values()):
         raise ValueError(
-            "`repeats` must be 1 or more, `tokens` 2 or more, and `prompts` hold at least one of "
-            "each set."
+            "`repeats` and `peer_repeats` must be 1 or more, `tokens` 2 or more, and `prompts` "
+            "hold at least one of each set."
         )
     from tqdm.auto import tqdm
 
@@ -129,7 +134,10 @@ def run_bench(
                     peers=peers and batch == 1,
                     compiled=compiled,
                 )
-                total = len(groups) * sum(c.warm_ups + repeats for c in contenders)
+                for contender in contenders:
+                    contender.repeats = repeats if contender.ours else peer_repeats
+                    contender.warm_ups = contender.warm_ups if warm_ups is None else warm_ups
+                total = len(groups) * sum(c.warm_ups + c.repeats for c in contenders)
                 options = {**decoding.options, "max_new_tokens": tokens}
                 title = f"{name}, {decoding}, batch {batch}"
                 with tqdm(total=total, disable=not progress, desc=title) as bar:
@@ -208,7 +216,7 @@ def _take_turns(
     They take turns prompt by prompt, in another order each time, so that what else the machine does
     falls on all of them.
     """
-    here = [c for c in contenders if turn >= -c.warm_ups]
+    here = [c for c in contenders if -c.warm_ups <= turn < c.repeats]
     tokens, seconds = (
         dict.fromkeys((c.name for c in here), 0),
         dict.fromkeys((c.name for c in here), 0.0),
@@ -245,6 +253,8 @@ def _take_turns(
             contender.firsts.append(took.first_seconds)
             if took.counts is not None:
                 contender.counts.add(took.counts)
+                for arm, count in took.arms.items():
+                    contender.arms[arm] = contender.arms.get(arm, 0) + count
                 contender.seconds += took.seconds - took.first_seconds
     for contender in here if turn >= 0 else ():
         if not contender.failed:
@@ -331,6 +341,9 @@ class _Table:
     def add_rounds(self, who: Contender) -> None:
         """Add what drafts brought, what they cost, and the speed that both predict."""
         counts = who.counts
+        if who.method == "auto" and who.arms:
+            often = sorted(who.arms.items(), key=lambda pair: -pair[1])
+            self._add(who, "rounds", ", ".join(f"{count} of {arm}" for arm, count in often))
         if who.name == PLAIN and counts.rounds:
             self._add(who, "overhead", 1e3 * (self._step - self._costs.target(1)), "ms/round")
         if who.failed or not counts.proposed:

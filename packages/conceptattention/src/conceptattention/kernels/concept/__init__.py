@@ -1,6 +1,6 @@
 """Attention of a few concepts over many patches, and their streamed scores."""
 
 from . import reference
-from .op import add_scores, concept_attention, usable
+from .op import HeadNorm, add_scores, concept_attention, halved, usable
 
-__all__ = ["add_scores", "concept_attention", "reference", "usable"]
+__all__ = ["HeadNorm", "add_scores", "concept_attention", "halved", "reference", "usable"]

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from . import reference
 
-MAX_CONCEPTS = 16
+MAX_CONCEPTS = 64
 Rotary = tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """Normalisation over the features of a head.
+
+    Args:
+        kind: "rms" divides by the root mean square, "layer" subtracts the mean first.
+        weight: (dim_head,).
+        eps: Added to the mean square.
+        bias: (dim_head,).
+    """
+
+    kind: Literal["rms", "layer"]
+    weight: Tensor
+    eps: float
+    bias: Tensor | None = None
 
 
 def usable(tensor: Tensor, concepts: int) -> str | None:
@@ -36,61 +56,119 @@ def usable(tensor: Tensor, concepts: int) -> str | None:
 
 
 def concept_attention(
-    q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, rotary: Rotary
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    rotary: Rotary,
+    norms: tuple[HeadNorm | None, HeadNorm | None] = (None, None),
+    options: dict[str, int] | None = None,
 ) -> Tensor:
-    """Return `reference.concept_attention`, computed by the kernels."""
+    """Return `reference.concept_attention`, computed by the kernels.
+
+    Args:
+        q: Queries (batch, heads, concepts, dim_head), before `norms`.
+        k: The concepts' own keys, before `norms`; None where concepts do not meet.
+        v: Their values.
+        keys: Of the patches, (batch, heads, patches, dim_head).
+        values: Of the patches.
+        rotary: Cosines and sines of the patches' positions, (patches, dim_head), or every second of
+            them, (patches, dim_head / 2), which saves picking them.
+        norms: What is done to queries and to the concepts' keys first.
+        options: Number of splits, block of patches and options of the launch, to tune.
+    """
     import triton
 
+    from ..launch import launch
     from .kernel import merge_attention, partial_attention
 
     batch, heads, concepts, dim = q.shape
     patches, planes = keys.shape[2], batch * heads
-    q, keys, values = q.contiguous(), keys.to(q.dtype), values.to(q.dtype)
-    block = 64
+    own = k is not None and v is not None
+    if k is None or v is None:
+        k = v = q
+    if not (q.stride() == k.stride() == v.stride() and q.stride(-1) == 1):
+        q, k, v = (part.contiguous() for part in (q, k, v))
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
+    options = options or {"block": 64, "programs": 528, "num_warps": 4, "num_stages": 3}
+    block = options["block"]
     # Enough programs to fill the device, each with at least two blocks of patches.
-    splits = max(1, min(triton.cdiv(patches, 2 * block), triton.cdiv(512, planes)))
+    splits = max(
+        1, min(triton.cdiv(patches, 2 * block), triton.cdiv(options["programs"], planes), 64)
+    )
     per_split = triton.cdiv(triton.cdiv(patches, splits), block) * block
     splits = triton.cdiv(patches, per_split)
-    rows = MAX_CONCEPTS
-    part = torch.empty(planes, splits, rows, dim, device=q.device, dtype=torch.float32)
-    top, total = (
-        torch.empty(planes, splits, rows, device=q.device, dtype=torch.float32) for _ in range(2)
-    )
-    cos, sin = (part, part) if rotary is None else (half.float().contiguous() for half in rotary)
+    made = torch.empty(planes * concepts * splits * (dim + 2), device=q.device, dtype=torch.float32)
+    part, top, total = made.split([planes * concepts * splits * size for size in (dim, 1, 1)])
+    cos, sin = (part, part) if rotary is None else halved(rotary, dim)
+    q_norm, k_norm = norms
     scale = dim**-0.5
-    partial_attention[(planes, splits)](
-        q, keys, values, cos, sin, part, top, total,
-        *keys.stride()[:3], *values.stride()[:3],
-        heads, concepts, patches, scale, splits, per_split,
+    rows = max(16, triton.next_power_of_2(concepts))
+    launch(
+        partial_attention, (planes, splits),
+        q, keys, values, cos, sin, part, top, total, *_norm_tensors(q_norm, q),
+        *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+        heads, concepts, patches, splits, per_split, scale, q_norm.eps if q_norm else 0.0,
+        NORM=q_norm.kind if q_norm else "none", NORM_BIAS=_has_bias(q_norm),
         ROTARY=rotary is not None, R=rows, D=dim, BLOCK=block,
+        num_warps=options["num_warps"], num_stages=options["num_stages"],
     )  # fmt: skip
-    out = torch.empty_like(q)
-    own = k is not None and v is not None
-    merge_attention[(planes,)](
-        q, k.contiguous() if k is not None else q, v.contiguous() if v is not None else q,
-        part, top, total, out, concepts, scale, splits, SELF=own, R=rows, D=dim,
+    out = torch.empty(batch, concepts, heads, dim, device=q.device, dtype=q.dtype)
+    launch(
+        merge_attention, (planes, concepts),
+        q, k, v, part, top, total, out, *_norm_tensors(q_norm, q), *_norm_tensors(k_norm, q),
+        *q.stride()[:3], heads, concepts, splits, scale,
+        q_norm.eps if q_norm else 0.0, k_norm.eps if k_norm else 0.0,
+        SELF=own, Q_NORM=q_norm.kind if q_norm else "none", Q_BIAS=_has_bias(q_norm),
+        K_NORM=k_norm.kind if k_norm else "none", K_BIAS=_has_bias(k_norm),
+        R=triton.next_power_of_2(concepts), D=dim, S=triton.next_power_of_2(splits),
     )  # fmt: skip
-    return out
+    return out.transpose(1, 2)
+
+
+def halved(rotary: tuple[Tensor, Tensor], dim: int) -> tuple[Tensor, Tensor]:
+    """Return float32 cosines and sines (patches, dim_head / 2), one for each pair of features."""
+    if rotary[0].shape[-1] < dim:
+        return rotary
+    cos, sin = (half[:, ::2].float().contiguous() for half in rotary)
+    return cos, sin
+
+
+def _has_bias(norm: HeadNorm | None) -> bool:
+    return norm is not None and norm.bias is not None
+
+
+def _norm_tensors(norm: HeadNorm | None, unused: Tensor) -> tuple[Tensor, Tensor]:
+    if norm is None:
+        return unused, unused
+    return norm.weight, unused if norm.bias is None else norm.bias
 
 
 def add_scores(
     concepts: Tensor, patches: Tensor, raw: Tensor, soft: Tensor,
     count: int, temperature: float, scale: float, cosine: bool,
+    options: dict[str, int] | None = None,
 ) -> None:  # fmt: skip
     """Do what `reference.add_scores` does, by the kernel; float32 means must be contiguous."""
     import triton
 
+    from ..launch import launch
     from .kernel import score_patches
 
     batch, number, dim = concepts.shape
     if patches.stride(-1) != 1:
         patches = patches.contiguous()
-    block = 32
-    score_patches[(batch, triton.cdiv(patches.shape[1], block))](
+    options = options or {"BLOCK_N": 32, "BLOCK_D": 128 if dim >= 128 else 32, "num_warps": 4}
+    launch(
+        score_patches, (batch, triton.cdiv(patches.shape[1], options["BLOCK_N"])),
         concepts.to(patches.dtype).contiguous(), patches, raw, soft,
-        *patches.stride()[:2], number, patches.shape[1], dim, count, temperature, scale,
-        COSINE=cosine, R=MAX_CONCEPTS, BLOCK_N=block, BLOCK_D=128 if dim >= 128 else 32,
+        *patches.stride()[:2], number, patches.shape[1], dim,
+        float(count), float(temperature), float(scale),
+        COSINE=cosine, R=max(16, triton.next_power_of_2(number)), **options,
     )  # fmt: skip
 
 
-__all__ = ["MAX_CONCEPTS", "add_scores", "concept_attention", "reference", "usable"]
+__all__ = [
+    "MAX_CONCEPTS", "HeadNorm", "add_scores", "concept_attention", "halved", "reference", "usable"
+]  # fmt: skip

@@ -1,0 +1,231 @@
+"""The linear layers of a concept's step, by the model's modules or by the kernel for few rows.
+
+An adapter says what follows on what: `project` with a gate and a residual, `feed_forward` of
+normalised and modulated rows. Where the stream allows kernels and every module is plain, one launch
+does all of it in one read of the weights; else the modules are called, so that LoRA, quantisation,
+offloading and other people's hooks keep working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.concept import HeadNorm
+from ..kernels.linear import MAX_ROWS, Activation, Norm, few_row_linear
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_LAYER_NORMS = ("LayerNorm", "FP32LayerNorm")
+
+
+@dataclass(frozen=True)
+class Modulated:
+    """Rows that are normalised and modulated where they are used.
+
+    Args:
+        x: (batch, tokens, dim).
+        norm: Applied first.
+        scale: Then multiplied with 1 + scale, (batch, 1, dim).
+        shift: And added, (batch, 1, dim).
+    """
+
+    x: Tensor
+    norm: nn.Module
+    scale: Tensor
+    shift: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """The rows, computed by torch."""
+        norm: Any = self.norm
+        if len(self.x) == 1 and _is_layer_norm(norm) and norm.weight is None:
+            # Of one picture the modulation is the affine part of the norm: one launch.
+            return F.layer_norm(
+                self.x, self.x.shape[-1:], 1 + self.scale[0, 0], self.shift[0, 0], norm.eps
+            )
+        return torch.addcmul(self.shift, norm(self.x), 1 + self.scale)
+
+
+@dataclass(frozen=True)
+class Normed:
+    """Queries or keys (batch, heads, tokens, dim_head), normalised where they are used."""
+
+    x: Tensor
+    norm: nn.Module | None
+
+    @property
+    def value(self) -> Tensor:
+        """The queries or keys, computed by torch."""
+        return self.x if self.norm is None else self.norm(self.x)  # type: ignore[no-any-return]
+
+    def split(self) -> tuple[Tensor, HeadNorm | None]:
+        """Return what the attention kernel takes: as much of the norm as it can do itself."""
+        norm: Any = self.norm
+        if norm is None:
+            return self.x, None
+        kind = {"RMSNorm": "rms", "LayerNorm": "layer"}.get(type(norm).__name__)
+        weight = getattr(norm, "weight", None)
+        if kind is None or weight is None or not untouched(norm) or weight.device != self.x.device:
+            return self.value, None
+        eps = torch.finfo(self.x.dtype).eps if norm.eps is None else norm.eps
+        return self.x, HeadNorm(kind, weight, eps, getattr(norm, "bias", None))  # type: ignore[arg-type]
+
+
+class LinearLayers:
+    """How an adapter calls linear layers on the concepts."""
+
+    kernels: bool = False  # whether this pass may use them; set by the stream
+
+    def project(
+        self,
+        module: nn.Module,
+        x: Tensor | Modulated,
+        *,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Return a linear layer of x, times the gate, plus the residual.
+
+        Args:
+            module: The layer; of another class than `torch.nn.Linear` it is called as it is.
+            x: (batch, tokens, dim), or rows that are not normalised yet.
+            gate: (batch, 1, dim_out), with `residual`.
+            residual: (batch, tokens, dim_out).
+        """
+        if self._plain(x, module):
+            return _by_kernel(x, [module], gate=gate, residual=residual)[0]
+        y = module(x.value if isinstance(x, Modulated) else x)
+        return y if gate is None or residual is None else torch.addcmul(residual, gate, y)
+
+    def project_each(
+        self, modules: Sequence[nn.Module], x: Tensor | Modulated
+    ) -> tuple[Tensor, ...]:
+        """Return up to three linear layers of one x, as `project` does each."""
+        weights: Any = [getattr(module, "weight", None) for module in modules]
+        if self._plain(x, *modules) and len({weight.shape for weight in weights}) == 1:
+            return _by_kernel(x, modules).unbind(0)
+        x = x.value if isinstance(x, Modulated) else x
+        return tuple(module(x) for module in modules)
+
+    def modulation(
+        self, module: nn.Module, temb: Tensor, parts: int, first: int = 0
+    ) -> list[Tensor]:
+        """Return scales, shifts and gates, (batch, 1, dim) each, by silu and a linear layer.
+
+        Args:
+            module: The linear layer.
+            temb: Conditioning of the concepts, (batch, dim).
+            parts: How many it returns.
+            first: The first one wanted.
+        """
+        if self._plain(temb[:, None], module):
+            linear: Any = module
+            start = len(linear.weight) // parts * first
+            bias = None if linear.bias is None else [linear.bias[start:]]
+            out = few_row_linear(temb[:, None], [linear.weight[start:]], bias, act_in="silu")[0]
+            return list(out.chunk(parts - first, dim=-1))
+        return list(module(F.silu(temb))[:, None].chunk(parts, dim=-1)[first:])
+
+    def feed_forward(self, module: nn.Module, x: Modulated, gate: Tensor) -> Tensor:
+        """Return x.x + gate * module(x), of a feed-forward with two linear layers or any other."""
+        ends = _ends(module) if self.kernels else None
+        if ends is not None and self._plain(x, ends[0], ends[2]):
+            up, act, down = ends
+            late = act == "swiglu"  # its two halves meet where they are read
+            inner = _by_kernel(x, [up], act_out="none" if late else act)[0]
+            return _by_kernel(
+                inner, [down], act_in=act if late else "none", gate=gate, residual=x.x
+            )[0]
+        return torch.addcmul(x.x, gate, module(x.value))
+
+    def _plain(self, x: Tensor | Modulated, *modules: nn.Module) -> bool:
+        """Return whether the kernel may stand for modules that all get x."""
+        if not self.kernels:
+            return False
+        if isinstance(x, Modulated):
+            norm: Any = x.norm
+            if not (_is_layer_norm(norm) and untouched(norm)):
+                return False
+            if (norm.weight is None) != (norm.bias is None):
+                return False
+            x = x.x
+        if x.dtype not in _FLOATS or x.shape[0] * x.shape[1] > MAX_ROWS:
+            return False
+        for module in modules:
+            weight: Any = getattr(module, "weight", None)
+            if not (
+                type(module) is nn.Linear
+                and type(weight) is nn.Parameter
+                and untouched(module)
+                and weight.dtype == x.dtype
+                and weight.device == x.device
+                and weight.is_contiguous()
+            ):
+                return False
+        return True
+
+
+def _by_kernel(
+    x: Tensor | Modulated,
+    modules: Sequence[Any],
+    *,
+    act_in: Activation = "none",
+    act_out: Activation = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    norm = None
+    if isinstance(x, Modulated):
+        given: Any = x.norm
+        norm = Norm(x.scale[:, 0], x.shift[:, 0], given.eps, given.weight, given.bias)
+        x = x.x
+    biases = [module.bias for module in modules]
+    return few_row_linear(
+        x, [module.weight for module in modules], None if None in biases else biases,
+        norm=norm, act_in=act_in, act_out=act_out,
+        gate=None if gate is None else gate[:, 0], residual=residual,
+    )  # fmt: skip
+
+
+def _ends(module: Any) -> tuple[nn.Module, Activation, nn.Module] | None:
+    """Return both linear layers of a plain feed-forward and the activation between them."""
+    if not untouched(module):
+        return None
+    kind = type(module).__name__
+    if kind == "Flux2FeedForward":
+        return module.linear_in, "swiglu", module.linear_out
+    if kind != "FeedForward" or len(module.net) != 3 or module.training:
+        return None
+    first, _, last = module.net
+    if type(first).__name__ != "GELU" or not untouched(first):
+        return None
+    return first.proj, "gelu_tanh" if first.approximate == "tanh" else "gelu", last
+
+
+def untouched(module: nn.Module) -> bool:
+    """Return whether calling a module runs its class's `forward` and nothing else but our taps."""
+    return (
+        "forward" not in module.__dict__
+        and all(map(is_tap, module._forward_hooks.values()))
+        and all(map(is_tap, module._forward_pre_hooks.values()))
+    )
+
+
+def tap(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a hook that only listens."""
+    hook.__dict__["concept_tap"] = True
+    return hook
+
+
+def is_tap(hook: Callable[..., Any]) -> bool:
+    """Return whether a hook is marked by `tap`."""
+    return "concept_tap" in getattr(hook, "__dict__", ())
+
+
+def _is_layer_norm(norm: nn.Module) -> bool:
+    return type(norm).__name__ in _LAYER_NORMS and isinstance(norm, nn.LayerNorm)

@@ -1,0 +1,104 @@
+"""The public operation: check what the kernel can take, and launch it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+MAX_ROWS = 64
+Activation = Literal["none", "silu", "gelu", "gelu_tanh", "swiglu"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Layer normalisation of the rows, then `* (1 + scale) + shift`.
+
+    Args:
+        scale: (images, features), with `shift`; None for no modulation.
+        shift: (images, features).
+        eps: Of the normalisation; None to modulate without one.
+        weight: (features,), of an affine normalisation.
+        bias: (features,), with `weight`.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    eps: float | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def tile(columns: int, features: int, weights: int, rows: int) -> dict[str, int]:
+    """Return tile sizes and launch options for weights (columns, features)."""
+    block_n = 16 if weights * columns <= 6144 else 32
+    block_k = 64 if features <= 64 else 128 if rows > 32 else 256
+    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 4}
+
+
+def few_row_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    *,
+    norm: Norm | None = None,
+    act_in: Activation = "none",
+    act_out: Activation = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    options: dict[str, int] | None = None,
+) -> Tensor:
+    """Return linear layers of a few rows, with what stands before and after them.
+
+    Args:
+        x: (images, tokens, features), at most 64 rows in all; twice the features for "swiglu".
+        weights: One to three of one shape (columns, features), contiguous, of x's dtype.
+        biases: One (columns,) for each weight.
+        norm: What is done to x first.
+        act_in: Activation of x, instead of `norm`.
+        act_out: Activation of the products; not "swiglu".
+        gate: (images, columns), multiplies the result.
+        residual: (images, tokens, columns), is added last.
+        options: Instead of `tile`, to tune.
+
+    Returns:
+        (weights, images, tokens, columns) in x's dtype; products are summed in float32.
+    """
+    import triton
+
+    from ..launch import launch
+    from .kernel import few_rows
+
+    images, tokens = x.shape[:2]
+    columns, features = weights[0].shape
+    rows = images * tokens
+    norm = norm or Norm()
+    x = x.contiguous()
+    y = torch.empty(len(weights), images, tokens, columns, device=x.device, dtype=x.dtype)
+    first, second, third = (*weights, *weights[:1], *weights[:1])[:3]
+    given = [first] * 3 if biases is None else [*biases, *biases[:1], *biases[:1]][:3]
+    scale, shift = (x if part is None else _unit(part) for part in (norm.scale, norm.shift))
+    gated = x if gate is None else _unit(gate)
+    options = options or tile(columns, features, len(weights), rows)
+    launch(
+        few_rows, (triton.cdiv(columns, options["BLOCK_N"]), len(weights)),
+        x, first, second, third, *given, y, scale, shift,
+        x if norm.weight is None else norm.weight, x if norm.bias is None else norm.bias, gated,
+        x if residual is None else residual.contiguous(),
+        rows, tokens, features, columns, scale.stride(0), shift.stride(0), gated.stride(0),
+        float(norm.eps or 0.0),
+        NORM=norm.eps is not None, AFFINE=norm.weight is not None,
+        MODULATE=norm.scale is not None, ACT_IN=act_in, ACT_OUT=act_out,
+        BIAS=biases is not None, GATE=gate is not None, RESIDUAL=residual is not None,
+        ONE=images == 1,
+        EVEN=columns % options["BLOCK_N"] == 0 and features % options["BLOCK_K"] == 0,
+        R=max(16, triton.next_power_of_2(rows)), **options,
+    )  # fmt: skip
+    return y
+
+
+def _unit(part: Tensor) -> Tensor:
+    return part if part.stride(-1) == 1 else part.contiguous()
