@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +17,15 @@ from .modules import AlphaParam
 NAME = "adasplash"
 _ALPHA = "entmax_alpha"  # attribute of an attention layer, and part of its weights' names
 
-_logger = logging.getLogger(__name__)
-
 
 def register_with_transformers() -> None:
     """Make `attn_implementation="adasplash"` known to transformers; safe to call again.
 
     Any model on transformers' attention interface can then be loaded with it. Causal and
-    bidirectional attention, padding on either side, sliding windows, growing and static caches and
-    packed sequences run in the kernels; so does every mask, chunks and masks of your own included,
-    where there is one new token for each sequence. With several, such masks are exact too, but run
-    in plain PyTorch, more slowly; the logger `adasplash.integration` says so once at DEBUG.
+    bidirectional attention, padding on either side, sliding windows, growing and static caches,
+    packed sequences, attention dropout and softcap run in the kernels. So does every other mask,
+    chunks and masks of your own included: for one new token of each sequence as a mask of its keys,
+    for several as a bias, which is read as a whole.
 
     Raises:
         ImportError: transformers is not installed.
@@ -151,8 +147,8 @@ def attention_forward(
         sliding_window: A row sees so many keys up to its own position, that included; on either
             side where attention is not causal.
         softcap: Bound of the scores.
-        **kwargs: `cu_seq_lens_q` and `cu_seq_lens_k` of sequences packed into one; the rest is for
-            other implementations and ignored.
+        **kwargs: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k` of sequences
+            packed into one; the rest is for other implementations and ignored.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     alpha = getattr(module, _ALPHA, 1.5)
@@ -166,8 +162,12 @@ def attention_forward(
     bounds = attention_mask if packed else kwargs.get("cu_seq_lens_q")
     if bounds is not None and (packed or len(query) == 1):
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        ends = bounds if packed else kwargs.get("cu_seq_lens_k")
-        output = adasplash(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=ends, **options)
+        if not packed:
+            names = {"cu_seqlens_k": "cu_seq_lens_k", "max_seqlen_q": "max_length_q",
+                     "max_seqlen_k": "max_length_k"}  # fmt: skip
+            given = {name: kwargs.get(theirs) for name, theirs in names.items()}
+            options |= {name: x for name, x in given.items() if x is not None}
+        output = adasplash(q, k, v, cu_seqlens_q=bounds, **options)
         return output.unflatten(0, query.shape[::2][:2]).contiguous(), None
     if attention_mask is not None and attention_mask.ndim == 2:
         # What lies behind the mask is not filled yet.
@@ -239,12 +239,6 @@ def _decodes(
     )
 
 
-@cache
-def _tell(reason: str) -> None:
-    """Say once why attention runs in plain PyTorch."""
-    _logger.debug("attention runs in plain PyTorch: %s", reason)
-
-
 def make_mask(
     batch_size: int,
     q_length: int,
@@ -297,8 +291,6 @@ def make_mask(
         starts = _packing(mask_function, causal_mask_function)
         if starts is not None:
             return starts
-    if q_length > 1 and not traced:
-        _tell("the mask is not causal, bidirectional, a sliding window, padding or packing")
     for name in ("allow_is_causal_skip", "allow_is_bidirectional_skip"):
         kwargs[name] = False
     whole: Tensor = sdpa_mask(
