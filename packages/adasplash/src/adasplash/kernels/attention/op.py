@@ -1,7 +1,6 @@
 """The public function: what its options mean, and the choice of the backend."""
 
 import logging
-from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
@@ -116,13 +115,13 @@ def adasplash(
         check_packed(q, k, v, options)
         if cu_seqlens_k is None:
             longest = options.max_k or options.max_q
-            options = replace(options, bounds_k=cu_seqlens_q, max_k=longest)
+            options = options._replace(bounds_k=cu_seqlens_q, max_k=longest)
         if len(k) == 0:  # no key to see
             return q.new_zeros(*q.shape[:2], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return _attend(q, k, v, alpha, options, backend)[0].transpose(0, 1)
     if varlen is not None:
-        options = replace(options, key_mask=_shown(q, k, varlen, key_padding_mask))
+        options = options._replace(key_mask=_shown(q, k, varlen, key_padding_mask))
         output = _attend(q, k, v, alpha, options, backend)
         return output.masked_fill(~_within(q, varlen)[:, None, :, None], 0.0)
     return _attend(q, k, v, alpha, options, backend)
@@ -159,7 +158,7 @@ def _attend(
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
     if options.dropout > 0.0 and options.seed is None:
-        options = replace(options, seed=fresh_seed(q.device))
+        options = options._replace(seed=fresh_seed(q.device))
     if chosen == "triton":
         return _launch(q, k, v, alpha, options, direct)
     if options.bounds_q is not None:
@@ -186,7 +185,7 @@ def _one_by_one(
         if start == stop or first == end:  # no rows, or no key to see
             outputs.append(one[0].new_zeros(*one[0].shape[:3], v.shape[3]))
             continue
-        its = replace(options, bounds_q=None, bounds_k=None, first_row=start)
+        its = options._replace(bounds_q=None, bounds_k=None, first_row=start)
         outputs.append(_attend(*one, alpha, its, backend))
     return torch.cat(outputs, 2)
 
@@ -224,8 +223,8 @@ def _launch(
         max_k=options.max_k,
     )
     group = q.shape[1] // k.shape[1]
-    alike = not isinstance(alpha, Tensor) and terms == Terms(softcap=terms.softcap)
-    if q.shape[2] == 1 and group > 1 and window is None and alike:
+    bare = terms.form < 2 and not terms.dropout  # nothing but a cap
+    if q.shape[2] == 1 and group > 1 and window is None and bare and not isinstance(alpha, Tensor):
         # One query sees all keys: the heads that share them become the rows of one tile.
         rows = q.reshape(q.shape[0], k.shape[1], group, q.shape[3])
         alphas = None if alphas is None else alphas[:, ::group].contiguous()

@@ -6,8 +6,7 @@ beside inputs and outputs. Half precision is computed in float32, float64 in flo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,8 +18,7 @@ from .dropout import kept
 _TILE = 128  # query rows at a time
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What shapes the scores beside q and k; as documented in `op.adasplash`."""
 
     scale: float
