@@ -1,10 +1,14 @@
-"""Backward of alpha-entmax attention in two kernels.
+"""Backward of alpha-entmax attention in two kernels, and a third one for a bias.
 
 With `u = p ** (2 - alpha)`, which is `relu(z - tau)` for alpha 1.5, the Jacobian of the weights
 with respect to the scores is `diag(u) - u u^T / sum(u)`. Hence
 
-    dP = dO V^T        delta_i = sum_j u_ij dP_ij / sum_j u_ij        dS = u (dP - delta)
-    dQ = scale dS K    dK = scale dS^T Q    dV = p^T dO
+    dP = D (dO V^T)    delta_i = sum_j u_ij dP_ij / sum_j u_ij        dS = u (dP - delta)
+    dQ = scale C K     dK = scale C^T Q     dV = (D p)^T dO           C = c' dS
+
+where D is 1 / (1 - dropout) for weights that are kept, else 0, and c' the slope of the cap, both 1
+where there is none. The gradient of a slope of ALiBi is the sum of `-dS |distance|`; that of a bias
+is in `bias.py`.
 
 1. *Queries*: one program per tile of queries; the first sweep over its active blocks adds up delta,
    the second dQ.

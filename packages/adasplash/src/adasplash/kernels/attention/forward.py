@@ -9,7 +9,8 @@ with `tau_i` such that the row sums to 1. Three steps, of which only the first s
 3. The kernel below adds up `p v` over them, and marks the blocks that hold any weight for the
    backward.
 
-For another alpha, `z = (alpha - 1) s` and `p = x ** (1 / (alpha - 1))`.
+For another alpha, `z = (alpha - 1) s` and `p = x ** (1 / (alpha - 1))`. What else shapes z is in
+`scores.py`. Dropout leaves tau and the marks as they are: it takes weights out of the last sum.
 
 Layout: q [batch, heads, seq_q, dim_head], k and v [batch, heads_kv, seq_k, ...], strides as
 `tiles.aligned` leaves them. Sums and tau are float32. Rows without a visible key give zeros and
