@@ -58,5 +58,5 @@ def kept(
 
 def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """Return the upper and lower 32 bits of a product of 32-bit numbers, held as int64."""
-    upper, lower = a * (b >> 16), a * (b & 0xFFFF)
-    return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _WORD
+    whole = a * b  # wraps around like unsigned numbers do; the sign that shifts in is cut off
+    return whole >> 32 & _WORD, whole & _WORD
