@@ -82,8 +82,9 @@ def run_bench(
 ) -> Results:
     """Time all contenders in turn on every prompt, save figures, table and plots, and return them.
 
-    Each decodes untimed first; then they take turns prompt by prompt, `repeats` times. Speeds are medians over the repeats of tokens by seconds, both
-    summed over prompts; the prompt's own pass and its tokens count in the end-to-end speed alone.
+    Each decodes untimed first; then they take turns prompt by prompt, `repeats` times. Speeds are
+    medians over the repeats of tokens by seconds, both summed over prompts; the prompt's own pass
+    and its tokens count in the end-to-end speed alone.
 
     Args:
         pair: The models.
