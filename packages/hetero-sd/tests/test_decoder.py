@@ -138,7 +138,7 @@ def test_sampled_first_token_has_the_targets_law(near_pair, method, backend):
 
 def test_graphs_that_fail_are_done_without(near_pair, monkeypatch):
     """Where graphs fail, the rounds go on without them."""
-    from hetero_sd.graphs import GraphRound
+    from hetero_sd.whole import GraphRound
 
     def broken(*_):
         raise RuntimeError("capture failed")
