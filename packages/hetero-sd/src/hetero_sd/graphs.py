@@ -152,10 +152,14 @@ class GraphRunner:
         ]
 
     def write(
-        self, feeds: Sequence[Sequence[int]], counts: Sequence[int], among: Tensor | None = None
+        self,
+        feeds: Sequence[Sequence[int]],
+        counts: Sequence[int],
+        among: Tensor | None = None,
+        steps: int = 0,
     ) -> list[list[int]]:
         """See `Chooser`."""
-        return self._write(feeds, counts, among, None)
+        return self._write(feeds, counts, among, steps, None)
 
     def draw(
         self,
@@ -164,16 +168,17 @@ class GraphRunner:
         among: Tensor,
         process: Processors,
         chance: Chance,
+        steps: int = 0,
     ) -> tuple[list[list[int]], Tensor]:
         """See `Chooser`."""
-        key, steps = ("laws", among.data_ptr()), max(counts)
+        key, steps = ("laws", among.data_ptr()), max(steps, *counts)
         if key not in self._drawing:
             wide = torch.promote_types(self.body.weight.dtype, torch.float32)
             shape = 2, self.rows, WIDTHS[-1], len(among)
             self._drawing[key] = torch.ones(shape, dtype=wide, device=self.device)
         laws, noise = self._drawing[key]
         chance.fill(noise[:, :steps], "exponential")
-        places = self._write(feeds, counts, among, process)
+        places = self._write(feeds, counts, among, steps, process)
         lines = torch.tensor(self.slots).to(self.device)
         return places, laws[lines, :steps]
 
@@ -182,6 +187,7 @@ class GraphRunner:
         feeds: Sequence[Sequence[int]],
         counts: Sequence[int],
         among: Tensor | None,
+        steps: int,
         process: Processors | None,
     ) -> list[list[int]]:
         if max(map(len, feeds)) > WIDTHS[-1]:  # A prompt: all but its end in one pass.
@@ -193,7 +199,7 @@ class GraphRunner:
         for slot, feed in zip(self.slots, feeds, strict=True):
             last[slot] = max(len(feed), 1) - 1
         self._last.copy_(pinned(last, self.device), non_blocking=True)
-        written = self._replay_draft(given, max(counts), among, process).tolist()
+        written = self._replay_draft(given, max(steps, *counts), among, process).tolist()
         for row, (feed, count) in enumerate(zip(feeds, counts, strict=True)):
             self.lengths[row] += len(feed) + max(count - 1, 0)
         return [written[slot][:count] for slot, count in zip(self.slots, counts, strict=True)]
@@ -216,10 +222,8 @@ class GraphRunner:
 
     def _replay(self, given: Tensor, head: Tensor | None = None, best: bool = False) -> Tensor:
         """Return the logits of ids and places, or the likeliest ids, by a graph."""
-        ids, places = self._take(given)
-        key = "best" if best else "logits", ids.shape[1], 0 if head is None else head.data_ptr()
 
-        def run() -> Tensor:
+        def run(ids: Tensor, places: Tensor) -> Tensor:
             states = self.forward(ids, places)
             logits = self.body.logits(states.reshape(-1, states.shape[-1]), head)
             if best:
@@ -227,7 +231,8 @@ class GraphRunner:
                 return chosen.view(self.rows, -1)
             return logits.reshape(self.rows, ids.shape[1], -1)
 
-        return self._result(key, run)
+        kind = "best" if best else "logits", 0 if head is None else head.data_ptr()
+        return self._result(kind, given, WIDTHS, run)
 
     def _replay_draft(
         self, given: Tensor, steps: int, among: Tensor | None, process: Processors | None
@@ -236,21 +241,20 @@ class GraphRunner:
 
         The shape is `(rows, steps)`.
         """
-        ids, places = self._take(given)
         chosen_from = 0 if among is None else among.data_ptr()
-        key = "draft", ids.shape[1], steps, chosen_from, process and process.key
         laws, noise = self._drawing.get(("laws", chosen_from), (None, None))
 
-        def run() -> Tensor:
+        def run(ids: Tensor, places: Tensor) -> Tensor:
             line = torch.arange(self.rows, device=self.device)
             states = self.forward(ids, places)
-            state, place = states[line, self._last], places[line, self._last]
+            last = self._last.clamp(max=ids.shape[1] - 1)  # More only while others are captured.
+            state, place = states[line, last], places[line, last]
             written: list[Tensor] = []
             for step in range(steps):
                 if step:
                     place = (place + 1).clamp(max=self.capacity - 1)
-                    last = written[-1] if among is None else among[written[-1]]
-                    state = self.forward(last[:, None], place[:, None])[:, 0]
+                    before = written[-1] if among is None else among[written[-1]]
+                    state = self.forward(before[:, None], place[:, None])[:, 0]
                 logits = self.body.logits(state)
                 logits = logits if among is None else logits[:, among]
                 if process is not None and laws is not None and noise is not None:
@@ -260,18 +264,30 @@ class GraphRunner:
             out = torch.stack(written, dim=1)
             return out if among is None or process is not None else among[out]
 
-        return self._result(key, run)
+        kind = "draft", steps, chosen_from, process and process.key
+        return self._result(kind, given, DRAFT_WIDTHS, run)
 
-    def _take(self, given: Tensor) -> tuple[Tensor, Tensor]:
-        """Put ids and places where the graphs read them."""
+    def _result(
+        self,
+        kind: tuple[Any, ...],
+        given: Tensor,
+        widths: Sequence[int],
+        run: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Return a function of ids and places by a graph.
+
+        All widths are captured when the first is asked for, and none in the middle of a later text.
+        """
         width = given.shape[2]
+        if (kind, width) not in self._graphs:
+            # What the passes of a capture write lies behind all that is known.
+            for other in widths if self.device.type == "cuda" else [width]:
+                ids, places = self._given[0, :, :other], self._given[1, :, :other]
+                places.copy_(self.capacity - widths[-1] + torch.arange(other))
+                graph = self.capture(lambda ids=ids, places=places: run(ids, places))  # type: ignore
+                self._graphs[kind, other] = graph
         self._given[:, :, :width].copy_(pinned(given, self.device), non_blocking=True)
-        return self._given[0, :, :width], self._given[1, :, :width]
-
-    def _result(self, key: tuple[Any, ...], run: Callable[[], Tensor]) -> Tensor:
-        if key not in self._graphs:
-            self._graphs[key] = self.capture(run)
-        graph, out = self._graphs[key]
+        graph, out = self._graphs[kind, width]
         with on(self.device):
             graph.replay()
         result: Tensor = out

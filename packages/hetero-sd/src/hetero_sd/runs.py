@@ -59,9 +59,9 @@ class TokenRuns:
         """See `Method`."""
         rooms = [min(room, now.lookahead) for room in now.rooms]
         feeds = now.memory.missing(rooms)
-        drafts = nothing(len(feeds))
+        drafts, eos = nothing(len(feeds)), self._text.drafter_eos
         if now.processors.greedy:
-            written = now.memory.write(feeds, rooms, self._text.drafter_eos, self.usable)
+            written = now.memory.write(feeds, rooms, eos, self.usable, now.lookahead)
             for row, ids in enumerate(written):
                 run = [token for d in ids for token in self._run_of[self._place[d]]]
                 drafts[row] = Certain(run[: now.rooms[row]])
@@ -75,13 +75,15 @@ class TokenRuns:
             steps[row].append(Choice(self.runs, law, place))
             tokens[row].extend(self._run_of[place])
             lengths[row].append(len(self._run_of[place]))
-            ended = self._usable[place] in self._text.drafter_eos
+            ended = self._usable[place] in eos
             return len(tokens[row]) < now.rooms[row] and not ended
 
         drafted = 0
         active = [row for row, feed in enumerate(feeds) if feed]
         if active and now.memory.draws(now.processors, now.chance):
-            drawn, laws = now.memory.draw(feeds, rooms, self.usable, now.processors, now.chance)
+            drawn, laws = now.memory.draw(
+                feeds, rooms, self.usable, now.processors, now.chance, now.lookahead
+            )
             drafted = sum(map(len, drawn))
             for row, places in enumerate(drawn):
                 for step, place in enumerate(places):

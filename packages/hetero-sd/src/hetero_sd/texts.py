@@ -80,7 +80,7 @@ class ExactText:
         rooms = [min(room, steps) for room in now.rooms]
         feeds = now.memory.missing(rooms)
         ends = self._text.drafter_eos
-        written = now.memory.write(feeds, rooms, ends)
+        written = now.memory.write(feeds, rooms, ends, steps=steps)
         ended = [bool(ids) and ids[-1] in ends for ids in written]
         drafted = sum(map(len, written))
         return (

@@ -208,10 +208,11 @@ class GraphRound:
 
     def _draft(self, width: int, lookahead: int) -> None:
         key = width, lookahead
-        if key not in self._draft_graphs:
-            self._draft_graphs[key], _ = self._drafter.capture(
-                lambda: self._run_draft(width, lookahead)
-            )
+        if key not in self._draft_graphs:  # All widths at once, and none in a later text.
+            for other in DRAFT_WIDTHS if self._drafter.device.type == "cuda" else (width,):
+                self._draft_graphs[other, lookahead], _ = self._drafter.capture(
+                    lambda other=other: self._run_draft(other, lookahead)  # type: ignore[misc]
+                )
         self._draft_graphs[key].replay()
 
     def _run_draft(self, width: int, lookahead: int) -> None:
@@ -221,7 +222,7 @@ class GraphRound:
         steps = torch.arange(width, device=said.device)
         states = drafter.forward(said[:, :width], (start + steps).clamp(max=end))
         line = torch.arange(len(said), device=said.device)
-        state = states[line, length[:, 0] - 1]
+        state = states[line, (length[:, 0] - 1).clamp(max=width - 1)]
         column = length[:, 0]
         for step in range(lookahead):
             if step:

@@ -315,6 +315,7 @@ class _Table:
         self._eager, self._plain = speeds.get(EAGER), speeds.get(PLAIN)
         self._speeds = speeds
         (plain,) = (c for c in contenders if c.name == PLAIN)
+        self._plain_pass = plain.counts.generated / max(plain.counts.rounds, 1)
         self._step = plain.seconds / max(plain.counts.rounds, 1)  # Seconds of a plain round.
 
     def _add(
@@ -364,7 +365,9 @@ class _Table:
         # In plain rounds, which were timed in the same minutes, and not long after as passes were.
         self._add(who, "o", seconds / self._step - c * steps - v)
         self._add(who, "overhead", 1e3 * (seconds - steps * draft - verify), "ms/round")
-        predicted = efficiency / (c * steps + v)
+        # Of a batch, whose rows end at their own time, what a pass brings to all of them counts.
+        gain = counts.generated / counts.rounds / self._plain_pass
+        predicted = gain / (c * steps + v)
         self._add(who, "predicted over plain", predicted, "x")
         self._add(who, "of predicted", self._speeds[who.name] / self._plain / predicted, "x")
 
