@@ -16,7 +16,7 @@ _DISCOUNT = 0.99  # Weight of a round at the next one: a memory of some 100 roun
 _HOPE = 1.0  # Proposals that a method is credited with, beside those judged,
 _APART = 0.3  # accepted so much oftener than those of all methods.
 _STEP = 0.06  # What a drafter step is taken to cost, in plain rounds, before one was timed.
-_GAIN = 1.05  # By how much an arm that was never played must promise to be better.
+_GAIN = {True: 1.05, False: 0.95}  # What an arm never played must promise, if dear to prepare.
 _ALLOWANCE = 3.0  # Rounds' worth of plain decoding that trials may cost at first,
 _SHARE = 0.01  # and share of all time after that.
 _RECENT = 15  # Rounds of an arm whose times are kept,
@@ -65,6 +65,11 @@ class _Cost:
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self.seconds = 0.0
         self.round = 0  # When it was played last.
+
+    @property
+    def believed(self) -> bool:
+        """Whether enough rounds were timed."""
+        return len(self._recent) >= _FIRST
 
     def add(self, seconds: float, guess: float, now: int) -> None:
         """Take note of a round.
@@ -134,8 +139,8 @@ class Bandit:
     is found without trials of the others. Methods are tried again as what is known of them fades.
 
     Trials of what turns out slower than plain decoding may cost a small share of all time, and no
-    more: beyond it, plain decoding goes on until the share is small again. An arm that was never
-    played may cost preparations, so it is played only where it promises a gain. What is chosen
+    more: beyond it, plain decoding goes on until the share is small again. An arm that has to be
+    prepared is played only where it promises a gain. What is chosen
     depends on the past alone, never on the round at hand, so the law of the output is the same for
     any choice.
 
@@ -143,13 +148,19 @@ class Bandit:
         methods: Methods to choose from, the likeliest best first.
         lookaheads: Ladder of lookaheads, ascending.
         start: Lookahead to begin with.
+        dear: Whether an arm that was never played has to be prepared, as graphs are.
 
     Source: own; the model of the speed is Leviathan et al.'s, the optimism as in Lai and Robbins.
     """
 
     def __init__(
-        self, methods: Sequence[str], lookaheads: Sequence[int] = LADDER, start: int = 3
+        self,
+        methods: Sequence[str],
+        lookaheads: Sequence[int] = LADDER,
+        start: int = 3,
+        dear: bool = True,
     ) -> None:
+        self._gain = _GAIN[dear]
         self._ladder = sorted(lookaheads)
         self._start = min(self._ladder, key=lambda step: abs(step - start))
         self._records = {method: _Record() for method in methods}
@@ -188,9 +199,12 @@ class Bandit:
         if not played:
             return Arm(method, self._start)
         best = max(played, key=self._rate)
+        if not self._costs[best].believed:
+            return best
         place = self._ladder.index(best.lookahead)
         near = [Arm(method, step) for step in self._ladder[max(place - 1, 0) : place + 2]]
-        least = _GAIN * max(self._rate(best), self._rate(PLAIN))
+        plain = self._rate(PLAIN)
+        least = max(self._gain * max(self._rate(best), plain), plain)
         fresh = [arm for arm in near if arm not in self._costs and self._rate(arm) > least]
         return max(fresh, key=self._rate, default=best)
 

@@ -223,7 +223,7 @@ class HeteroSpeculativeDecoder:
                 self._policies[key] = Fixed(Arm(self.method, self.lookahead))
             else:
                 ladder = LADDER if self.lookahead == "auto" else (int(self.lookahead),)
-                self._policies[key] = Bandit(methods, ladder)
+                self._policies[key] = Bandit(methods, ladder, dear=self._graphs)
         return self._policies[key]
 
     # ------------------------------------------------------------------------ generation
