@@ -36,10 +36,10 @@ def normal(*shape, dtype=torch.bfloat16):
 
 def linear_case(name, rows, dtype, width=WIDTH):
     """Return weights' shape and count, and the keyword arguments, of one layer's linear layer."""
-    table = normal(1, 6 * width, dtype=dtype)
-    norm = Norm(table[:, :width], table[:, width : 2 * width], 1e-6)
+    table = normal(1, 1, 6 * width, dtype=dtype)
+    norm = Norm(table[..., :width], table[..., width : 2 * width], 1e-6)
     gated = {
-        "gate": table[:, 2 * width : 3 * width],
+        "gate": table[..., 2 * width : 3 * width],
         "residual": normal(1, rows, width, dtype=dtype),
     }
     return {

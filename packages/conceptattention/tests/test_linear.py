@@ -19,8 +19,8 @@ def case(images, tokens, features, columns, weights, dtype, *, norm, swiglu=Fals
     x = normal(images, tokens, features * (1 + swiglu), seed=1, dtype=dtype) * 3 + 1
     w = [normal(columns, features, seed=2 + i, dtype=dtype) / features**0.5 for i in range(weights)]
     b = [normal(columns, seed=9 + i, dtype=dtype) for i in range(weights)]
-    table = normal(images, 6 * max(features, columns), seed=20, dtype=dtype)  # rows are apart
-    scale, shift, gate = table[:, :features], table[:, -features:], table[:, 1 : columns + 1]
+    table = normal(images, 1, 6 * max(features, columns), seed=20, dtype=dtype)  # rows are apart
+    scale, shift, gate = table[..., :features], table[..., -features:], table[..., 1 : columns + 1]
     made = {
         "none": None,
         "plain": Norm(scale, shift, 1e-6),

@@ -123,13 +123,16 @@ class LinearLayers:
             parts: How many it returns.
             first: The first one wanted.
         """
-        if self._plain(temb[:, None], module):
+        temb = temb[:, None]
+        if self._plain(temb, module):
             linear: Any = module
-            start = len(linear.weight) // parts * first
-            bias = None if linear.bias is None else [linear.bias[start:]]
-            out = few_row_linear(temb[:, None], [linear.weight[start:]], bias, act_in="silu")[0]
-            return list(out.chunk(parts - first, dim=-1))
-        return list(module(F.silu(temb))[:, None].chunk(parts, dim=-1)[first:])
+            weight, bias = linear.weight, linear.bias
+            if first:
+                start = len(weight) // parts * first
+                weight, bias = weight[start:], None if bias is None else bias[start:]
+            made = few_row_linear(temb, [weight], None if bias is None else [bias], act_in="silu")
+            return list(made[0].chunk(parts - first, dim=-1))
+        return list(module(F.silu(temb)).chunk(parts, dim=-1)[first:])
 
     def feed_forward(self, module: nn.Module, x: Modulated, gate: Tensor) -> Tensor:
         """Return x.x + gate * module(x), of a feed-forward with two linear layers or any other."""
@@ -165,6 +168,7 @@ class LinearLayers:
                 and weight.dtype == x.dtype
                 and weight.device == x.device
                 and weight.is_contiguous()
+                and (module.bias is None) == (modules[0].bias is None)
             ):
                 return False
         return True
@@ -182,13 +186,13 @@ def _by_kernel(
     norm = None
     if isinstance(x, Modulated):
         given: Any = x.norm
-        norm = Norm(x.scale[:, 0], x.shift[:, 0], given.eps, given.weight, given.bias)
+        norm = Norm(x.scale, x.shift, given.eps, given.weight, given.bias)
         x = x.x
-    biases = [module.bias for module in modules]
+    biases = None if modules[0].bias is None else [module.bias for module in modules]
     return few_row_linear(
-        x, [module.weight for module in modules], None if None in biases else biases,
+        x, [module.weight for module in modules], biases,
         norm=norm, act_in=act_in, act_out=act_out,
-        gate=None if gate is None else gate[:, 0], residual=residual,
+        gate=gate, residual=residual,
     )  # fmt: skip
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from ..launch import cdiv, launch, power_of_2
 
 MAX_ROWS = 64
 Activation = Literal["none", "silu", "gelu", "gelu_tanh", "swiglu"]
@@ -18,8 +21,8 @@ class Norm:
     """Layer normalisation of the rows, then `* (1 + scale) + shift`.
 
     Args:
-        scale: (images, features), with `shift`; None for no modulation.
-        shift: (images, features).
+        scale: (images, 1, features), with `shift`; None for no modulation.
+        shift: (images, 1, features).
         eps: Of the normalisation; None to modulate without one.
         weight: (features,), of an affine normalisation.
         bias: (features,), with `weight`.
@@ -60,18 +63,13 @@ def few_row_linear(
         norm: What is done to x first.
         act_in: Activation of x, instead of `norm`.
         act_out: Activation of the products; not "swiglu".
-        gate: (images, columns), multiplies the result.
+        gate: (images, 1, columns), multiplies the result.
         residual: (images, tokens, columns), is added last.
         options: Instead of `tile`, to tune.
 
     Returns:
         (weights, images, tokens, columns) in x's dtype; products are summed in float32.
     """
-    import triton
-
-    from ..launch import launch
-    from .kernel import few_rows
-
     images, tokens = x.shape[:2]
     columns, features = weights[0].shape
     rows = images * tokens
@@ -84,7 +82,7 @@ def few_row_linear(
     gated = x if gate is None else _unit(gate)
     options = options or tile(columns, features, len(weights), rows)
     launch(
-        few_rows, (triton.cdiv(columns, options["BLOCK_N"]), len(weights)),
+        _kernel(), (cdiv(columns, options["BLOCK_N"]), len(weights)),
         x, first, second, third, *given, y, scale, shift,
         x if norm.weight is None else norm.weight, x if norm.bias is None else norm.bias, gated,
         x if residual is None else residual.contiguous(),
@@ -95,9 +93,16 @@ def few_row_linear(
         BIAS=biases is not None, GATE=gate is not None, RESIDUAL=residual is not None,
         ONE=images == 1,
         EVEN=columns % options["BLOCK_N"] == 0 and features % options["BLOCK_K"] == 0,
-        R=max(16, triton.next_power_of_2(rows)), **options,
+        R=max(16, power_of_2(rows)), **options,
     )  # fmt: skip
     return y
+
+
+@cache
+def _kernel() -> Any:
+    from .kernel import few_rows  # needs Triton
+
+    return few_rows
 
 
 def _unit(part: Tensor) -> Tensor:
