@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.concept import HeadNorm
-from ..kernels.linear import MAX_ROWS, Activation, Norm, few_row_linear
+from ..kernels.linear import MAX_NORMED, MAX_ROWS, Activation, Norm, few_row_linear
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LAYER_NORMS = ("LayerNorm", "FP32LayerNorm")
@@ -80,6 +80,7 @@ class LinearLayers:
     """How an adapter calls linear layers on the concepts."""
 
     kernels: bool = False  # whether this pass may use them; set by the stream
+    _activated: tuple[Tensor, Tensor] | None = None
 
     def project(
         self,
@@ -123,16 +124,18 @@ class LinearLayers:
             parts: How many it returns.
             first: The first one wanted.
         """
-        temb = temb[:, None]
-        if self._plain(temb, module):
+        if self._activated is None or self._activated[0] is not temb:
+            self._activated = temb, F.silu(temb)[:, None]  # one for all layers of a pass
+        active = self._activated[1]
+        if self._plain(active, module):
             linear: Any = module
             weight, bias = linear.weight, linear.bias
             if first:
                 start = len(weight) // parts * first
                 weight, bias = weight[start:], None if bias is None else bias[start:]
-            made = few_row_linear(temb, [weight], None if bias is None else [bias], act_in="silu")
+            made = few_row_linear(active, [weight], None if bias is None else [bias])
             return list(made[0].chunk(parts - first, dim=-1))
-        return list(module(F.silu(temb)).chunk(parts, dim=-1)[first:])
+        return list(module(active).chunk(parts, dim=-1)[first:])
 
     def feed_forward(self, module: nn.Module, x: Modulated, gate: Tensor) -> Tensor:
         """Return x.x + gate * module(x), of a feed-forward with two linear layers or any other."""
@@ -157,6 +160,8 @@ class LinearLayers:
             if (norm.weight is None) != (norm.bias is None):
                 return False
             x = x.x
+            if x.shape[-1] > MAX_NORMED:
+                return False
         if x.dtype not in _FLOATS or x.shape[0] * x.shape[1] > MAX_ROWS:
             return False
         for module in modules:
@@ -203,9 +208,11 @@ def _ends(module: Any) -> tuple[nn.Module, Activation, nn.Module] | None:
     kind = type(module).__name__
     if kind == "Flux2FeedForward":
         return module.linear_in, "swiglu", module.linear_out
-    if kind != "FeedForward" or len(module.net) != 3 or module.training:
+    if kind != "FeedForward" or module.training:
         return None
-    first, _, last = module.net
+    first, _, last, *rest = module.net
+    if not all(type(part) is nn.Dropout for part in rest):
+        return None
     if type(first).__name__ != "GELU" or not untouched(first):
         return None
     return first.proj, "gelu_tanh" if first.approximate == "tanh" else "gelu", last

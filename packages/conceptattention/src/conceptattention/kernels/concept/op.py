@@ -88,7 +88,9 @@ def concept_attention(
     if not (q.stride() == k.stride() == v.stride() and q.stride(-1) == 1):
         q, k, v = (part.contiguous() for part in (q, k, v))
     keys, values = keys.to(q.dtype), values.to(q.dtype)
-    options = options or {"block": 64, "programs": 528, "num_warps": 4, "num_stages": 3}
+    if options is None:
+        wide = q.dtype == torch.float32  # twice the shared memory
+        options = {"block": 32 if wide else 64, "programs": 528, "num_warps": 4, "num_stages": 2}
     block = options["block"]
     # Enough programs to fill the device, each with at least two blocks of patches.
     splits = max(1, min(cdiv(patches, 2 * block), cdiv(options["programs"], planes), 64))
