@@ -107,8 +107,7 @@ class LinearLayers:
         self, modules: Sequence[nn.Module], x: Tensor | Modulated
     ) -> tuple[Tensor, ...]:
         """Return up to three linear layers of one x, as `project` does each."""
-        weights: Any = [getattr(module, "weight", None) for module in modules]
-        if self._plain(x, *modules) and len({weight.shape for weight in weights}) == 1:
+        if self._plain(x, *modules) and _alike(modules):
             return _by_kernel(x, modules).unbind(0)
         x = x.value if isinstance(x, Modulated) else x
         return tuple(module(x) for module in modules)
@@ -164,19 +163,30 @@ class LinearLayers:
                 return False
         if x.dtype not in _FLOATS or x.shape[0] * x.shape[1] > MAX_ROWS:
             return False
-        for module in modules:
-            weight: Any = getattr(module, "weight", None)
-            if not (
-                type(module) is nn.Linear
-                and type(weight) is nn.Parameter
-                and untouched(module)
-                and weight.dtype == x.dtype
-                and weight.device == x.device
-                and weight.is_contiguous()
-                and (module.bias is None) == (modules[0].bias is None)
-            ):
-                return False
-        return True
+        return all(_is_plain(module, x) for module in modules)
+
+
+def _is_plain(module: nn.Module, x: Tensor) -> bool:
+    """Return whether a module is nothing but a linear layer with a dense weight like x."""
+    if type(module) is not nn.Linear or not untouched(module):
+        return False
+    weight = module._parameters["weight"]  # without the detour of `nn.Module.__getattr__`
+    return (
+        type(weight) is nn.Parameter
+        and weight.dtype == x.dtype
+        and weight.device == x.device
+        and weight.is_contiguous()
+    )
+
+
+def _alike(modules: Sequence[Any]) -> bool:
+    """Return whether all linear layers have one shape, and all or none of them a bias."""
+    first = modules[0]
+    return all(
+        module.out_features == first.out_features
+        and (module._parameters["bias"] is None) == (first._parameters["bias"] is None)
+        for module in modules
+    )
 
 
 def _by_kernel(
@@ -193,9 +203,10 @@ def _by_kernel(
         given: Any = x.norm
         norm = Norm(x.scale, x.shift, given.eps, given.weight, given.bias)
         x = x.x
-    biases = None if modules[0].bias is None else [module.bias for module in modules]
+    biases = [module._parameters["bias"] for module in modules]
     return few_row_linear(
-        x, [module.weight for module in modules], biases,
+        x, [module._parameters["weight"] for module in modules],
+        None if biases[0] is None else biases,
         norm=norm, act_in=act_in, act_out=act_out,
         gate=gate, residual=residual,
     )  # fmt: skip

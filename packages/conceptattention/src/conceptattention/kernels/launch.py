@@ -47,8 +47,8 @@ def launch(
             launch(kernel, grid, *args, **constants)
         return
     kind = [
-        (arg.dtype, arg.data_ptr() % 16) if isinstance(arg, Tensor)
-        else arg if isinstance(arg, int) else 0.0
+        arg if type(arg) is int else None if type(arg) is float
+        else (arg.dtype, arg.data_ptr() % 16)  # type: ignore[union-attr]
         for arg in args
     ]  # fmt: skip
     key = (kernel.fn, device.index, *kind, *constants.values())
