@@ -13,6 +13,7 @@ from ..launch import cdiv, launch, power_of_2
 from . import reference
 
 MAX_CONCEPTS = 64
+SHARED = 99 * 1024  # bytes; what GPUs since Ampere have
 Rotary = tuple[Tensor, Tensor] | None
 
 
@@ -52,8 +53,12 @@ def usable(tensor: Tensor, concepts: int) -> str | None:
     status = triton_status()
     if not status.importable:
         return status.reason
-    if tensor.device.type != "cuda" and not status.interpreting:
-        return f"tensors on {tensor.device.type}"
+    if tensor.device.type != "cuda":
+        return None if status.interpreting else f"tensors on {tensor.device.type}"
+    properties = torch.cuda.get_device_properties(tensor.device)
+    shared = getattr(properties, "shared_memory_per_block_optin", SHARED)
+    if shared < SHARED:
+        return f"{shared} bytes of shared memory a block; the kernels need {SHARED}"
     return None
 
 
