@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..evaluation import Confusion, ap_paper, average_precision, bootstrap_interval
-from ..maps import ConceptMaps
+from ..maps import ConceptMaps, Reduce
 from ..segmentation import segment
 from ..selection import Selection
 from .model import PIXELS, DemoPipeline, encode_tokens
@@ -110,6 +110,14 @@ def score(
             best = _enlarge(maps.argmax()[:, None], target.shape[-1])[:, 0]
             confusion.add(labels.gather(1, best.flatten(1)).view_as(best), target)
     return confusion
+
+
+def reduced(found: Found, reduce: Reduce) -> Found:
+    """Return the maps with another order of reduction."""
+    return [
+        (chunk, words, {space: maps.with_reduce(reduce) for space, maps in by_space.items()})
+        for chunk, words, by_space in found
+    ]
 
 
 def summarise(

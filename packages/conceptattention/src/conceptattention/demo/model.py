@@ -30,8 +30,8 @@ PIXELS = 64
 
 TRANSFORMER = {
     "in_channels": 12,
-    "num_layers": 5,
-    "num_single_layers": 2,
+    "num_layers": 4,
+    "num_single_layers": 3,
     "attention_head_dim": 32,
     "num_attention_heads": 5,
     "joint_attention_dim": 128,

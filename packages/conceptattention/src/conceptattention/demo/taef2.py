@@ -114,7 +114,7 @@ def load_taef2(folder: str | os.PathLike[str]) -> TinyAutoencoder:
     Raises:
         ValueError: The encoder is missing or a file holds other weights.
     """
-    model = TinyAutoencoder()
+    model: TinyAutoencoder = TinyAutoencoder()
     for part, module in (("encoder", model.encoder), ("decoder", model.decoder)):
         path = Path(folder) / f"{part}.safetensors"
         if part == "decoder" and not path.exists():

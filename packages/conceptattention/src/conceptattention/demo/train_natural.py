@@ -8,7 +8,6 @@ weights, natural.json with every figure, and maps.png.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from dataclasses import asdict, replace
@@ -22,8 +21,8 @@ from torch import Tensor
 
 from fourfold_common import pick_device
 
-from ..maps import ConceptMaps
-from .evaluate import SPACES, noun_swap, score, segment_scenes, summarise
+from ..maps import ConceptMaps, Reduce
+from .evaluate import SPACES, noun_swap, reduced, score, segment_scenes, summarise
 from .model import DemoPipeline
 from .natural import (
     PIXELS,
@@ -36,7 +35,7 @@ from .natural import (
     sample_natural,
 )
 from .taef2 import TinyAutoencoder, load_taef2
-from .training import Recipe, Trainer, fit, prepare_device
+from .training import Recipe, Trainer, fit, prepare_device, write_report
 
 _logger = logging.getLogger(__name__)
 NOISE_LEVELS = (0.2, 0.4, 0.6, 0.8)
@@ -104,14 +103,23 @@ def evaluate(pipe: DemoPipeline, bank: Bank, count: int) -> dict[str, Any]:
     for data in ("compositions", "pictures"):
         scenes = held_out_natural(bank, count, held_out=data == "pictures")
         for t in NOISE_LEVELS:
-            found = segment_scenes(pipe, scenes, t=t, layers="all", store="layers", batch=32)
+            found = segment_scenes(
+                pipe, scenes, t=t, layers="all", store="layers", batch=32, kernels="torch"
+            )
             default = list(layers[len(layers) // 2 :])
-            cases: list[tuple[str, list[int]]] = [(space, default) for space in SPACES]
-            cases += [("output", [layer]) for layer in layers]
-            for space, chosen in cases:
-                row = {"data": data, "space": space, "t": t, "layers": chosen}
-                strongest = score(found, scenes, layers=chosen, space=space, protocol="argmax")
-                row |= summarise(found, scenes, layers=chosen, space=space)
+            cases: list[tuple[str, list[int], Reduce]] = [
+                (space, default, reduce)
+                for space in SPACES
+                for reduce in ("softmax_mean", "mean_softmax")
+            ]
+            cases += [("output", [layer], "softmax_mean") for layer in layers]
+            for space, chosen, reduce in cases:
+                row = {
+                    "data": data, "space": space, "t": t, "layers": chosen, "reduce": reduce
+                }  # fmt: skip
+                maps = reduced(found, reduce)
+                strongest = score(maps, scenes, layers=chosen, space=space, protocol="argmax")
+                row |= summarise(maps, scenes, layers=chosen, space=space)
                 row |= {"argmax_accuracy": round(strongest.accuracy, 4)}
                 rows.append(row)
                 if chosen == default:
@@ -137,7 +145,7 @@ def draw_maps(pipe: DemoPipeline, scenes: NaturalScenes, path: Path, t: float = 
     columns = 1 + max(len(scenes.words(i)) for i in range(len(scenes)))
     side = PIXELS
     sheet = Image.new("RGB", (columns * side, len(scenes) * (side + 18)), "white")
-    for chunk, words, by_space in segment_scenes(pipe, scenes, t=t):
+    for chunk, words, by_space in segment_scenes(pipe, scenes, t=t, kernels="torch"):
         for row, index in enumerate(chunk):
             pixels = (scenes.images[index].permute(1, 2, 0) * 255).byte().cpu().numpy()
             picture = Image.fromarray(pixels)
@@ -176,7 +184,7 @@ def _one(maps: ConceptMaps, row: int) -> ConceptMaps:
     help="Folder with TAEF2's encoder.safetensors.",
 )
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--minutes", default=5.0, help="Time for training, compilation included.")
+@click.option("--minutes", default=7.0, help="Time for training, compilation included.")
 @click.option("--steps", default=10**9, help="Stop, and end the schedule, after so many steps.")
 @click.option("--batch", default=256, help="Scenes per step.")
 @click.option("--rate", default=1e-3, help="Peak learning rate.")
@@ -224,9 +232,10 @@ def main(
         "textures": len(bank.textures), "words": len(bank.words),
         "parameters": sum(weight.numel() for weight in trainer.weights),
         **trained,
-        "evaluation": evaluate(pipe, bank, evaluation_scenes),
     }  # fmt: skip
-    (output / "natural.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(output / "natural.json", report)
+    report["evaluation"] = evaluate(pipe, bank, evaluation_scenes)
+    write_report(output / "natural.json", report)
     draw_maps(pipe, held_out_natural(bank, 5, held_out=False), output / "maps.png")
     _logger.info("done")
 
