@@ -36,10 +36,10 @@ def normal(*shape, dtype=torch.bfloat16):
 
 def linear_case(name, rows, dtype, width=WIDTH):
     """Return weights' shape and count, and the keyword arguments, of one layer's linear layer."""
-    table = normal(1, 6 * width, dtype=dtype)
-    norm = Norm(table[:, :width], table[:, width : 2 * width], 1e-6)
+    table = normal(1, 1, 6 * width, dtype=dtype)
+    norm = Norm(table[..., :width], table[..., width : 2 * width], 1e-6)
     gated = {
-        "gate": table[:, 2 * width : 3 * width],
+        "gate": table[..., 2 * width : 3 * width],
         "residual": normal(1, rows, width, dtype=dtype),
     }
     return {
@@ -65,7 +65,7 @@ def error(ours, exact):
     return float((ours.double() - exact).norm() / exact.norm())
 
 
-def graph_time(calls, repeats=3, least=0.004):
+def graph_time(calls, repeats=3, replays=4):
     """Return the median microseconds of one call, over replays of a graph of all calls."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -81,15 +81,12 @@ def graph_time(calls, repeats=3, least=0.004):
         times = []
         for _ in range(repeats):
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            count = 0
-            start = time.perf_counter()
             marks[0].record()
-            while count < 2 or time.perf_counter() - start < least:
+            for _ in range(replays):
                 graph.replay()
-                count += 1
             marks[1].record()
             torch.cuda.synchronize()
-            times.append(1000 * marks[0].elapsed_time(marks[1]) / count / len(calls))
+            times.append(1000 * marks[0].elapsed_time(marks[1]) / replays / len(calls))
     return statistics.median(times)
 
 
@@ -213,22 +210,30 @@ def tiles(name):
     if name == "attention":
         return [
             {"block": block, "programs": programs, "num_warps": warps, "num_stages": stages}
-            for block, programs, (warps, stages) in itertools.product(
-                (32, 64, 128), (264, 528), ((4, 2), (4, 3), (8, 3))
+            for (block, stages, warps), programs in itertools.product(
+                ((32, 2, 4), (32, 3, 4), (64, 2, 4), (64, 2, 8), (64, 3, 4), (128, 2, 8)),
+                (264, 396, 528, 792),
             )
         ]
     if name == "scores":
         return [
             {"BLOCK_N": n, "BLOCK_D": d, "num_warps": w, "num_stages": s}
-            for n, d, w, s in itertools.product((16, 32, 64), (128, 256), (4,), (3, 5))
+            for n, d, w, s in itertools.product((16, 32), (128, 256), (2, 4), (3, 5))
         ]
-    return [
-        {"BLOCK_N": n, "BLOCK_K": k, "num_warps": w, "num_stages": s}
-        for n, k, (w, s) in itertools.product(
-            (16, 32, 64), (128, 256, 512), ((2, 4), (4, 3), (4, 5), (8, 4))
+    made = [
+        {"LEFT": left, "BLOCK_N": n, "BLOCK_K": k, "num_warps": w, "num_stages": s}
+        for (left, n, w), k, s in itertools.product(
+            (
+                (False, 16, 4), (False, 16, 2), (False, 32, 4), (False, 32, 2), (True, 16, 4),
+                (True, 16, 2), (True, 32, 4), (True, 32, 2), (True, 64, 4), (True, 128, 8),
+            ),
+            (64, 128, 256, 512), (4, 6),
         )
-        if 16384 <= n * k * s * 2 <= 163840 and n * k <= 8192 * w
-    ]
+    ]  # fmt: skip
+    return [
+        part for part in made
+        if 16384 <= part["BLOCK_N"] * part["BLOCK_K"] * 2 * part["num_stages"] <= 100000
+    ]  # fmt: skip
 
 
 NAMES = ("modulation", "qkv", "out", "up", "down", "attention", "scores")

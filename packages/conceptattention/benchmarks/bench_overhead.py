@@ -178,6 +178,7 @@ def measure(name, concepts, runs, device, *, built, details):
         return model(**arguments)[0]
 
     plain, maps, times, memory, host, detail = None, {}, {}, {}, {}, {}
+    thread = {}  # what the Python thread computed, without waiting for cores that others use
     with torch.no_grad():
         for key, make in ways.items():
             with make() as watched:
@@ -195,7 +196,7 @@ def measure(name, concepts, runs, device, *, built, details):
                 raise RuntimeError(f"{name}: the random model overflows")
             if key not in (PLAIN, KEEP):
                 maps[key] = watched.heatmaps().with_reduce("raw").values
-            times[key], host[key] = [], []
+            times[key], host[key], thread[key] = [], [], []
         error = 0.0
         if gpu:
             ours, twin = maps["triton"], maps["torch"]
@@ -209,11 +210,12 @@ def measure(name, concepts, runs, device, *, built, details):
                     if gpu:
                         marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
                         torch.cuda.synchronize()
-                        start = time.perf_counter()
+                        start, own = time.perf_counter(), time.thread_time()
                         marks[0].record()
                         call()
                         marks[1].record()
                         host[key].append(1000 * (time.perf_counter() - start))
+                        thread[key].append(1000 * (time.thread_time() - own))
                         torch.cuda.synchronize()
                         times[key].append(marks[0].elapsed_time(marks[1]))
                     else:
@@ -238,6 +240,7 @@ def measure(name, concepts, runs, device, *, built, details):
             "overhead_of_medians_percent": 100 * (middle / base - 1), "runs": runs,
             "extra_memory_mib": memory.get(key, 0.0) - memory.get(PLAIN, 0.0),
             "host_ms": statistics.median(host[key]) if host[key] else None,
+            "host_thread_ms": statistics.median(thread[key]) if thread[key] else None,
             "layers": {"dual": len(model.transformer_blocks)},
             "kernel_error": error, "bit_identical": True,
             **({"syncs": detail[key]["syncs"], "launches": detail[key]["launches"]}
@@ -247,7 +250,8 @@ def measure(name, concepts, runs, device, *, built, details):
         print(
             f"{name:24} r={concepts:2} {key:16} {middle:8.2f} ms "
             f"{rows[-1]['overhead_percent']:+7.2f} %  {middle - base:+7.2f} ms  "
-            f"{rows[-1]['extra_memory_mib']:+8.1f} MiB  host {rows[-1]['host_ms'] or 0:7.2f} ms  "
+            f"{rows[-1]['extra_memory_mib']:+8.1f} MiB  host {rows[-1]['host_ms'] or 0:7.2f} ms "
+            f"(thread {rows[-1]['host_thread_ms'] or 0:7.2f})  "
             f"syncs {rows[-1].get('syncs')}  launches {rows[-1].get('launches')}", flush=True,
         )  # fmt: skip
     print(f"{name:24} same bits; kernels against torch {error:.1e}", flush=True)

@@ -48,7 +48,7 @@ def test_mistakes_have_a_message(demo_pipe, prompt, concepts, message):
 
 
 def test_without_gradio_the_command_says_what_to_install(demo_pipe, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda model, device: demo_pipe)
+    monkeypatch.setattr(cli, "load", lambda model, device: demo_pipe)
     monkeypatch.setattr(app, "find_spec", lambda name: None)
     result = CliRunner().invoke(cli.main, ["app"])
     assert result.exit_code == 2

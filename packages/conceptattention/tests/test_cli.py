@@ -3,13 +3,13 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from conceptattention import ConceptMaps, cli
+from conceptattention import ConceptAttention, ConceptMaps, cli
 
 
 @pytest.fixture
 def small(demo_pipe, monkeypatch):
     """Commands that use a small random model in place of the embedded one."""
-    monkeypatch.setattr(cli, "_load", lambda model, device: demo_pipe)
+    monkeypatch.setattr(cli, "load", lambda model, device: demo_pipe)
 
 
 def run(*arguments):
@@ -47,9 +47,45 @@ def test_user_errors_are_one_line(small, tmp_path):
     assert "`concepts` must hold at least one word" in result.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--layers", "last:x"), "`layers` must be 'default', 'all', 'last:N', indices or a slice"),
+        (("--layers", "0,99"), "`layers` must be between -2 and 1; got 99"),
+    ],
+)
+def test_layers_may_be_numbers(small, tmp_path, arguments, message):
+    given = ("generate", "--prompt", "a fish", "--concepts", "fish, water", "--steps", "1")
+    assert run(*given, "--layers", "0, 1", "--output", str(tmp_path)).exit_code == 0
+    assert ConceptMaps.load(tmp_path / "maps.npz").coverage == {0: 1.0, 1: 1.0}
+    result = run(*given, *arguments, "--output", str(tmp_path))
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+@pytest.mark.parametrize("name", ["no-such-folder", "./no/folder", "/no-such-folder", "a/b/c"])
+def test_models_that_are_no_folder_are_named(name):
+    result = run("generate", "--model", name, "--prompt", "a", "--concepts", "a, b")
+    assert result.exit_code == 2
+    assert f"`--model` must be a folder, a hub name like owner/name, or demo; got '{name}'" in (
+        result.output
+    )
+
+
+def test_devices_that_are_missing_are_named():
+    result = run("generate", "--device", "moon", "--prompt", "a", "--concepts", "a, b")
+    assert result.exit_code == 2
+    assert "`--device` must be 'auto' or a torch device" in result.output
+
+
+def test_one_concept_alone_is_warned_of(demo_pipe, caplog):
+    ConceptAttention(demo_pipe, ["fish"])
+    assert "the map of fish alone is 1 everywhere" in caplog.text
+
+
 def test_defaults_load_the_embedded_model():
     options = {option.name: option.default for option in cli.generate.params}
-    pipe = cli._load(options["model"], options["device"])
+    pipe = cli.load(options["model"], options["device"])
     assert type(pipe).__name__ == "DemoPipeline"
 
 

@@ -86,7 +86,7 @@ def test_training_never_shows_held_out_pairs():
 
 def test_objects_do_not_overlap():
     present = torch.arange(4).expand(200, 4) < 3
-    centres, radii = scenes._place(present, torch.Generator().manual_seed(0))
+    centres, radii = scenes.place_objects(present, torch.Generator().manual_seed(0))
     distance = (centres[:, :, None] - centres[:, None]).norm(dim=-1) + 9 * torch.eye(4)
     apart = distance >= radii[:, :, None] + radii[:, None] - 1e-5
     assert apart[:, :3, :3].all()

@@ -266,7 +266,7 @@ def test_another_folder_of_the_same_kind_is_refused(demo_pipe, tmp_path, monkeyp
 
 
 def test_eval_command(demo_pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda model, device: demo_pipe)
+    monkeypatch.setattr(cli, "load", lambda model, device: demo_pipe)
     given = (
         "eval", "--dataset", "scenes", "--split", "20", "--limit", "2", "--protocol", "multiclass",
         "--spaces", "output", "--output", str(tmp_path), "--no-progress",

@@ -122,3 +122,26 @@ def test_kernels_that_cannot_run_say_why(flux):
         ConceptAttention(flux, [str(i) for i in range(65)], kernels="triton"),
     ):
         flux("a cat", height=16, width=16, num_inference_steps=1, max_sequence_length=16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_the_embedded_model_gives_the_same_maps_on_a_gpu(dtype, bound):
+    from conceptattention import ConceptAttention
+    from conceptattention.demo.model import load_pipeline
+
+    pipe = load_pipeline().to("cuda", dtype)
+    seen, maps = [], []
+    for kernels in ("torch", "triton"):
+        with ConceptAttention(
+            pipe, ["bee", "grass", "clouds"], kernels=kernels, layers="all", single_stream=True,
+            space=["output", "cross_attention"],
+        ) as observer:  # fmt: skip
+            seen.append(
+                pipe(["a bee on grass"] * 2, num_inference_steps=2, output_type="pt",
+                     generator=torch.Generator().manual_seed(0)).images
+            )  # fmt: skip
+        maps.append([observer.heatmaps(space=space).raw for space in observer.spaces])
+    assert torch.equal(*seen)
+    for plain, fast in zip(*maps, strict=True):
+        assert (plain - fast).norm() <= bound * plain.norm()

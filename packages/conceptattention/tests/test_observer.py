@@ -223,7 +223,7 @@ def test_multi_token_words(flux, caplog):
         ({"concepts": [["cat"], ["a", "b"]]}, ValueError, r"one length; got lengths \[1, 2\]"),
         ({"concepts": [str(i) for i in range(513)]}, ValueError, "at most 512 words; got 513"),
         ({"layers": [3]}, ValueError, "`layers` must be between -3 and 2; got 3"),
-        ({"layers": "some"}, ValueError, "`layers` must be 'all', indices or a slice; got 'some'"),
+        ({"layers": "some"}, ValueError, "must be 'default', 'all', 'last:N', indices or a slice"),
         ({"layers": slice(9, None)}, ValueError, "`layers` must select at least one of 3 layers"),
         ({"steps": "some"}, ValueError, "`steps` must be 'all', an index"),
         ({"steps": []}, ValueError, "`steps` must select at least one step"),

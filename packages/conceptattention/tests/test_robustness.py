@@ -23,8 +23,8 @@ def add_lora(model):
         model.add_adapter(config)
 
 
-def observe(family, pipe, **kwargs):
-    with ConceptAttention(pipe, WORDS, **SETTINGS) as observer:
+def observe(family, pipe, kernels="auto", **kwargs):
+    with ConceptAttention(pipe, WORDS, **SETTINGS, kernels=kernels) as observer:
         seen = family.run(pipe, **kwargs)
     return seen, observer.heatmaps()
 
@@ -161,20 +161,105 @@ def test_compiled_blocks_are_refused_before_and_heard_inside():
         ConceptAttention(pipe, WORDS, **SETTINGS)
 
 
-def test_bitsandbytes_weights():
+def bitsandbytes(model, kind):
     bnb = pytest.importorskip("bitsandbytes")
+
+    def replace(linear):
+        size = linear.in_features, linear.out_features, linear.bias is not None
+        if kind == "8bit":
+            made = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False)
+        else:
+            made = bnb.nn.Linear4bit(*size, compute_dtype=torch.float32, quant_type="nf4")
+        made.load_state_dict(linear.state_dict())
+        return made.to("cpu")
+
+    replace_linears(model, replace)
+
+
+def gguf(model):
+    library = pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    kind = library.GGMLQuantizationType.Q8_0
+
+    def replace(linear):
+        if linear.in_features % 32:
+            return linear
+        size = linear.in_features, linear.out_features, linear.bias is not None
+        made = GGUFLinear(*size, compute_dtype=torch.float32)
+        packed = library.quantize(linear.weight.detach().numpy(), kind)
+        made.weight = GGUFParameter(torch.from_numpy(packed), quant_type=kind)
+        made.bias = linear.bias
+        return made
+
+    replace_linears(model, replace)
+
+
+def torchao(model):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+
+def replace_linears(model, replace):
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear:
+                setattr(module, name, replace(child))
+
+
+QUANTISED = {
+    "bitsandbytes 8 bits": lambda model: bitsandbytes(model, "8bit"),
+    "bitsandbytes 4 bits": lambda model: bitsandbytes(model, "4bit"),
+    "gguf": gguf,
+    "torchao": torchao,
+}
+
+
+@pytest.mark.parametrize("quantise", QUANTISED)
+def test_quantised_weights(quantise):
     family = FAMILIES["flux"]
     pipe = family.build()
-    for module in list(pipe.transformer.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, torch.nn.Linear):
-                linear = bnb.nn.Linear8bitLt(
-                    child.in_features, child.out_features, child.bias is not None,
-                    has_fp16_weights=False,
-                )  # fmt: skip
-                linear.load_state_dict(child.state_dict())
-                setattr(module, name, linear)
-    plain = family.run(pipe)
-    seen, maps = observe(family, pipe)
+    QUANTISED[quantise](pipe.transformer)
+    plain = family.run(pipe, num_inference_steps=1)
+    seen, maps = observe(family, pipe, num_inference_steps=1)
     assert torch.equal(plain, seen)
-    assert maps.counts == [6]
+    assert maps.counts == [3]
+    assert set(maps.coverage.values()) == {1.0}
+    # The kernel for few rows stands for plain weights alone.
+    fast, by_kernels = observe(family, pipe, kernels="triton", num_inference_steps=1)
+    assert torch.equal(plain, fast)
+    torch.testing.assert_close(by_kernels.values, maps.values, rtol=1e-4, atol=1e-5)
+
+
+def model_offload(pipe):
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def sequential_offload(pipe):
+    from accelerate import cpu_offload
+
+    cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("offload", [model_offload, sequential_offload])
+def test_offloaded_pipelines(offload, kernels):
+    pytest.importorskip("accelerate")
+    pipe = tiny_flux()
+
+    def generate():
+        return pipe(
+            "a cat", height=16, width=24, num_inference_steps=1, max_sequence_length=16,
+            output_type="pt", generator=torch.Generator().manual_seed(0),
+        ).images  # fmt: skip
+
+    plain = generate()
+    with ConceptAttention(pipe, ["cat", "sky"], kernels="torch") as expected:
+        generate()
+    offload(pipe)
+    with ConceptAttention(pipe, ["cat", "sky"], kernels=kernels) as observer:
+        seen = generate()
+    assert torch.equal(plain, seen)
+    torch.testing.assert_close(
+        observer.heatmaps().values, expected.heatmaps().values, rtol=1e-4, atol=1e-5
+    )

@@ -40,6 +40,14 @@ def test_env_prints_version_and_place():
     assert f"version: {__version__}" in call("env").output
 
 
+def test_a_wrong_type_or_device_is_named(folders):
+    pair = "--target", folders[0], "--drafter", folders[1], "--prompt", "a"
+    for option, value in (("dtype", "int3"), ("device", "tpu")):
+        result = call("generate", *pair, f"--{option}", value)
+        assert result.exit_code == 2
+        assert f"Error: `{option}` must be" in result.output
+
+
 def test_generate_continues_a_text(folders):
     target, drafter = folders
     texts = [

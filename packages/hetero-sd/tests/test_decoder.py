@@ -138,7 +138,7 @@ def test_sampled_first_token_has_the_targets_law(near_pair, method, backend):
 
 def test_graphs_that_fail_are_done_without(near_pair, monkeypatch):
     """Where graphs fail, the rounds go on without them."""
-    from hetero_sd.graphs import GraphRound
+    from hetero_sd.whole import GraphRound
 
     def broken(*_):
         raise RuntimeError("capture failed")
@@ -262,6 +262,7 @@ def test_bad_settings_are_refused(tokenizers, models, options, message):
         ({"input_ids": torch.tensor([[99999]])}, r"`input_ids` must be in \[0, \d+\); got 99999"),
         ({"prompts": "a", "max_new_tokens": 0}, "`max_new_tokens` must be 1 or more; got 0"),
         ({"prompts": "a", "max_new_tokens": 999}, "within the target's 256 positions; got 999"),
+        ({"prompts": "a", "stop_strings": [""]}, r"`stop_strings` must hold no empty text; got"),
         ({"prompts": "a", "num_beams": 2}, "`num_beams` must be 1; got 2"),
         ({"prompts": "a", "output_scores": True}, "`output_scores` is not kept by speculative"),
         ({"prompts": "a", "guidance_scale": 2.0}, "`guidance_scale` keeps a state from token to"),

@@ -113,7 +113,7 @@ def test_prompts_need_the_corpora(tmp_path):
 
 
 def test_byte_tokens_of_the_drafters_tokenizer_are_ordinary_text():
-    from hetero_sd.demo.train import train_drafter_tokenizer
+    from hetero_sd.demo.vocabularies import train_drafter_tokenizer
 
     tokenizer = train_drafter_tokenizer(sentences(50), 300)
     assert tokenizer.decode(tokenizer("the <0x41> 🙂").input_ids) == "the <0x41> 🙂"
@@ -217,3 +217,36 @@ def test_a_drafter_is_trained_and_drafts(corpora, tmp_path, monkeypatch, ships):
     assert 258 < len(pair.drafter_tokenizer) == pair.drafter.config.vocab_size <= 420
     decoder = HeteroSpeculativeDecoder(*pair.parts, method="slem", lookahead=2)
     assert decoder.generate("What is tea?", max_new_tokens=4).stats.proposed > 0
+
+
+def test_a_drafter_is_trained_on_texts_written_elsewhere(corpora, tmp_path, monkeypatch):
+    """With the corpora and an earlier drafter's text; the best state on held-out text is kept."""
+    from hetero_sd.demo import train
+    from hetero_sd.demo.run import ASSETS
+    from hetero_sd.demo.sampling import as_ids, as_text, read_texts, write_texts
+
+    chats = [f"<s>user\n{text}</s>\n<s>assistant\n{text}</s>\n" for text in sentences(60)]
+    write_texts(tmp_path / "a.jsonl.gz", chats[:30])
+    write_texts(tmp_path / "a.jsonl.gz", chats[30:])
+    assert read_texts([tmp_path / "a.jsonl.gz"]) == chats
+    tiny = train.Shape(vocab=420, hidden=32, inner=48, layers=1, heads=2, kv_heads=1)
+    monkeypatch.setitem(train.SIZES, "20m", train.Size(tiny, 3e-3))
+    monkeypatch.setattr(train, "CONTEXT", 96)
+    arguments = ["--texts", tmp_path / "a.jsonl.gz", "--more", ASSETS / "drafter", "--size", "20m"]
+    arguments += ["--data", corpora, "--output", tmp_path / "out", "--minutes", 0.02]
+    arguments += ["--rows", 4, "--batch", 4]
+    result = CliRunner().invoke(train.main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    with tarfile.open(tmp_path / "out" / "assets.tar") as tar:
+        tar.extractall(tmp_path / "made", filter="data")
+    record = json.loads((tmp_path / "made" / "training.json").read_text())
+    assert set(record["stream_tokens"]) == {"drafter", "more", "held"}
+    log = (tmp_path / "made" / "training_log.csv").read_text().splitlines()
+    assert log[0] == "model,step,loss,used,held"
+    assert float(log[-1].split(",")[-1]) > 0
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(corpora / "tokenizers" / "smollm2")
+    assert as_text(tokenizer, [as_ids(tokenizer, chats[0])]) == chats[:1]
+    result = CliRunner().invoke(train.main, ["--data", str(corpora), "--output", str(tmp_path)])
+    assert "exactly one of `--gguf`, `--texts`" in result.output

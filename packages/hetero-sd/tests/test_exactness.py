@@ -16,7 +16,7 @@ from hetero_sd.acceptance import (
     verify_runs,
 )
 from hetero_sd.chance import Chance
-from hetero_sd.drafting import Certain, Drawn, Runs, judge_together
+from hetero_sd.drafts import Certain, Drawn, Runs, judge_together
 from hetero_sd.processors import Processors
 from hetero_sd.testing import (
     outcomes_of_block,

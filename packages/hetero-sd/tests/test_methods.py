@@ -10,6 +10,7 @@ import torch
 
 from hetero_sd import HeteroSpeculativeDecoder
 from hetero_sd.testing import distance, every_course, law_of_output, law_of_target, one_round
+from hetero_sd.verify import fits_law
 
 METHODS = ["tli", "tli by token", "slem", "slrs", "c-slrs", "slrs-plain", "standard"]
 SETTINGS = {
@@ -163,12 +164,12 @@ def _flat_laws(whole):
 )
 def test_law_by_graphs(pairs, monkeypatch, caplog, method, verification, wrong):
     caplog.set_level(logging.DEBUG, logger="hetero_sd")
-    from hetero_sd import graphs
+    from hetero_sd import whole
 
     if wrong:
-        make = graphs.GraphRound.__init__
+        make = whole.GraphRound.__init__
         monkeypatch.setattr(
-            graphs.GraphRound, "__init__", lambda self, *a: (make(self, *a), _flat_laws(self))[0]
+            whole.GraphRound, "__init__", lambda self, *a: (make(self, *a), _flat_laws(self))[0]
         )
     dec = HeteroSpeculativeDecoder(
         *pairs["same" if method == "standard" else "others"],
@@ -189,14 +190,13 @@ def test_law_by_graphs(pairs, monkeypatch, caplog, method, verification, wrong):
     )
     assert "no CUDA graphs" not in caplog.text
     assert 0.1 < made.stats.acceptance < 0.99
-    found = {}
-    for tokens in made.tokens:
-        key = tuple(tokens[:3])
-        found[key] = found.get(key, 0.0) + 1 / count
     wanted = law_of_target(dec, prompt, options, length=3)
-    # The mean distance of so many draws from their own law, and half as much again.
-    limit = 1.5 * sum((w * (1 - w) / count) ** 0.5 for w in wanted.values()) * 0.4
-    assert (distance(found, wanted) > limit) == wrong
+    place = {key: i for i, key in enumerate(wanted)}
+    counts = torch.zeros(len(wanted), dtype=torch.float64)
+    for tokens in made.tokens:
+        counts[place[tuple(tokens[:3])]] += 1
+    fits, detail = fits_law(counts, torch.tensor(list(wanted.values()), dtype=torch.float64))
+    assert fits != wrong, detail
 
 
 def test_more_is_accepted_as_theory_says(pairs):

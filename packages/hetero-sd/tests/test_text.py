@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hetero_sd import inspect_vocab, map_vocabularies
 from hetero_sd._bytes import ByteEncoder, token_bytes, unfinished_tail
 from hetero_sd.context import DrafterContext, DrafterMemory, SameContext
-from hetero_sd.demo.train import train_drafter_tokenizer
+from hetero_sd.demo.vocabularies import train_drafter_tokenizer
 from hetero_sd.testing import make_tokenizer, sentences
 
 KINDS = ("byte-level", "sentencepiece", "prefixed", "characters")

@@ -9,6 +9,18 @@ from typing import Any
 import click
 
 from .__about__ import __version__
+from .cli_options import (
+    CONCEPTS,
+    DEVICE,
+    LAYERS,
+    MODEL,
+    OUTPUT,
+    file_name,
+    load,
+    numbers,
+    quiet,
+    words,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -113,16 +125,13 @@ def demo(
     progress: bool,
 ) -> None:
     """Generate a picture with maps, segment another, and score maps on held-out scenes."""
-    _quiet()
+    quiet()
     from .demo.run import PROMPT, run
 
-    words = None
-    if concepts is not None:
-        words = [word.strip() for word in concepts.split(",") if word.strip()]
     results = run(
         output,
         prompt=PROMPT if prompt is None else prompt,
-        concepts=words,
+        concepts=None if concepts is None else words(concepts),
         image=image,
         seed=seed,
         steps=steps,
@@ -142,75 +151,17 @@ def demo(
     click.echo(f"Pictures, maps and results.json are in {output}.")
 
 
-_MODEL = click.option(
-    "--model",
-    default="demo",
-    show_default=True,
-    help="Folder or hub name of a diffusers pipeline; `demo` is the small model inside.",
-)
-_CONCEPTS = click.option("--concepts", required=True, help="Words to map, separated by commas.")
-_OUTPUT = click.option(
-    "--output",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("concept-maps"),
-    show_default=True,
-    help="Folder for the pictures and maps.npz.",
-)
-_DEVICE = click.option(
-    "--device", default="auto", show_default=True, help="Such as cuda or cpu, or auto."
-)
-
-
-def _quiet() -> None:
-    """Silence import-time advice of the libraries, which is not the user's concern."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.set_verbosity_error()
-
-
-def _load(model: str, device: str) -> Any:
-    import torch
-
-    from fourfold_common import pick_device
-
-    _quiet()
-    place = pick_device(device)[0]
-    if model == "demo":
-        from .demo.model import load_pipeline
-
-        return load_pipeline().to(place)
-    if model == "tiny-video":
-        from .testing import tiny_cogvideox
-
-        return tiny_cogvideox().to(place)
-    from diffusers import DiffusionPipeline
-
-    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(place)
-
-
-def _file_name(word: str) -> str:
-    """Return a word without characters that folders give a meaning."""
-    return "".join(c if c.isalnum() else "-" for c in word)
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 @main.command()
-@_MODEL
+@MODEL
 @click.option("--prompt", required=True, help="What to generate.")
-@_CONCEPTS
-@_OUTPUT
+@CONCEPTS
+@OUTPUT
 @click.option("--steps", default=12, show_default=True, type=click.IntRange(1), help="Steps.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise, drawn on the CPU.")
-@click.option("--layers", default="default", show_default=True, help="default, all or last:N.")
-@_DEVICE
+@LAYERS
+@DEVICE
 def generate(
-    model: str, prompt: str, concepts: str, output: Path, steps: int, seed: int, layers: str,
+    model: str, prompt: str, concepts: str, output: Path, steps: int, seed: int, layers: Any,
     device: str,
 ) -> None:  # fmt: skip
     """Generate a picture or a video and the maps of its concepts."""
@@ -218,8 +169,8 @@ def generate(
 
     from .observer import ConceptAttention
 
-    pipe = _load(model, device)
-    with ConceptAttention(pipe, _words(concepts), layers=layers) as observer:
+    pipe = load(model, device)
+    with ConceptAttention(pipe, words(concepts), layers=layers) as observer:
         result = pipe(
             prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)
         )
@@ -228,7 +179,7 @@ def generate(
     if maps.raw.ndim == 6:
         frames = result.frames[0]
         for name in maps.names():
-            click.echo(maps[name].to_video(output / f"{_file_name(name)}.gif", frames))
+            click.echo(maps[name].to_video(output / f"{file_name(name)}.gif", frames))
     else:
         picture = result.images[0]
         picture.save(output / "image.png")
@@ -239,23 +190,33 @@ def generate(
 
 
 @main.command()
-@_MODEL
+@MODEL
 @click.option(
     "--image",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     required=True,
     help="Picture to segment.",
 )
-@_CONCEPTS
+@CONCEPTS
 @click.option("--prompt", default="", help="Caption of the picture; may stay empty.")
-@_OUTPUT
-@click.option("--noise", default=0.5, show_default=True, help="Noise level, above 0, at most 1.")
-@click.option("--samples", default=1, show_default=True, help="Noise draws to average.")
+@OUTPUT
+@click.option(
+    "--noise", default=0.5, show_default=True, type=click.FloatRange(0, 1, min_open=True),
+    help="Noise level.",
+)  # fmt: skip
+@click.option(
+    "--samples",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Noise draws to average.",
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
-@_DEVICE
+@LAYERS
+@DEVICE
 def segment(
     model: str, image: Path, concepts: str, prompt: str, output: Path, noise: float, samples: int,
-    seed: int, device: str,
+    seed: int, layers: Any, device: str,
 ) -> None:  # fmt: skip
     """Map concepts in a picture that exists already."""
     from PIL import Image
@@ -263,11 +224,13 @@ def segment(
     from .maps import ConceptMaps
     from .segmentation import segment as run
 
-    pipe = _load(model, device)
+    pipe = load(model, device)
     picture = Image.open(image).convert("RGB")
     if model == "demo":
         picture = picture.resize((64, 64))
-    maps = run(pipe, picture, _words(concepts), prompt, t=noise, samples=samples, seed=seed)
+    maps = run(
+        pipe, picture, words(concepts), prompt, t=noise, samples=samples, seed=seed, layers=layers
+    )
     if not isinstance(maps, ConceptMaps):
         raise TypeError("one space gives one set of maps")
     output.mkdir(parents=True, exist_ok=True)
@@ -287,8 +250,8 @@ def segment(
     help="Folder or hub name of a video pipeline; `tiny-video` has random weights.",
 )
 @click.option("--prompt", required=True, help="What to generate.")
-@_CONCEPTS
-@_OUTPUT
+@CONCEPTS
+@OUTPUT
 @click.option("--steps", default=50, show_default=True, type=click.IntRange(1), help="Steps.")
 @click.option("--frames", type=click.IntRange(1), help="Pixel frames; the model's own by default.")
 @click.option("--width", type=click.IntRange(8), help="The model's own by default.")
@@ -304,12 +267,12 @@ def segment(
 )
 @click.option("--pictures/--no-pictures", default=True, help="Write every frame as PNG too.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise, drawn on the CPU.")
-@click.option("--layers", default="default", show_default=True, help="default, all or last:N.")
-@_DEVICE
+@LAYERS
+@DEVICE
 def video(
     model: str, prompt: str, concepts: str, output: Path, steps: int, frames: int | None,
     width: int | None, height: int | None, fps: float, ending: str, pictures: bool, seed: int,
-    layers: str, device: str,
+    layers: Any, device: str,
 ) -> None:  # fmt: skip
     """Generate a video and write the maps of its concepts over its frames."""
     import torch
@@ -318,10 +281,10 @@ def video(
     from .observer import ConceptAttention
 
     check_video_format(f"video.{ending}", fps)
-    pipe = _load(model, device)
+    pipe = load(model, device)
     sizes = {"num_frames": frames, "width": width, "height": height}
     given = {name: size for name, size in sizes.items() if size is not None}
-    with ConceptAttention(pipe, _words(concepts), layers=layers) as observer:
+    with ConceptAttention(pipe, words(concepts), layers=layers) as observer:
         result = pipe(
             prompt,
             num_inference_steps=steps,
@@ -336,7 +299,7 @@ def video(
     click.echo(maps.to_video(output / f"maps.{ending}", made, fps=fps))
     for name in maps.names():
         drawn = maps[name].frames(made)
-        place = output / _file_name(name)
+        place = output / file_name(name)
         click.echo(write_video(place.with_suffix(f".{ending}"), drawn, fps))
         if pictures:
             place.mkdir(parents=True, exist_ok=True)
@@ -346,15 +309,8 @@ def video(
     click.echo(maps.save(output / "maps.npz"))
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(word) for word in _words(text))
-    except ValueError:
-        raise ValueError(f"`--noise` must be numbers separated by commas; got {text!r}.") from None
-
-
 @main.command("eval")
-@_MODEL
+@MODEL
 @click.option(
     "--dataset",
     required=True,
@@ -379,7 +335,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     help="Also prompt_attention and daam.",
 )  # fmt: skip
 @click.option("--noise", default="0.5", show_default=True, help="Levels, separated by commas.")
-@click.option("--layers", default="default", show_default=True, help="default, all or last:N.")
+@LAYERS
 @click.option("--each-layer", is_flag=True, help="Score every layer by itself too.")
 @click.option("--ablate", is_flag=True, help="Repeat without self-attention of the concepts.")
 @click.option(
@@ -400,10 +356,10 @@ def _numbers(text: str) -> tuple[float, ...]:
     help="Folder of the run; a run that was interrupted goes on from it.",
 )
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
-@_DEVICE
+@DEVICE
 def evaluate(
     model: str, dataset: str, root: Path, split: str | None, protocol: Any, spaces: str,
-    noise: str, layers: str, each_layer: bool, ablate: bool, samples: int, size: int | None,
+    noise: str, layers: Any, each_layer: bool, ablate: bool, samples: int, size: int | None,
     score_size: int | None, limit: int | None, seed: int, output: Path, progress: bool,
     device: str,
 ) -> None:  # fmt: skip
@@ -414,11 +370,11 @@ def evaluate(
     from .harness import Settings, to_markdown
     from .harness import evaluate as run
 
-    names: Any = tuple(_words(spaces))
+    names: Any = tuple(words(spaces))
     settings = Settings(
         protocol=protocol,
         spaces=names,
-        noise=_numbers(noise),
+        noise=numbers(noise),
         self_attention=(True, False) if ablate else (True,),
         layers=layers,
         each_layer=each_layer,
@@ -433,7 +389,7 @@ def evaluate(
 
         if torch.cuda.is_available():
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-    pipe = _load(model, device)
+    pipe = load(model, device)
     result = run(pipe, pictures, output, settings, limit=limit, progress=progress)
     if int(os.environ.get("RANK", "0")) == 0:
         click.echo(to_markdown(result["rows"]))
@@ -441,17 +397,17 @@ def evaluate(
 
 
 @main.command()
-@_MODEL
+@MODEL
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", default=7860, show_default=True, type=click.IntRange(0, 65535), help="0: any free."
 )
-@_DEVICE
+@DEVICE
 def app(model: str, host: str, port: int, device: str) -> None:
     """Serve a web page: prompt and concepts in, picture and maps out."""
     from .app import serve
 
-    serve(_load(model, device), host, port, click.echo)
+    serve(load(model, device), host, port, click.echo)
 
 
 @main.command()

@@ -47,6 +47,11 @@ def check_concepts(concepts: Sequence[str] | Sequence[Sequence[str]]) -> Words:
         raise ValueError(f"`concepts` must differ from each other; got {repeated[0]!r} twice.")
     if len(concepts) > MAX_CONCEPTS:
         raise ValueError(f"`concepts` must hold at most {MAX_CONCEPTS} words; got {len(concepts)}.")
+    if len(concepts) == 1:
+        _logger.warning(
+            "the map of %s alone is 1 everywhere, as maps are shares among the concepts: name the "
+            "background too, or read raw scores by `with_reduce('raw')`", concepts[0],
+        )  # fmt: skip
     return tuple(str(word) for word in concepts)
 
 

@@ -26,6 +26,7 @@ from .concepts import (
     find_in_prompt,
 )
 from .maps import ConceptMaps, Reduce
+from .modular import standard
 from .runs import Router, Run
 from .scores import Normalize, Temperature, check_temperature
 from .selection import Selection, check_steps, resolve_layers
@@ -134,7 +135,9 @@ class ConceptAttention:
             for find in further:
                 find(blocks[0])  # families that cannot say so
             prompt_words = PromptWords(
-                find_in_prompt(self.adapter, pipe, self.concepts, prompt, prompt_tokens)
+                find_in_prompt(
+                    self.adapter, standard(pipe, self.adapter), self.concepts, prompt, prompt_tokens
+                )
             )
         recording = Recording(
             self.layers, self.spaces, store, normalize, temperature, self_attention,
@@ -159,7 +162,8 @@ class ConceptAttention:
         """
         self._taps.check()
         if self._embeds is None:
-            self._embeds = encode_concepts(self.adapter, self.pipe, self.concepts, self.token)
+            pipe = standard(self.pipe, self.adapter)
+            self._embeds = encode_concepts(self.adapter, pipe, self.concepts, self.token)
         self.router.embeds = self._embeds
         self._taps.attach()
         return self

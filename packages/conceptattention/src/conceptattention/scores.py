@@ -130,7 +130,9 @@ class RunningMean:
             )
         self.count += 1
         add = add_scores if triton else reference.add_scores
+        if normalize is not None:
+            concepts = normalized(concepts, normalize)
         add(
-            normalized(concepts, normalize), patches, self.raw, self.soft,
+            concepts, patches, self.raw, self.soft,
             self.count, temperature, scale, normalize == "cosine",
         )  # fmt: skip

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adapters.base import execution_device
+from .adapters.base import adapter_for, execution_device
 from .maps import ConceptMaps
+from .modular import standard
 from .observer import ConceptAttention
 from .runs import StopForward
 from .stream import PROMPT_SPACES
@@ -60,6 +61,7 @@ def segment(
         raise ValueError(f"`samples` must be at least 1; got {samples}.")
     if "steps" in settings:
         raise ValueError("`steps` has no meaning for `segment`, which makes `samples` passes.")
+    pipe = standard(pipe, adapter_for(pipe.transformer))
     pixels = _pixels(pipe, image)
     prompts = [prompt] * len(pixels) if isinstance(prompt, str) else list(prompt)
     if len(prompts) != len(pixels):

@@ -50,7 +50,8 @@ def resolve(name: str, selection: Selection, total: int) -> set[int]:
     if isinstance(selection, str):
         if selection == "all":
             return set(range(total))
-        raise ValueError(f"`{name}` must be 'all', indices or a slice; got {selection!r}.")
+        words = "'default', 'all', 'last:N'" if name == "layers" else "'all'"
+        raise ValueError(f"`{name}` must be {words}, indices or a slice; got {selection!r}.")
     if isinstance(selection, slice):
         start, stop = (
             math.ceil(bound * total) if isinstance(bound, float) else bound

@@ -83,11 +83,12 @@ class ConceptStream:
         self.recording, self.record, self.step = recording, record, step
         self.busy = False  # modules run for the concepts: taps on them must not listen
         self._next = 0
-        self._rows = slice(0, None)
+        self._rows, self._part = slice(0, None), False  # of the batch, and whether not all
         self._text = 0
         self._concepts: Tensor | None = None
         self._temb: Tensor | None = None
         self._shares: Tensor | None = None
+        self._fits: tuple[Any, ...] | None = None
         self._tables: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     @contextmanager
@@ -127,7 +128,7 @@ class ConceptStream:
                 )
             embeds = embeds.repeat_interleave(batch // len(embeds), dim=0)
             first = 0 if self.adapter.conditional_first else rows - batch
-            self._rows = slice(first, first + batch)
+            self._rows, self._part = slice(first, first + batch), batch < rows
             self._text = self.adapter.text_tokens(self.call, text)
             call = self._conditional(rows)
             self._concepts = self.adapter.start(self.model, call, embeds)
@@ -163,7 +164,8 @@ class ConceptStream:
         if concepts is None or temb is None or taps is None:
             return
         with self._aside():
-            taps = {name: tap[self._rows] for name, tap in taps.items()}
+            if self._part:
+                taps = {name: tap[self._rows] for name, tap in taps.items()}
             given = {
                 **arguments, "text_tokens": self._text, "call": self.call, "rows": self._rows,
             }  # fmt: skip
@@ -278,11 +280,15 @@ class ConceptStream:
         kernels = self.recording.kernels
         if kernels == "torch" or (kernels == "auto" and not image.keys.is_cuda):
             return False
+        layout = image.keys.device, image.keys.shape, image.keys.stride(-1)
+        if self._fits == layout:  # as in the layer before
+            return True
         if kernels == "auto" and torch.compiler.is_compiling():
             return False  # the compiler fuses torch's operations, and knows them better
         reason = usable(image.keys, concepts)
         if reason is not None and kernels == "triton":
             raise ValueError(f"`kernels='triton'` cannot run here: {reason}.")
+        self._fits = layout if reason is None else None
         return reason is None
 
 

@@ -191,6 +191,7 @@ class DrafterMemory:
         rooms: Sequence[int],
         ends: Container[int],
         among: Tensor | None = None,
+        steps: int = 0,
     ) -> list[list[int]]:
         """Return the drafter's likeliest ids after each feed.
 
@@ -199,10 +200,11 @@ class DrafterMemory:
             rooms: Most ids to write in each row.
             ends: Ids after which a row writes no more.
             among: Ids to choose from, ascending; all if missing.
+            steps: As for `Chooser.write`.
         """
         written: list[list[int]] = [[] for _ in feeds]
         if isinstance(self._runner, Chooser) and any(feeds):
-            for row, ids in enumerate(self._runner.write(feeds, rooms, among)):
+            for row, ids in enumerate(self._runner.write(feeds, rooms, among, steps)):
                 self._held[row] += [*feeds[row], *ids[:-1]]
                 end = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
                 written[row] = ids[:end]
@@ -235,10 +237,11 @@ class DrafterMemory:
         among: Tensor,
         process: Processors,
         chance: Chance,
+        steps: int = 0,
     ) -> tuple[list[list[int]], Tensor]:
         """Return ids drawn one after another behind each feed; see `Chooser.draw`."""
         assert isinstance(self._runner, Chooser)
-        places, laws = self._runner.draw(feeds, rooms, among, process, chance)
+        places, laws = self._runner.draw(feeds, rooms, among, process, chance, steps)
         ids = among.tolist()
         for held, feed, drawn in zip(self._held, feeds, places, strict=True):
             held += [*feed, *[ids[place] for place in drawn[:-1]]]

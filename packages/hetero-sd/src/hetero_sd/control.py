@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 from .speed import expected_tokens
@@ -14,11 +16,13 @@ _DISCOUNT = 0.99  # Weight of a round at the next one: a memory of some 100 roun
 _HOPE = 1.0  # Proposals that a method is credited with, beside those judged,
 _APART = 0.3  # accepted so much oftener than those of all methods.
 _STEP = 0.06  # What a drafter step is taken to cost, in plain rounds, before one was timed.
-_GAIN = 1.05  # By how much an arm that was never played must promise to be better.
+_GAIN = {True: 1.05, False: 0.95}  # What an arm never played must promise, if dear to prepare.
 _ALLOWANCE = 3.0  # Rounds' worth of plain decoding that trials may cost at first,
 _SHARE = 0.01  # and share of all time after that.
-_FRESH = 0.2  # Weight below which what is known of plain decoding is measured anew.
-_OUTLIER = 3.0  # A round counts for no more than so many of its kind.
+_RECENT = 15  # Rounds of an arm whose times are kept,
+_FIRST = 2  # how many it takes to believe them,
+_STALE = 160  # and rounds of any arm after which they are out of date.
+_OUTLIER = 2.0  # An arm's first round counts for no more than so many as were expected.
 
 
 class Arm(NamedTuple):
@@ -54,22 +58,33 @@ class Outcome:
     readied: float = 0.0
 
 
-@dataclass
 class _Cost:
-    """Seconds of an arm's rounds, recent ones counting most."""
+    """What an arm's rounds take: the median of recent ones, a guess standing in for the first."""
 
-    seconds: float = 0.0
-    weight: float = 0.0
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self.seconds = 0.0
+        self.round = 0  # When it was played last.
 
-    def add(self, seconds: float) -> None:
-        if self.weight:
-            seconds = min(seconds, _OUTLIER * self.seconds / self.weight)
-        self.seconds += seconds
-        self.weight += 1
+    @property
+    def believed(self) -> bool:
+        """Whether enough rounds were timed."""
+        return len(self._recent) >= _FIRST
 
-    def fade(self) -> None:
-        self.seconds *= _DISCOUNT
-        self.weight *= _DISCOUNT
+    def add(self, seconds: float, guess: float, now: int) -> None:
+        """Take note of a round.
+
+        Args:
+            seconds: What it took.
+            guess: What it was expected to take, before any was timed.
+            now: Number of the round.
+        """
+        if now - self.round > _STALE:
+            self._recent.clear()
+        self._recent.append(seconds)
+        self.round = now
+        unknown = [guess] * (_FIRST - len(self._recent))
+        self.seconds = median([*self._recent, *unknown])
 
 
 @dataclass
@@ -124,8 +139,8 @@ class Bandit:
     is found without trials of the others. Methods are tried again as what is known of them fades.
 
     Trials of what turns out slower than plain decoding may cost a small share of all time, and no
-    more: beyond it, plain decoding goes on until the share is small again. An arm that was never
-    played may cost preparations, so it is played only where it promises a gain. What is chosen
+    more: beyond it, plain decoding goes on until the share is small again. An arm that has to be
+    prepared is played only where it promises a gain. What is chosen
     depends on the past alone, never on the round at hand, so the law of the output is the same for
     any choice.
 
@@ -133,17 +148,24 @@ class Bandit:
         methods: Methods to choose from, the likeliest best first.
         lookaheads: Ladder of lookaheads, ascending.
         start: Lookahead to begin with.
+        dear: Whether an arm that was never played has to be prepared, as graphs are.
 
     Source: own; the model of the speed is Leviathan et al.'s, the optimism as in Lai and Robbins.
     """
 
     def __init__(
-        self, methods: Sequence[str], lookaheads: Sequence[int] = LADDER, start: int = 3
+        self,
+        methods: Sequence[str],
+        lookaheads: Sequence[int] = LADDER,
+        start: int = 3,
+        dear: bool = True,
     ) -> None:
+        self._gain = _GAIN[dear]
         self._ladder = sorted(lookaheads)
         self._start = min(self._ladder, key=lambda step: abs(step - start))
         self._records = {method: _Record() for method in methods}
         self._costs: dict[Arm, _Cost] = {}
+        self._rounds = 0
         self._elapsed = 0.0
         self._lost = 0.0  # Seconds lost to trials against plain decoding; negative when gained.
         self.history: list[Arm] = []
@@ -163,14 +185,13 @@ class Bandit:
 
     def _choose(self) -> Arm:
         plain = self._costs.get(PLAIN)
-        if plain is None or plain.weight < _FRESH:
+        if plain is None or self._rounds - plain.round > _STALE:
             return PLAIN
-        second = plain.seconds / plain.weight
-        if self._lost > _ALLOWANCE * second + _SHARE * self._elapsed:
+        if self._lost > _ALLOWANCE * plain.seconds + _SHARE * self._elapsed:
             return PLAIN
         arms = [self._best_of(method) for method in self._records]
         best = max(arms, key=self._hoped)  # Of equals, the first method.
-        return best if self._hoped(best) * second > 1 else PLAIN
+        return best if self._hoped(best) * plain.seconds > 1 else PLAIN
 
     def _best_of(self, method: str) -> Arm:
         """Return the arm of a method that promises most."""
@@ -178,9 +199,12 @@ class Bandit:
         if not played:
             return Arm(method, self._start)
         best = max(played, key=self._rate)
+        if not self._costs[best].believed:
+            return best
         place = self._ladder.index(best.lookahead)
         near = [Arm(method, step) for step in self._ladder[max(place - 1, 0) : place + 2]]
-        least = _GAIN * max(self._rate(best), self._rate(PLAIN))
+        plain = self._rate(PLAIN)
+        least = max(self._gain * max(self._rate(best), plain), plain)
         fresh = [arm for arm in near if arm not in self._costs and self._rate(arm) > least]
         return max(fresh, key=self._rate, default=best)
 
@@ -202,30 +226,30 @@ class Bandit:
     def _seconds(self, arm: Arm) -> float:
         """Return what a round is expected to take; what is not known by what is."""
         cost = self._costs.get(arm)
-        plain = self._costs[PLAIN].seconds / self._costs[PLAIN].weight
-        if arm == PLAIN:
-            return plain
-        guess = plain * (1 + _STEP * arm.lookahead)
-        if cost is None:
-            timed = list(self._timed(arm.method))
-            if timed:
-                nearest = min(timed, key=lambda pair: abs(pair[0] - arm.lookahead))
-                guess = max(plain + (nearest[1] - plain) * arm.lookahead / nearest[0], plain)
-            return guess
-        return (cost.seconds + guess) / (cost.weight + 1)
+        if cost is None or (arm != PLAIN and self._rounds - cost.round > _STALE):
+            return self._guess(arm)
+        return cost.seconds
 
-    def _timed(self, method: str) -> Iterator[tuple[int, float]]:
-        for arm, cost in self._costs.items():
-            if arm.method == method:
-                yield arm.lookahead, cost.seconds / cost.weight
+    def _guess(self, arm: Arm) -> float:
+        plain = self._costs[PLAIN].seconds if PLAIN in self._costs else 0.0
+        guess = plain * (1 + _STEP * arm.lookahead)
+        timed = [other for other in self._costs if other.method == arm.method and other != arm]
+        if not timed or arm == PLAIN:
+            return guess
+        near = min(timed, key=lambda other: abs(other.lookahead - arm.lookahead))
+        more = self._costs[near].seconds - plain
+        return plain + max(more, 0.0) * arm.lookahead / near.lookahead
 
     def learn(self, arm: Arm, outcome: Outcome) -> None:
         """Take note of a round."""
-        for cost in self._costs.values():
-            cost.fade()
+        self._rounds += 1
         for record in self._records.values():
             record.fade()
-        self._costs.setdefault(arm, _Cost()).add(outcome.seconds)
+        guess = self._guess(arm) or outcome.seconds
+        seconds = outcome.seconds
+        if arm not in self._costs:  # What is done only once is no cost of an arm's.
+            seconds = min(seconds, _OUTLIER * guess)
+        self._costs.setdefault(arm, _Cost()).add(seconds, guess, self._rounds)
         self._elapsed += outcome.seconds + outcome.readied
         if arm == PLAIN:
             return
@@ -235,8 +259,9 @@ class Bandit:
         record.judged += outcome.judged
         record.accepted += outcome.accepted
         if PLAIN in self._costs:
-            plain = self._seconds(PLAIN)
-            lost = outcome.seconds + outcome.readied - plain * outcome.tokens / outcome.rows
+            plain = self._costs[PLAIN].seconds
+            readied = min(outcome.readied, _ALLOWANCE * plain)
+            lost = seconds + readied - plain * outcome.tokens / outcome.rows
             # What was gained long ago is little credit for new trials.
             self._lost = max(self._lost + lost, -_ALLOWANCE * plain)
 

@@ -25,14 +25,18 @@ from .checks import (
 from .context import Context, DrafterContext, DrafterMemory, SameContext
 from .control import LADDER, METHODS, Arm, Bandit, Fixed
 from .devices import input_device
-from .drafting import ExactText, LastTokenRuns, Method, SharedTokens, Text, TokenRuns, find_head
+from .drafting import Method
 from .generation import Generation, run_all, sequences_of, whole_tokens
-from .graphs import MARGIN, GraphRunner, Runners
+from .graphs import MARGIN, GraphRunner
 from .llama import why_not_llama
 from .requests import Prepared, prepare, prompt_rows, read_request, rows_of
 from .rounds import Rounds
 from .runners import Runner, make_runner
+from .runs import TokenRuns
+from .shared import SharedTokens, find_head
+from .texts import ExactText, LastTokenRuns, Text
 from .vocab import map_vocabularies, same_vocabularies
+from .whole import Runners
 
 _logger = logging.getLogger(__name__)
 _logger.addHandler(logging.NullHandler())
@@ -219,7 +223,7 @@ class HeteroSpeculativeDecoder:
                 self._policies[key] = Fixed(Arm(self.method, self.lookahead))
             else:
                 ladder = LADDER if self.lookahead == "auto" else (int(self.lookahead),)
-                self._policies[key] = Bandit(methods, ladder)
+                self._policies[key] = Bandit(methods, ladder, dear=self._graphs)
         return self._policies[key]
 
     # ------------------------------------------------------------------------ generation

@@ -102,8 +102,14 @@ def load_pair(
         raise ValueError(
             "give `--drafter` with `--target`; the demo's drafter knows SmolLM2 alone."
         )
-    place, _ = pick_device(device)
-    kind = pick_dtype(dtype, place)[0] if dtype != "auto" else torch.float32
+    try:
+        place, _ = pick_device(device)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`request`", "`device`")) from None
+    try:
+        kind = pick_dtype(dtype, place)[0] if dtype != "auto" else torch.float32
+    except ValueError as error:
+        raise ValueError(str(error).replace("`request`", "`dtype`")) from None
     if dtype == "auto" and place.type == "cuda":
         kind = torch.bfloat16
     if target is None:

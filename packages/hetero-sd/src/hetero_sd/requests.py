@@ -122,6 +122,9 @@ def prepare(
     if stop_strings is not None:
         from transformers import StopStringCriteria
 
+        given = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        if not all(given):
+            raise ValueError(f"`stop_strings` must hold no empty text; got {stop_strings!r}.")
         criterion = StopStringCriteria(tokenizer, stop_strings)
         options["stopping_criteria"] = [*(options.get("stopping_criteria") or []), criterion]
     for name in ("logits_processor", "stopping_criteria"):

@@ -17,10 +17,12 @@ from .acceptance import verify_greedy
 from .chance import Chance
 from .context import DrafterMemory
 from .control import PLAIN, Arm, Bandit, Fixed, Outcome
-from .drafting import Certain, Draft, Method, Situation, judge_together
-from .graphs import WIDTHS, GraphRound
+from .drafting import Method, Situation
+from .drafts import Certain, Draft, judge_together
+from .graphs import WIDTHS
 from .processors import Processors
 from .runners import Chooser, Runner, best_of
+from .whole import GraphRound
 
 _logger = logging.getLogger(__name__)
 _NO_NUMBERS = "`target` gave logits that are no numbers."

@@ -66,7 +66,11 @@ class Chooser(Protocol):
         ...
 
     def write(
-        self, feeds: Sequence[Sequence[int]], counts: Sequence[int], among: Tensor | None = None
+        self,
+        feeds: Sequence[Sequence[int]],
+        counts: Sequence[int],
+        among: Tensor | None = None,
+        steps: int = 0,
     ) -> list[list[int]]:
         """Feed ids and go on with the likeliest ones; all of these but the last are fed too.
 
@@ -74,6 +78,7 @@ class Chooser(Protocol):
             feeds: Ids for each row; an empty list leaves a row as it is.
             counts: How many ids to write in each row that is fed.
             among: Ids to choose from; all if missing.
+            steps: How many ids are usually written, so that few graphs serve.
         """
         ...
 
@@ -84,6 +89,7 @@ class Chooser(Protocol):
         among: Tensor,
         process: Processors,
         chance: Chance,
+        steps: int = 0,
     ) -> tuple[list[list[int]], Tensor]:
         """Do as `write` does, but draw each id from its law.
 
@@ -93,6 +99,7 @@ class Chooser(Protocol):
             among: Ids to choose from.
             process: What is done to their logits; all by scores alone.
             chance: Source of noise; it must serve the device.
+            steps: As for `write`.
 
         Returns:
             The place of each id in `among`, and the laws, of shape `(rows, steps, among)`, which

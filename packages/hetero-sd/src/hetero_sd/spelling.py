@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .acceptance import accepts, residual
 from .chance import Chance
-from .drafting import Certain, Draft, Situation, Text
+from .drafting import Situation
+from .drafts import Certain, Draft
+from .texts import Text
 from .vocab import VocabMap
 
 _LONGEST = 24  # Symbols of a target token that can be spelled.

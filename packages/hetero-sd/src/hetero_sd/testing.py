@@ -295,9 +295,9 @@ def _every_coin(chance: EveryChance) -> Iterator[None]:
         return (p - law).clamp(min=0.0)
 
     with (
-        mock.patch("hetero_sd.drafting.verify", judge(outcomes_of_verify)),
-        mock.patch("hetero_sd.drafting.verify_block", judge(outcomes_of_block)),
-        mock.patch("hetero_sd.drafting.verify_runs", judge(outcomes_of_runs)),
+        mock.patch("hetero_sd.drafts.verify", judge(outcomes_of_verify)),
+        mock.patch("hetero_sd.drafts.verify_block", judge(outcomes_of_block)),
+        mock.patch("hetero_sd.drafts.verify_runs", judge(outcomes_of_runs)),
         mock.patch("hetero_sd.spelling.accepts", accepts),
         mock.patch("hetero_sd.spelling.residual", residual),
     ):

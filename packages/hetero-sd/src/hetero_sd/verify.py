@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .decoder import HeteroSpeculativeDecoder
 from .devices import input_device
-from .drafting import Drawn
+from .drafts import Drawn
 from .pairs import Pair
 
 _LEAST = 5.0  # Least number of draws that a cell of the statistic is expected to get.

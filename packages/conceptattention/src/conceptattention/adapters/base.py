@@ -91,6 +91,7 @@ class Adapter(LinearLayers, ABC):
 
     family: ClassVar[str]
     conditional_first: ClassVar[bool] = False  # of a guided batch's halves
+    pipeline: ClassVar[str | None] = None  # diffusers' class that encodes, for modular pipelines
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:

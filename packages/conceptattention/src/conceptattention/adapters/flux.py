@@ -23,6 +23,7 @@ class FluxAdapter(SingleStreamAdapter):
 
     family = "Flux.1"
     model_class = "FluxTransformer2DModel"
+    pipeline = "FluxPipeline"
     prompt_tokenizer = "tokenizer_2"
 
     def default_layers(self, model: nn.Module) -> Sequence[int]:

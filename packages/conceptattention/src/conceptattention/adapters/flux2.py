@@ -21,6 +21,7 @@ class Flux2Adapter(SingleStreamAdapter):
 
     family = "Flux.2"
     model_class = "Flux2Transformer2DModel"
+    pipeline = "Flux2Pipeline"
     prompt_start = None  # padded on the left, so it depends on the prompt's length
 
     def default_layers(self, model: nn.Module) -> Sequence[int]:

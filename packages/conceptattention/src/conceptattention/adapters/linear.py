@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.concept import HeadNorm
-from ..kernels.linear import MAX_ROWS, Activation, Norm, few_row_linear
+from ..kernels.linear import MAX_NORMED, MAX_ROWS, Activation, Norm, few_row_linear
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LAYER_NORMS = ("LayerNorm", "FP32LayerNorm")
@@ -80,6 +80,7 @@ class LinearLayers:
     """How an adapter calls linear layers on the concepts."""
 
     kernels: bool = False  # whether this pass may use them; set by the stream
+    _activated: tuple[Tensor, Tensor] | None = None
 
     def project(
         self,
@@ -106,8 +107,7 @@ class LinearLayers:
         self, modules: Sequence[nn.Module], x: Tensor | Modulated
     ) -> tuple[Tensor, ...]:
         """Return up to three linear layers of one x, as `project` does each."""
-        weights: Any = [getattr(module, "weight", None) for module in modules]
-        if self._plain(x, *modules) and len({weight.shape for weight in weights}) == 1:
+        if self._plain(x, *modules) and _alike(modules):
             return _by_kernel(x, modules).unbind(0)
         x = x.value if isinstance(x, Modulated) else x
         return tuple(module(x) for module in modules)
@@ -123,13 +123,18 @@ class LinearLayers:
             parts: How many it returns.
             first: The first one wanted.
         """
-        if self._plain(temb[:, None], module):
+        if self._activated is None or self._activated[0] is not temb:
+            self._activated = temb, F.silu(temb)[:, None]  # one for all layers of a pass
+        active = self._activated[1]
+        if self._plain(active, module):
             linear: Any = module
-            start = len(linear.weight) // parts * first
-            bias = None if linear.bias is None else [linear.bias[start:]]
-            out = few_row_linear(temb[:, None], [linear.weight[start:]], bias, act_in="silu")[0]
-            return list(out.chunk(parts - first, dim=-1))
-        return list(module(F.silu(temb))[:, None].chunk(parts, dim=-1)[first:])
+            weight, bias = linear.weight, linear.bias
+            if first:
+                start = len(weight) // parts * first
+                weight, bias = weight[start:], None if bias is None else bias[start:]
+            made = few_row_linear(active, [weight], None if bias is None else [bias])
+            return list(made[0].chunk(parts - first, dim=-1))
+        return list(module(active).chunk(parts, dim=-1)[first:])
 
     def feed_forward(self, module: nn.Module, x: Modulated, gate: Tensor) -> Tensor:
         """Return x.x + gate * module(x), of a feed-forward with two linear layers or any other."""
@@ -154,20 +159,34 @@ class LinearLayers:
             if (norm.weight is None) != (norm.bias is None):
                 return False
             x = x.x
+            if x.shape[-1] > MAX_NORMED:
+                return False
         if x.dtype not in _FLOATS or x.shape[0] * x.shape[1] > MAX_ROWS:
             return False
-        for module in modules:
-            weight: Any = getattr(module, "weight", None)
-            if not (
-                type(module) is nn.Linear
-                and type(weight) is nn.Parameter
-                and untouched(module)
-                and weight.dtype == x.dtype
-                and weight.device == x.device
-                and weight.is_contiguous()
-            ):
-                return False
-        return True
+        return all(_is_plain(module, x) for module in modules)
+
+
+def _is_plain(module: nn.Module, x: Tensor) -> bool:
+    """Return whether a module is nothing but a linear layer with a dense weight like x."""
+    if type(module) is not nn.Linear or not untouched(module):
+        return False
+    weight = module._parameters["weight"]  # without the detour of `nn.Module.__getattr__`
+    return (
+        type(weight) is nn.Parameter
+        and weight.dtype == x.dtype
+        and weight.device == x.device
+        and weight.is_contiguous()
+    )
+
+
+def _alike(modules: Sequence[Any]) -> bool:
+    """Return whether all linear layers have one shape, and all or none of them a bias."""
+    first = modules[0]
+    return all(
+        module.out_features == first.out_features
+        and (module._parameters["bias"] is None) == (first._parameters["bias"] is None)
+        for module in modules
+    )
 
 
 def _by_kernel(
@@ -182,13 +201,14 @@ def _by_kernel(
     norm = None
     if isinstance(x, Modulated):
         given: Any = x.norm
-        norm = Norm(x.scale[:, 0], x.shift[:, 0], given.eps, given.weight, given.bias)
+        norm = Norm(x.scale, x.shift, given.eps, given.weight, given.bias)
         x = x.x
-    biases = [module.bias for module in modules]
+    biases = [module._parameters["bias"] for module in modules]
     return few_row_linear(
-        x, [module.weight for module in modules], None if None in biases else biases,
+        x, [module._parameters["weight"] for module in modules],
+        None if biases[0] is None else biases,
         norm=norm, act_in=act_in, act_out=act_out,
-        gate=None if gate is None else gate[:, 0], residual=residual,
+        gate=gate, residual=residual,
     )  # fmt: skip
 
 
@@ -199,9 +219,11 @@ def _ends(module: Any) -> tuple[nn.Module, Activation, nn.Module] | None:
     kind = type(module).__name__
     if kind == "Flux2FeedForward":
         return module.linear_in, "swiglu", module.linear_out
-    if kind != "FeedForward" or len(module.net) != 3 or module.training:
+    if kind != "FeedForward" or module.training:
         return None
-    first, _, last = module.net
+    first, _, last, *rest = module.net
+    if not all(type(part) is nn.Dropout for part in rest):
+        return None
     if type(first).__name__ != "GELU" or not untouched(first):
         return None
     return first.proj, "gelu_tanh" if first.approximate == "tanh" else "gelu", last

@@ -21,6 +21,7 @@ class QwenImageAdapter(JointAdapter):
 
     family = "Qwen-Image"
     model_class = "QwenImageTransformer2DModel"
+    pipeline = "QwenImagePipeline"
     masked_text = True
 
     def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:

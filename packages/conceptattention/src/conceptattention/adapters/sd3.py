@@ -20,6 +20,7 @@ class SD3Adapter(JointAdapter):
 
     family = "Stable Diffusion 3"
     model_class = "SD3Transformer2DModel"
+    pipeline = "StableDiffusion3Pipeline"
     heads_first = True
     prompt_start = 1  # CLIP's marker comes first
 

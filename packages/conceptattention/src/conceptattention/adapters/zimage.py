@@ -21,6 +21,7 @@ class ZImageAdapter(JointAdapter):
 
     family = "Z-Image"
     model_class = "ZImageTransformer2DModel"
+    pipeline = "ZImagePipeline"
     conditional_first = masked_text = True
     prompt_start = 3  # behind "<|im_start|>user\n"
 
@@ -101,8 +102,8 @@ class ZImageAdapter(JointAdapter):
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         module: Any = block.module
         gate, scale_mlp, gate_mlp = state
-        outputs = module.attention_norm2(module.attention.to_out[0](outputs))
-        concepts = concepts + gate.tanh() * outputs
+        outputs = module.attention.to_out[0](outputs)
+        concepts = concepts + gate.tanh() * module.attention_norm2(outputs)
         inner = module.feed_forward(module.ffn_norm1(concepts) * (1 + scale_mlp))
         return concepts + gate_mlp.tanh() * module.ffn_norm2(inner)  # type: ignore[no-any-return]
 
@@ -112,8 +113,7 @@ class ZImageAdapter(JointAdapter):
 
 def _grid(call: Call) -> tuple[int, int]:
     height, width = call.arguments["x"][0].shape[-2:]
-    side = call.arguments.get("patch_size", 2)
-    return height // side, width // side
+    return height // (side := call.arguments.get("patch_size", 2)), width // side
 
 
 def _filled(count: int) -> int:

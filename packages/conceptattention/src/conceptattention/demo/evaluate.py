@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..evaluation import Confusion
-from ..maps import ConceptMaps
+from ..evaluation import Confusion, ap_paper, average_precision, bootstrap_interval
+from ..maps import ConceptMaps, Reduce
 from ..segmentation import segment
 from ..selection import Selection
 from .model import PIXELS, DemoPipeline, encode_tokens
-from .scenes import BACKGROUNDS, ITEMS, LABELS, VOCABULARY, Scenes, patchify, sample_scenes
+from .natural import NaturalScenes
+from .scenes import Scenes, sample_scenes
 
 HELD_OUT_SEED = 2**40  # training draws seeds far below
 SPACES = ("output", "cross_attention")
+Found = Sequence[tuple[list[int], list[list[str]], dict[str, ConceptMaps]]]
+LabelledScenes = Scenes | NaturalScenes
 
 
 def held_out_scenes(count: int, size: int = PIXELS) -> Scenes:
@@ -30,7 +33,7 @@ def held_out_scenes(count: int, size: int = PIXELS) -> Scenes:
 
 def segment_scenes(
     pipe: DemoPipeline,
-    scenes: Scenes,
+    scenes: LabelledScenes,
     *,
     t: float = 0.5,
     captions: bool = True,
@@ -38,8 +41,11 @@ def segment_scenes(
     store: str = "mean",
     batch: int = 64,
     progress: bool = False,
+    **settings: Any,
 ) -> list[tuple[list[int], list[list[str]], dict[str, ConceptMaps]]]:
     """Return maps of the words present in every scene, in groups of equally many words.
+
+    Further settings are those of `ConceptAttention`.
 
     Returns:
         For every group: positions of its scenes, their words, and maps by space.
@@ -64,9 +70,9 @@ def segment_scenes(
                 [texts[i] if captions else "" for i in chunk],
                 t=t,
                 seed=chunk[0],
-                space=SPACES,
                 layers=layers,
                 store=store,
+                **{"space": SPACES, **settings},
             )
             found.append((chunk, words, maps))
             bar.update(len(chunk))
@@ -74,8 +80,8 @@ def segment_scenes(
 
 
 def score(
-    found: Sequence[tuple[list[int], list[list[str]], dict[str, ConceptMaps]]],
-    scenes: Scenes,
+    found: Found,
+    scenes: LabelledScenes,
     *,
     layers: Sequence[int] | None = None,
     space: str = "output",
@@ -89,40 +95,85 @@ def score(
         layers: Layers to average, when they were stored one by one.
         space: Which maps.
         protocol: "binary": for every object, its map above its mean against its mask (2 classes).
-            "argmax": the strongest of the words present against the label map (24 classes).
+            "argmax": the strongest of the words present against the label map (as many classes as
+            names).
     """
-    confusion = Confusion(2 if protocol == "binary" else len(LABELS))
-    size = scenes.labels.shape[-1]
+    confusion = Confusion(2 if protocol == "binary" else len(scenes.names))
     for chunk, words, by_space in found:
-        maps = by_space[space]
-        if layers is not None:
-            maps = maps.select(layers=layers)
-        labels = torch.tensor([[LABELS.index(word) for word in row] for row in words])
-        target = scenes.labels[chunk].cpu()
+        maps = by_space[space] if layers is None else by_space[space].select(layers=layers)
         if protocol == "binary":
-            masks = _enlarge(maps.to_masks("mean"), size)
-            objects = labels >= len(BACKGROUNDS)
-            truth = target[:, None] == labels[:, :, None, None]
-            if objects.any():
-                confusion.add(masks[objects], truth[objects])
+            for _, guess, truth, _ in _objects(chunk, words, maps, scenes):
+                confusion.add(guess, truth)
         else:
-            best = _enlarge(maps.argmax()[:, None], size)[:, 0]
+            target = scenes.labels[chunk].cpu()
+            labels = torch.tensor([[scenes.names.index(word) for word in row] for row in words])
+            best = _enlarge(maps.argmax()[:, None], target.shape[-1])[:, 0]
             confusion.add(labels.gather(1, best.flatten(1)).view_as(best), target)
     return confusion
 
 
-def noun_swap(pipe: DemoPipeline, scenes: Scenes, t: float, batch: int = 128) -> dict[str, float]:
+def reduced(found: Found, reduce: Reduce) -> Found:
+    """Return the maps with another order of reduction."""
+    return [
+        (chunk, words, {space: maps.with_reduce(reduce) for space, maps in by_space.items()})
+        for chunk, words, by_space in found
+    ]
+
+
+def summarise(
+    found: Found, scenes: LabelledScenes, *, layers: Sequence[int] | None = None, space: str
+) -> dict[str, Any]:
+    """Return every metric of the binary protocol, with a 95 % interval of mIoU over scenes."""
+    counts = torch.zeros(len(scenes), 2, 2, dtype=torch.int64)
+    precisions = []
+    for chunk, words, by_space in found:
+        maps = by_space[space] if layers is None else by_space[space].select(layers=layers)
+        for scene, guess, truth, values in _objects(chunk, words, maps, scenes):
+            confusion = Confusion(2)
+            confusion.add(guess, truth)
+            counts[scene] += confusion.counts
+            precisions.append((average_precision(values, truth), ap_paper(values, truth)))
+    pooled = Confusion(2)
+    pooled.counts = counts.sum(0)
+    plain, paper = torch.tensor(precisions, dtype=torch.float64).mean(0).tolist()
+    row = {name: getattr(pooled, name) for name in ("accuracy", "miou", "fg_iou", "miou_paper")} | {
+        "ap": plain,
+        "ap_paper": paper,
+    }
+    low, high = bootstrap_interval(counts, "miou")
+    return {name: round(value, 4) for name, value in row.items()} | {
+        "miou_interval": [round(low, 4), round(high, 4)]
+    }
+
+
+def _objects(
+    chunk: Sequence[int], words: Sequence[Sequence[str]], maps: ConceptMaps, scenes: LabelledScenes
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Yield scene, thresholded map, mask and map of every object, at the picture's size."""
+    size = scenes.labels.shape[-1]
+    masks, values = _enlarge(maps.to_masks("mean"), size), _enlarge(maps.values, size)
+    for row, (scene, names) in enumerate(zip(chunk, words, strict=True)):
+        for place, word in enumerate(names):
+            label = scenes.names.index(word)
+            if label >= scenes.places:
+                truth = scenes.labels[scene].cpu() == label
+                yield scene, masks[row, place], truth, values[row, place]
+
+
+def noun_swap(
+    pipe: DemoPipeline, scenes: LabelledScenes, t: float, batch: int = 128
+) -> dict[str, float]:
     """Return the model's loss with true captions and with every item noun replaced by another.
 
     A model that reads its nouns loses by the swap; `rise` is the relative increase.
     """
-    first = VOCABULARY.index(ITEMS[0])
+    first, nouns = scenes.first_token + scenes.places, len(scenes.names) - scenes.places
     generator = torch.Generator().manual_seed(1)
     tokens = scenes.tokens.cpu()
-    noun = (tokens >= first) & (tokens < first + len(ITEMS))
-    shift = torch.randint(1, len(ITEMS), tokens.shape, generator=generator)
-    swapped = torch.where(noun, (tokens - first + shift) % len(ITEMS) + first, tokens)
-    clean = patchify(scenes.images.cpu())
+    noun = (tokens >= first) & (tokens < first + nouns)
+    shift = torch.randint(1, nouns, tokens.shape, generator=generator)
+    swapped = torch.where(noun, (tokens - first + shift) % nouns + first, tokens)
+    clean = torch.cat([encode_pictures(pipe, part) for part in scenes.images.split(batch)])
     noise = torch.randn(clean.shape, generator=generator)
     losses = {}
     for name, rows in (("true", tokens), ("swapped", swapped)):
@@ -134,6 +185,15 @@ def noun_swap(pipe: DemoPipeline, scenes: Scenes, t: float, batch: int = 128) ->
             total += float(error.mean(dim=(1, 2)).sum())
         losses[name] = total / len(clean)
     return {**losses, "rise": losses["swapped"] / losses["true"] - 1}
+
+
+@torch.no_grad()
+def encode_pictures(pipe: DemoPipeline, images: Tensor) -> Tensor:
+    """Return pictures in [0, 1] as packed latents on the CPU, (batch, patches, channels)."""
+    vae = pipe.vae
+    latents = vae.encode((2 * images - 1).to(vae.device, vae.dtype)).latent_dist.mode()
+    packed: Tensor = pipe._pack_latents(latents, *latents.shape)
+    return packed.float().cpu()
 
 
 @torch.no_grad()

@@ -30,8 +30,8 @@ PIXELS = 64
 
 TRANSFORMER = {
     "in_channels": 12,
-    "num_layers": 5,
-    "num_single_layers": 2,
+    "num_layers": 4,
+    "num_single_layers": 3,
     "attention_head_dim": 32,
     "num_attention_heads": 5,
     "joint_attention_dim": 128,
@@ -119,16 +119,16 @@ def encode_tokens(text_encoder: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return states, states.sum(1) / words.sum(1, keepdim=True).clamp(min=1)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the word-level tokenizer; it drops articles, "and", and punctuation."""
+def build_tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Return the word-level tokenizer; it drops articles, "and", and punctuation but hyphens."""
     tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>")
+        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
     )
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Lowercase(),
-            normalizers.Replace(Regex(r"[^a-z]+"), " "),
-            normalizers.Replace(Regex(r"\b(a|an|the|and|of)\b"), " "),
+            normalizers.Replace(Regex(r"[^a-z-]+"), " "),
+            normalizers.Replace(Regex(r"(?<![a-z-])(a|an|the|and|of)(?![a-z-])"), " "),
         ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -141,25 +141,31 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_pipeline(
-    transformer: dict[str, Any] | None = None, text_encoder: dict[str, Any] | None = None
+    transformer: dict[str, Any] | None = None,
+    text_encoder: dict[str, Any] | None = None,
+    *,
+    vocabulary: Sequence[str] = VOCABULARY,
+    vae: ModelMixin | None = None,
 ) -> DemoPipeline:
     """Return the demo pipeline with random weights.
 
     Args:
         transformer: Settings that replace those of `TRANSFORMER`.
         text_encoder: Settings that replace those of `TEXT_ENCODER`.
+        vocabulary: The words it knows.
+        vae: The autoencoder; None for pixels.
     """
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(vocabulary)
     config = T5Config(
         **{**TEXT_ENCODER, **(text_encoder or {})},
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(vocabulary),
         pad_token_id=0,
         decoder_start_token_id=0,
         use_cache=False,
     )
     pipe = DemoPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=IdentityVAE(),
+        vae=IdentityVAE() if vae is None else vae,
         text_encoder=None,
         tokenizer=None,
         text_encoder_2=T5EncoderModel(config).eval(),
@@ -184,7 +190,7 @@ def save_weights(pipe: DemoPipeline, folder: str | os.PathLike[str]) -> Path:
     config = {
         "transformer": {name: pipe.transformer.config[name] for name in TRANSFORMER},
         "text_encoder": {name: getattr(pipe.text_encoder_2.config, name) for name in TEXT_ENCODER},
-        "vocabulary": list(VOCABULARY),
+        "vocabulary": sorted(words := pipe.tokenizer_2.get_vocab(), key=words.get),
     }
     path = folder / "weights.safetensors"
     temporary = path.with_suffix(".tmp")
@@ -201,6 +207,7 @@ def load_pipeline(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    vae: ModelMixin | None = None,
 ) -> DemoPipeline:
     """Return the trained demo pipeline.
 
@@ -208,6 +215,7 @@ def load_pipeline(
         folder: Where `save_weights` wrote; the package's own weights when None.
         dtype: Type to compute in; the file holds bfloat16.
         device: Where to put it.
+        vae: The autoencoder of a model that was trained with one; None for pixels.
 
     Raises:
         ValueError: A file is missing, truncated or of another version.
@@ -221,11 +229,14 @@ def load_pipeline(
             f"`folder` must hold config.json and weights.safetensors of the demo model; "
             f"{str(folder)!r} does not: {error}."
         ) from error
-    if tuple(config.get("vocabulary", ())) != VOCABULARY:
+    vocabulary = tuple(config.get("vocabulary", ()))
+    if vae is None and vocabulary != VOCABULARY:
         raise ValueError(
             f"`folder` {str(folder)!r} holds a demo model with another vocabulary; train it again."
         )
-    pipe = build_pipeline(config["transformer"], config["text_encoder"])
+    pipe = build_pipeline(
+        config["transformer"], config["text_encoder"], vocabulary=vocabulary, vae=vae
+    )
     for part, module in _parts(pipe).items():
         state = {k[len(part) + 1 :]: v for k, v in tensors.items() if k.startswith(part + ".")}
         missing, unexpected = module.load_state_dict(state, strict=False)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,9 @@ class Scenes:
     backgrounds: Tensor
     items: Tensor
     colours: Tensor
+    names: ClassVar[tuple[str, ...]] = LABELS
+    places: ClassVar[int] = len(BACKGROUNDS)
+    first_token: ClassVar[int] = 2
 
     def __len__(self) -> int:
         """Return the number of scenes."""
@@ -189,7 +193,7 @@ def sample_scenes(
     items = items.masked_fill(~present, -1)
     colours = colours.masked_fill(items < len(NOUNS), -1)
 
-    centres, radii = _place(present, generator)
+    centres, radii = place_objects(present, generator)
     layout = _Layout(
         backgrounds=backgrounds,
         items=items,
@@ -261,7 +265,7 @@ class _Layout:
     grain: Tensor
 
 
-def _place(present: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def place_objects(present: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return centres and radii of objects that do not overlap, as fractions of the picture.
 
     Many placements are tried at once; the roomiest is kept and its radii are shrunk until no two

@@ -12,7 +12,6 @@ assets.tar, rewritten at every checkpoint, so a crash loses minutes only.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import sys
@@ -32,7 +31,7 @@ from . import scenes as scene_module
 from .evaluate import SPACES, held_out_scenes, noun_swap, predict, score, segment_scenes
 from .model import PIXELS, DemoPipeline, build_pipeline, load_pipeline
 from .scenes import patchify, sample_scenes
-from .training import Recipe, Trainer, fit, prepare_device
+from .training import Recipe, Trainer, fit, prepare_device, write_report
 
 _logger = logging.getLogger(__name__)
 SMALL_PIXELS = 32
@@ -118,7 +117,13 @@ def evaluate(pipe: DemoPipeline, count: int) -> dict[str, Any]:
     for captions in (True, False):
         for t in NOISE_LEVELS:
             found = segment_scenes(
-                pipe, scenes, t=t, captions=captions, layers="all", store="layers"
+                pipe,
+                scenes,
+                t=t,
+                captions=captions,
+                layers="all",
+                store="layers",
+                kernels="torch",
             )
             for space in SPACES:
                 for chosen in [default, *([layer] for layer in layers if captions)]:
@@ -189,7 +194,7 @@ def pack(folder: Path) -> None:
 @click.option("--seed", default=0, help="Seed of weights, scenes and noise.")
 @click.option("--device", default="auto", help="Where to train.")
 @click.option("--compile/--no-compile", "compiled", default=True, help="Use torch.compile.")
-@click.option("--small-share", default=0.65, help="Share of the run with small pictures.")
+@click.option("--small-share", default=0.7, help="Share of the run with small pictures.")
 @click.option("--evaluation-scenes", default=200, help="Held-out scenes of the evaluation.")
 @click.option("--resume", is_flag=True, help="Continue from OUTPUT's checkpoint.")
 def main(
@@ -235,13 +240,12 @@ def main(
             saved=lambda: pack(output),
         ),
     }  # fmt: skip
+    write_report(output / "training.json", report)
     pipe = load_pipeline(output, device=place)
     report["forward_flops"] = count_flops(pipe)
     report["observer_on_device"] = check_observer(copy.deepcopy(pipe).to(torch.bfloat16))
     report["evaluation"] = evaluate(pipe, evaluation_scenes)
-    temporary = output / "training.tmp"
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, output / "training.json")
+    write_report(output / "training.json", report)
     draw_samples(pipe, output / "samples.png")
     pack(output)
     _logger.info("done")

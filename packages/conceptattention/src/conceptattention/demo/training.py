@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import hashlib
+import json
 import logging
 import math
 import os
@@ -43,7 +44,7 @@ class Recipe:
     batch: int
     rate: float = 1e-3
     seed: int = 0
-    noise_shift: float = 0.7
+    noise_shift: float = 0.9
     pooled_dropped: float = 0.9
 
 
@@ -280,6 +281,13 @@ def fit(
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "environment": environment_report(),
     }
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write a report as JSON, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def write_log(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -82,8 +82,9 @@ def run_bench(
 ) -> Results:
     """Time all contenders in turn on every prompt, save figures, table and plots, and return them.
 
-    Each decodes untimed first; then they take turns prompt by prompt, `repeats` times. Speeds are medians over the repeats of tokens by seconds, both
-    summed over prompts; the prompt's own pass and its tokens count in the end-to-end speed alone.
+    Each decodes untimed first; then they take turns prompt by prompt, `repeats` times. Speeds are
+    medians over the repeats of tokens by seconds, both summed over prompts; the prompt's own pass
+    and its tokens count in the end-to-end speed alone.
 
     Args:
         pair: The models.
@@ -314,6 +315,7 @@ class _Table:
         self._eager, self._plain = speeds.get(EAGER), speeds.get(PLAIN)
         self._speeds = speeds
         (plain,) = (c for c in contenders if c.name == PLAIN)
+        self._plain_pass = plain.counts.generated / max(plain.counts.rounds, 1)
         self._step = plain.seconds / max(plain.counts.rounds, 1)  # Seconds of a plain round.
 
     def _add(
@@ -363,7 +365,9 @@ class _Table:
         # In plain rounds, which were timed in the same minutes, and not long after as passes were.
         self._add(who, "o", seconds / self._step - c * steps - v)
         self._add(who, "overhead", 1e3 * (seconds - steps * draft - verify), "ms/round")
-        predicted = efficiency / (c * steps + v)
+        # Of a batch, whose rows end at their own time, what a pass brings to all of them counts.
+        gain = counts.generated / counts.rounds / self._plain_pass
+        predicted = gain / (c * steps + v)
         self._add(who, "predicted over plain", predicted, "x")
         self._add(who, "of predicted", self._speeds[who.name] / self._plain / predicted, "x")
 

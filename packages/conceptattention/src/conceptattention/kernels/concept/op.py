@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..launch import cdiv, launch, power_of_2
 from . import reference
 
 MAX_CONCEPTS = 64
+SHARED = 99 * 1024  # bytes; what GPUs since Ampere have
 Rotary = tuple[Tensor, Tensor] | None
 
 
@@ -50,8 +53,12 @@ def usable(tensor: Tensor, concepts: int) -> str | None:
     status = triton_status()
     if not status.importable:
         return status.reason
-    if tensor.device.type != "cuda" and not status.interpreting:
-        return f"tensors on {tensor.device.type}"
+    if tensor.device.type != "cuda":
+        return None if status.interpreting else f"tensors on {tensor.device.type}"
+    properties = torch.cuda.get_device_properties(tensor.device)
+    shared = getattr(properties, "shared_memory_per_block_optin", SHARED)
+    if shared < SHARED:
+        return f"{shared} bytes of shared memory a block; the kernels need {SHARED}"
     return None
 
 
@@ -78,11 +85,6 @@ def concept_attention(
         norms: What is done to queries and to the concepts' keys first.
         options: Number of splits, block of patches and options of the launch, to tune.
     """
-    import triton
-
-    from ..launch import launch
-    from .kernel import merge_attention, partial_attention
-
     batch, heads, concepts, dim = q.shape
     patches, planes = keys.shape[2], batch * heads
     own = k is not None and v is not None
@@ -91,22 +93,22 @@ def concept_attention(
     if not (q.stride() == k.stride() == v.stride() and q.stride(-1) == 1):
         q, k, v = (part.contiguous() for part in (q, k, v))
     keys, values = keys.to(q.dtype), values.to(q.dtype)
-    options = options or {"block": 64, "programs": 528, "num_warps": 4, "num_stages": 3}
+    if options is None:
+        wide = q.dtype == torch.float32  # twice the shared memory
+        options = {"block": 32 if wide else 64, "programs": 528, "num_warps": 4, "num_stages": 2}
     block = options["block"]
     # Enough programs to fill the device, each with at least two blocks of patches.
-    splits = max(
-        1, min(triton.cdiv(patches, 2 * block), triton.cdiv(options["programs"], planes), 64)
-    )
-    per_split = triton.cdiv(triton.cdiv(patches, splits), block) * block
-    splits = triton.cdiv(patches, per_split)
+    splits = max(1, min(cdiv(patches, 2 * block), cdiv(options["programs"], planes), 64))
+    per_split = cdiv(cdiv(patches, splits), block) * block
+    splits = cdiv(patches, per_split)
     made = torch.empty(planes * concepts * splits * (dim + 2), device=q.device, dtype=torch.float32)
     part, top, total = made.split([planes * concepts * splits * size for size in (dim, 1, 1)])
     cos, sin = (part, part) if rotary is None else halved(rotary, dim)
     q_norm, k_norm = norms
     scale = dim**-0.5
-    rows = max(16, triton.next_power_of_2(concepts))
+    rows = max(16, power_of_2(concepts))
     launch(
-        partial_attention, (planes, splits),
+        _kernels().partial_attention, (planes, splits),
         q, keys, values, cos, sin, part, top, total, *_norm_tensors(q_norm, q),
         *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         heads, concepts, patches, splits, per_split, scale, q_norm.eps if q_norm else 0.0,
@@ -116,13 +118,13 @@ def concept_attention(
     )  # fmt: skip
     out = torch.empty(batch, concepts, heads, dim, device=q.device, dtype=q.dtype)
     launch(
-        merge_attention, (planes, concepts),
+        _kernels().merge_attention, (planes, concepts),
         q, k, v, part, top, total, out, *_norm_tensors(q_norm, q), *_norm_tensors(k_norm, q),
         *q.stride()[:3], heads, concepts, splits, scale,
         q_norm.eps if q_norm else 0.0, k_norm.eps if k_norm else 0.0,
         SELF=own, Q_NORM=q_norm.kind if q_norm else "none", Q_BIAS=_has_bias(q_norm),
         K_NORM=k_norm.kind if k_norm else "none", K_BIAS=_has_bias(k_norm),
-        R=triton.next_power_of_2(concepts), D=dim, S=triton.next_power_of_2(splits),
+        R=power_of_2(concepts), D=dim, S=power_of_2(splits),
     )  # fmt: skip
     return out.transpose(1, 2)
 
@@ -133,6 +135,13 @@ def halved(rotary: tuple[Tensor, Tensor], dim: int) -> tuple[Tensor, Tensor]:
         return rotary
     cos, sin = (half[:, ::2].float().contiguous() for half in rotary)
     return cos, sin
+
+
+@cache
+def _kernels() -> Any:
+    from . import kernel  # needs Triton
+
+    return kernel
 
 
 def _has_bias(norm: HeadNorm | None) -> bool:
@@ -151,21 +160,16 @@ def add_scores(
     options: dict[str, int] | None = None,
 ) -> None:  # fmt: skip
     """Do what `reference.add_scores` does, by the kernel; float32 means must be contiguous."""
-    import triton
-
-    from ..launch import launch
-    from .kernel import score_patches
-
     batch, number, dim = concepts.shape
     if patches.stride(-1) != 1:
         patches = patches.contiguous()
     options = options or {"BLOCK_N": 32, "BLOCK_D": 128 if dim >= 128 else 32, "num_warps": 4}
     launch(
-        score_patches, (batch, triton.cdiv(patches.shape[1], options["BLOCK_N"])),
+        _kernels().score_patches, (batch, cdiv(patches.shape[1], options["BLOCK_N"])),
         concepts.to(patches.dtype).contiguous(), patches, raw, soft,
         *patches.stride()[:2], number, patches.shape[1], dim,
         float(count), float(temperature), float(scale),
-        COSINE=cosine, R=max(16, triton.next_power_of_2(number)), **options,
+        COSINE=cosine, R=max(16, power_of_2(number)), **options,
     )  # fmt: skip
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-MAX_ROWS = 64
+from ..launch import cdiv, launch, power_of_2
+
+MAX_ROWS, MAX_NORMED = 64, 16384
 Activation = Literal["none", "silu", "gelu", "gelu_tanh", "swiglu"]
 
 
@@ -18,8 +21,8 @@ class Norm:
     """Layer normalisation of the rows, then `* (1 + scale) + shift`.
 
     Args:
-        scale: (images, features), with `shift`; None for no modulation.
-        shift: (images, features).
+        scale: (images, 1, features), with `shift`; None for no modulation.
+        shift: (images, 1, features).
         eps: Of the normalisation; None to modulate without one.
         weight: (features,), of an affine normalisation.
         bias: (features,), with `weight`.
@@ -32,11 +35,15 @@ class Norm:
     bias: Tensor | None = None
 
 
-def tile(columns: int, features: int, weights: int, rows: int) -> dict[str, int]:
-    """Return tile sizes and launch options for weights (columns, features)."""
+def tile(columns: int, features: int, weights: int, rows: int, size: int) -> dict[str, int]:
+    """Return tile sizes and launch options for weights (columns, features) of `size` bytes each."""
     block_n = 16 if weights * columns <= 6144 else 32
-    block_k = 64 if features <= 64 else 128 if rows > 32 else 256
-    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 4}
+    block_k, stages = 512 // size, 4
+    while stages * (block_n + power_of_2(max(rows, 16))) * block_k * size > 131072:
+        block_k //= 2
+    return {
+        "LEFT": False, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": stages
+    }  # fmt: skip
 
 
 def few_row_linear(
@@ -57,47 +64,61 @@ def few_row_linear(
         x: (images, tokens, features), at most 64 rows in all; twice the features for "swiglu".
         weights: One to three of one shape (columns, features), contiguous, of x's dtype.
         biases: One (columns,) for each weight.
-        norm: What is done to x first.
-        act_in: Activation of x, instead of `norm`.
+        norm: What is done to x first; of at most 16,384 features.
+        act_in: Activation of x, before `norm`.
         act_out: Activation of the products; not "swiglu".
-        gate: (images, columns), multiplies the result.
+        gate: (images, 1, columns), multiplies the result.
         residual: (images, tokens, columns), is added last.
         options: Instead of `tile`, to tune.
 
     Returns:
         (weights, images, tokens, columns) in x's dtype; products are summed in float32.
     """
-    import triton
-
-    from ..launch import launch
-    from .kernel import few_rows
-
     images, tokens = x.shape[:2]
     columns, features = weights[0].shape
     rows = images * tokens
-    norm = norm or Norm()
     x = x.contiguous()
+    if norm is not None or act_in != "none":
+        x = prepare(x, norm or Norm(), act_in, features)
     y = torch.empty(len(weights), images, tokens, columns, device=x.device, dtype=x.dtype)
     first, second, third = (*weights, *weights[:1], *weights[:1])[:3]
     given = [first] * 3 if biases is None else [*biases, *biases[:1], *biases[:1]][:3]
-    scale, shift = (x if part is None else _unit(part) for part in (norm.scale, norm.shift))
     gated = x if gate is None else _unit(gate)
-    options = options or tile(columns, features, len(weights), rows)
+    options = options or tile(columns, features, len(weights), rows, x.element_size())
     launch(
-        few_rows, (triton.cdiv(columns, options["BLOCK_N"]), len(weights)),
-        x, first, second, third, *given, y, scale, shift,
-        x if norm.weight is None else norm.weight, x if norm.bias is None else norm.bias, gated,
+        _kernels().few_rows, (cdiv(columns, options["BLOCK_N"]), len(weights)),
+        x, first, second, third, *given, y, gated,
         x if residual is None else residual.contiguous(),
-        rows, tokens, features, columns, scale.stride(0), shift.stride(0), gated.stride(0),
-        float(norm.eps or 0.0),
-        NORM=norm.eps is not None, AFFINE=norm.weight is not None,
-        MODULATE=norm.scale is not None, ACT_IN=act_in, ACT_OUT=act_out,
-        BIAS=biases is not None, GATE=gate is not None, RESIDUAL=residual is not None,
-        ONE=images == 1,
+        rows, tokens, features, columns, gated.stride(0),
+        ACT=act_out, BIAS=biases is not None, GATE=gate is not None,
+        RESIDUAL=residual is not None,
         EVEN=columns % options["BLOCK_N"] == 0 and features % options["BLOCK_K"] == 0,
-        R=max(16, triton.next_power_of_2(rows)), **options,
+        R=max(8 if options["LEFT"] else 16, power_of_2(rows)), **options,
     )  # fmt: skip
     return y
+
+
+def prepare(x: Tensor, norm: Norm, act: Activation, features: int) -> Tensor:
+    """Return activated, normalised and modulated rows, (images, tokens, features)."""
+    images, tokens = x.shape[:2]
+    y = x.new_empty(images, tokens, features)
+    scale, shift = (x if part is None else _unit(part) for part in (norm.scale, norm.shift))
+    block = 1024 if norm.eps is None else power_of_2(features)
+    launch(
+        _kernels().prepare_rows, (images * tokens, cdiv(features, block)),
+        x, y, scale, shift, x if norm.weight is None else norm.weight,
+        x if norm.bias is None else norm.bias, tokens, features, scale.stride(0), shift.stride(0),
+        float(norm.eps or 0.0), NORM=norm.eps is not None, AFFINE=norm.weight is not None,
+        MODULATE=norm.scale is not None, ACT=act, BLOCK=block, num_warps=8 if block > 2048 else 4,
+    )  # fmt: skip
+    return y
+
+
+@cache
+def _kernels() -> Any:
+    from . import kernel  # needs Triton
+
+    return kernel
 
 
 def _unit(part: Tensor) -> Tensor:

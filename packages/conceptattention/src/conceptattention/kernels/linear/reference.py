@@ -40,10 +40,10 @@ def few_row_linear(
         if norm.eps is not None:
             x = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
         if norm.scale is not None and norm.shift is not None:
-            x = torch.addcmul(norm.shift[:, None], x, 1 + norm.scale[:, None])
+            x = torch.addcmul(norm.shift, x, 1 + norm.scale)
     made = []
     for index, weight in enumerate(weights):
         y = activate(F.linear(x, weight, None if biases is None else biases[index]), act_out)
-        y = y if gate is None else y * gate[:, None]
+        y = y if gate is None else y * gate
         made.append(y if residual is None else y + residual)
     return torch.stack(made)

@@ -1,0 +1,103 @@
+"""Options that several commands share, and how their values are read."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+MODEL = click.option(
+    "--model",
+    default="demo",
+    show_default=True,
+    help="Folder or hub name of a diffusers pipeline; `demo` is the small model inside.",
+)
+CONCEPTS = click.option("--concepts", required=True, help="Words to map, separated by commas.")
+OUTPUT = click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("concept-maps"),
+    show_default=True,
+    help="Folder for the pictures and maps.npz.",
+)
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, help="Such as cuda or cpu, or auto."
+)
+
+
+def _layers(context: click.Context, option: click.Parameter, text: str) -> str | list[int]:
+    """Return a word, or numbers separated by commas."""
+    try:
+        return [int(word) for word in words(text)] or text
+    except ValueError:
+        return text
+
+
+LAYERS = click.option(
+    "--layers", default="default", show_default=True, callback=_layers,
+    help="default, all, last:N, or numbers separated by commas.",
+)  # fmt: skip
+
+
+def quiet() -> None:
+    """Silence import-time advice of the libraries, which is not the user's concern."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.set_verbosity_error()
+
+
+def load(model: str, device: str) -> Any:
+    """Return a pipeline on its device: from a folder, the hub, or one of the small ones inside.
+
+    Raises:
+        ValueError: The device is not there, or `model` is neither a folder nor a name on the hub.
+    """
+    import torch
+
+    from fourfold_common import pick_device
+
+    quiet()
+    try:
+        place = pick_device(device)[0]
+    except ValueError as error:
+        raise ValueError(str(error).replace("`request`", "`--device`")) from error
+    if model == "demo":
+        from .demo.model import load_pipeline
+
+        return load_pipeline().to(place)
+    if model == "tiny-video":
+        from .testing import tiny_cogvideox
+
+        return tiny_cogvideox().to(place)
+    from diffusers import DiffusionPipeline
+
+    # A folder's name that is no folder is a slip of the pen, not the name of something to download.
+    if not Path(model).is_dir() and (model.count("/") != 1 or model[0] in "./~"):
+        raise ValueError(
+            f"`--model` must be a folder, a hub name like owner/name, or demo; got {model!r}."
+        )
+    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(place)
+
+
+def file_name(word: str) -> str:
+    """Return a word without characters that folders give a meaning."""
+    return "".join(c if c.isalnum() else "-" for c in word)
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text that commas separate."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Return the noise levels of a text that commas separate.
+
+    Raises:
+        ValueError: One is no number.
+    """
+    try:
+        return tuple(float(word) for word in words(text))
+    except ValueError:
+        raise ValueError(f"`--noise` must be numbers separated by commas; got {text!r}.") from None

@@ -1,0 +1,1 @@
+"""The commands of `hetero-sd`, each in a file of its own."""

@@ -1,0 +1,95 @@
+"""`hetero-sd verify` and `hetero-sd inspect-vocab`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from .options import json_option, load, models, names, numbers, prompts_of, prompts_option
+
+
+@click.command()
+@models
+@prompts_option
+@click.option("--limit", type=click.IntRange(min=1), default=3, show_default=True, help="Prompts.")
+@click.option("--methods", callback=names, default="tli,slem,slrs", show_default=True)
+@click.option("--lookaheads", callback=numbers(int, 1), default="1,4", show_default=True)
+@click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--draws", type=click.IntRange(min=0), default=400, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@json_option
+def verify(
+    target: Path | None,
+    drafter: Path | None,
+    dtype: str,
+    device: str,
+    small_target: bool,
+    prompts: Path | None,
+    limit: int,
+    methods: list[str],
+    lookaheads: list[int],
+    tokens: int,
+    draws: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Check that what is written is the target's own, on your pair of models."""
+    pair = load(target, drafter, dtype, device, small_target)
+    from dataclasses import asdict
+
+    from ..verify import verify_pair
+
+    checks = verify_pair(
+        pair,
+        prompts_of(pair, prompts, limit),
+        methods=methods,
+        lookaheads=lookaheads,
+        tokens=tokens,
+        draws=draws,
+        seed=seed,
+    )
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in checks], indent=1))
+    else:
+        for check in checks:
+            verdict = "ok" if check.passed else "FAILED"
+            what = "wrong probabilities are noticed" if check.kind == "control" else check.kind
+            click.echo(f"{verdict:6} {check.method} {check.lookahead}, {what}: {check.detail}")
+    failed = sum(not check.passed for check in checks)
+    if failed:
+        raise click.ClickException(f"{failed} of {len(checks)} checks failed")
+
+
+@click.command("inspect-vocab")
+@models
+@click.option(
+    "--corpus",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text like that to be generated; a short sample of ours if missing.",
+)
+@json_option
+def inspect_vocab_command(
+    target: Path | None,
+    drafter: Path | None,
+    dtype: str,
+    device: str,
+    small_target: bool,
+    corpus: Path | None,
+    as_json: bool,
+) -> None:
+    """Report what two tokenizers share."""
+    from dataclasses import asdict
+
+    from ..pairs import load_tokenizer
+    from ..vocab import inspect_vocab
+
+    texts = None if corpus is None else corpus.read_text(encoding="utf-8").splitlines()
+    if target is not None and drafter is not None:
+        both = load_tokenizer(target), load_tokenizer(drafter)
+    else:
+        pair = load(target, drafter, dtype, device, small_target)
+        both = pair.target_tokenizer, pair.drafter_tokenizer
+    report = inspect_vocab(*both, texts)
+    click.echo(json.dumps(asdict(report), indent=1) if as_json else report.to_markdown())
