@@ -9,7 +9,7 @@ import triton.language as tl
 from torch.utils.checkpoint import checkpoint
 
 from adasplash import adasplash
-from adasplash.kernels.attention import dropout, forward, operators
+from adasplash.kernels.attention import dropout, forward, op, operators
 from adasplash.kernels.attention.philox import words
 from adasplash.kernels.attention.scores import tanh
 from adasplash.kernels.attention.terms import Terms
@@ -289,8 +289,21 @@ def test_packed_sequences_count_as_long_as_the_longest(device):
     from torch.utils.flop_counter import FlopCounterMode
 
     tensors, bounds = _packed(device)
-    for longest, scores in ((None, 74 * 70), (20, 4 * 37 * 43)):
-        lengths = {} if longest is None else {"max_seqlen_q": 37, "max_seqlen_k": 43}
+    for longest, scores in ((None, 4 * 37 * 43), (10**4, 74 * 70)):  # never more than all tokens
+        lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}
         with FlopCounterMode(display=False) as counter:
             adasplash(*tensors, backend="triton", **bounds, **lengths)
         assert counter.get_total_flops() == min(74 * 70, scores) * 2 * 2 * (16 + 8)
+
+
+def test_the_longest_sequence_is_read_from_the_bounds_unless_it_is_told(device, monkeypatch):
+    asked = []
+    real = op._longest
+    monkeypatch.setattr(op, "_longest", lambda x: (asked.append(1), real(x))[1])
+    tensors, bounds = _packed(device)
+    want = adasplash(*tensors, backend="reference", **bounds)
+    assert len(asked) == 2
+    told = adasplash(*tensors, backend="reference", max_seqlen_q=37, max_seqlen_k=43, **bounds)
+    assert len(asked) == 2
+    assert torch.equal(told, want)
+    assert real(bounds["cu_seqlens_q"]) == 37

@@ -87,8 +87,9 @@ def adasplash(
         cu_seqlens_k: The same for keys; that of the queries if None. On a GPU the kernels do not
             look at the values of either, which would wait for the device: they must rise from 0 and
             not pass the tokens; rows behind the last one give zeros.
-        max_seqlen_q: Longest sequence of queries, at most; saves memory with `cu_seqlens_q`. A
-            sequence must not be longer.
+        max_seqlen_q: Length of the longest sequence with `cu_seqlens_q`, or more. If None it is
+            read from the bounds, which waits for their device; a trace or the capture of a CUDA
+            graph makes room for one sequence of all tokens instead.
         max_seqlen_k: The same for keys.
         backend: `"triton"` runs the kernels, `"reference"` plain PyTorch; `"auto"` the kernels for
             CUDA tensors when Triton can be imported and `alpha` is not 1, else the reference. A
@@ -113,9 +114,12 @@ def adasplash(
         if varlen is not None:
             raise ValueError("`varlen` cannot go with `cu_seqlens_q`; leave one of them out.")
         check_packed(q, k, v, options)
+        max_q = options.max_q or _longest(cu_seqlens_q)
         if cu_seqlens_k is None:
-            longest = options.max_k or options.max_q
-            options = options._replace(bounds_k=cu_seqlens_q, max_k=longest)
+            cu_seqlens_k, max_k = cu_seqlens_q, options.max_k or max_q
+        else:
+            max_k = options.max_k or _longest(cu_seqlens_k)
+        options = options._replace(bounds_k=cu_seqlens_k, max_q=max_q, max_k=max_k)
         if len(k) == 0:  # no key to see
             return q.new_zeros(*q.shape[:2], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
@@ -236,6 +240,15 @@ def _launch(
     return attend(
         q, k, v, mask, alphas, (factor, options.is_causal, left, right), terms, direct=direct
     )
+
+
+def _longest(bounds: Tensor | None) -> int:
+    """Return the length of the longest packed sequence; 0 where bounds cannot be looked at."""
+    if bounds is None or bounds.is_meta or torch.compiler.is_compiling():
+        return 0
+    if bounds.is_cuda and torch.cuda.is_current_stream_capturing():
+        return 0
+    return int(bounds.diff().max())
 
 
 def _per_head(x: Tensor, q: Tensor) -> Tensor:
