@@ -25,14 +25,22 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch
-from . import fused
+from ..launch import interpreted, launch
 from .philox import words
 from .scores import factor_of, load_part, scores, sequence_of, terms_of
 from .screen import Candidates, screen
 from .terms import PLAIN, Terms
 from .threshold import threshold
-from .tiles import SIZES, UNALIGNED, Problem, padded, pose, roots, store_rows
+from .tiles import (
+    SIZES,
+    UNALIGNED,
+    Problem,
+    padded,
+    pose,
+    roots,
+    saturated,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
@@ -44,7 +52,7 @@ def _output_kernel(
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
     seed_ptr, drop_below, keep_scale, dim_value,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr, SATURATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Write the output of one tile of queries, and mark the blocks that hold weight."""
@@ -83,8 +91,12 @@ def _output_kernel(
             q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
             IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        x, u = roots(s * factor, tau[:, None], power, HALF)
-        p = x * u
+        if SATURATE:  # x is at most 1, as tau is at least the maximum - 1
+            x = saturated(s, factor, -tau[:, None])
+            p = x * x
+        else:
+            x, u = roots(s * factor, tau[:, None], power, HALF)
+            p = x * u
         weighted = tl.sum(p, 1) != 0.0
         if DROPOUT:
             drawn = words(tl.load(seed_ptr), plane, row_at + first, start, BLOCK_M, BLOCK_N)
@@ -93,6 +105,8 @@ def _output_kernel(
         tl.store(active_ptr + block + rows * 0, 1, mask=weighted)
     if DROPOUT:
         output = output * keep_scale
+    if SATURATE:  # it knows no NaN
+        output = tl.where((tau != tau)[:, None], float("nan"), output)
     store_rows(out_ptr + row_base * dim_value, output, rows, seq_q, dim_value, BLOCK_DV)
 
 
@@ -125,8 +139,6 @@ def launch_forward(
     """
     problem = pose(q, k, v, key_mask, alpha, scale, is_causal, window, terms)
     candidates = screen(problem, skip=skip)
-    if fused.fits(problem):
-        return fused.solve(problem, candidates)
     tau = threshold(problem, candidates)
     output, active = weighted_sum(problem, candidates, tau)
     return output, tau, active
@@ -140,11 +152,12 @@ def weighted_sum(
     dim_value = v.shape[-1]
     output = problem.new(*q.shape[:3], dim_value, dtype=q.dtype)
     active = torch.zeros(candidates.listed.shape, dtype=torch.int8, device=q.device)
+    fast = q.element_size() == 2 and not interpreted(_output_kernel) and problem.switches["HALF"]
     launch(
         _output_kernel, problem.grid[0] * problem.planes, problem.kind,
         *problem.descriptors, problem.mask, problem.alpha, *candidates[2:], tau, output, active,
         *problem.added, *problem.sizes, problem.scale, *problem.drop, dim_value, **problem.switches,
-        DROPOUT=problem.terms.dropout > 0.0, BLOCK_DV=padded(dim_value),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        DROPOUT=problem.terms.dropout > 0.0, SATURATE=fast,
+        BLOCK_DV=padded(dim_value), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return output, active
