@@ -261,7 +261,8 @@ class Bandit:
         if PLAIN in self._costs:
             plain = self._costs[PLAIN].seconds
             readied = min(outcome.readied, _ALLOWANCE * plain)
-            lost = seconds + readied - plain * outcome.tokens / outcome.rows
+            # By what both usually take: a busy machine's noise is no arm's fault.
+            lost = self._costs[arm].seconds + readied - plain * outcome.tokens / outcome.rows
             # What was gained long ago is little credit for new trials.
             self._lost = max(self._lost + lost, -_ALLOWANCE * plain)
 
