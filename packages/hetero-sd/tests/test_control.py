@@ -79,6 +79,21 @@ def test_plain_decoding_comes_first_and_is_measured_again():
     assert max(b - a for a, b in itertools.pairwise(later)) < 200
 
 
+def test_a_new_text_may_be_of_another_kind():
+    """Texts that suit the drafter are noticed among others that do not, as each begins."""
+    world = World(0.3, {"plain": 0.0, "slem": 0.0}, noise=0.02)
+    bandit = Bandit(["slem"])
+    drafted = {0.7: [], 0.05: []}
+    for place in range(20):
+        acceptance = (0.7, 0.05)[place % 2]
+        world.acceptance["slem"] = acceptance
+        bandit.begin()
+        world.play(bandit, 47)
+        drafted[acceptance].append(sum(arm != PLAIN for arm in bandit.history[-47:]))
+    assert sum(drafted[0.7][3:]) > 0.6 * 7 * 47
+    assert sum(drafted[0.05][3:]) < 0.35 * 7 * 47
+
+
 class Clock:
     """A clock that each pass of a model moves on."""
 

@@ -13,11 +13,12 @@ from .speed import expected_tokens
 METHODS = ("auto", "tli", "slem", "slrs", "c-slrs", "slrs-plain", "standard")
 LADDER = (1, 2, 3, 4, 6, 8, 12)
 _DISCOUNT = 0.99  # Weight of a round at the next one: a memory of some 100 rounds.
+_ANEW = 0.1  # The same of all rounds before a text.
 _HOPE = 1.0  # Proposals that a method is credited with, beside those judged,
 _APART = 0.3  # accepted so much oftener than those of all methods.
 _STEP = 0.06  # What a drafter step is taken to cost, in plain rounds, before one was timed.
 _GAIN = {True: 1.05, False: 0.95}  # What an arm never played must promise, if dear to prepare.
-_ALLOWANCE = 3.0  # Rounds' worth of plain decoding that trials may cost at first,
+_ALLOWANCE = 2.0  # Rounds' worth of plain decoding that trials may cost at first,
 _SHARE = 0.01  # and share of all time after that.
 _RECENT = 15  # Rounds of an arm whose times are kept,
 _FIRST = 2  # how many it takes to believe them,
@@ -96,9 +97,9 @@ class _Record:
     judged: float = 0.0
     accepted: float = 0.0
 
-    def fade(self) -> None:
+    def fade(self, share: float = _DISCOUNT) -> None:
         for name, value in vars(self).items():
-            setattr(self, name, _DISCOUNT * value)
+            setattr(self, name, share * value)
 
     def tokens(self, lookahead: int, prior: float = 0.5, weight: float = 2.0) -> float:
         """Return the tokens that a round is expected to bring to a row.
@@ -122,6 +123,9 @@ class Fixed:
 
     def __init__(self, arm: Arm) -> None:
         self._arm = arm
+
+    def begin(self) -> None:
+        """Take note that a new text begins."""
 
     def choose(self) -> Arm:
         """Return the arm of the next round."""
@@ -169,6 +173,12 @@ class Bandit:
         self._elapsed = 0.0
         self._lost = 0.0  # Seconds lost to trials against plain decoding; negative when gained.
         self.history: list[Arm] = []
+
+    def begin(self) -> None:
+        """Take note that a new text begins, which may be of another kind."""
+        for record in self._records.values():
+            record.fade(_ANEW)
+        self._lost = max(self._lost, 0.0)  # Gains elsewhere are no credit for trials here.
 
     def choose(self) -> Arm:
         """Return the arm of the next round."""
@@ -261,7 +271,8 @@ class Bandit:
         if PLAIN in self._costs:
             plain = self._costs[PLAIN].seconds
             readied = min(outcome.readied, _ALLOWANCE * plain)
-            lost = seconds + readied - plain * outcome.tokens / outcome.rows
+            # By what both usually take: a busy machine's noise is no arm's fault.
+            lost = self._costs[arm].seconds + readied - plain * outcome.tokens / outcome.rows
             # What was gained long ago is little credit for new trials.
             self._lost = max(self._lost + lost, -_ALLOWANCE * plain)
 

@@ -209,6 +209,7 @@ class Rounds:
 
     def _run(self) -> Iterator[list[tuple[Row, list[int]]]]:
         clock, policy = self._request.clock, self._policy
+        policy.begin()
         # The prompt goes through the target alone: it says nothing about any arm.
         arm = PLAIN if isinstance(policy, Bandit) else policy.choose()
         before: Arm | None = None

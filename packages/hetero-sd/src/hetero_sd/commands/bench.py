@@ -133,6 +133,12 @@ def bench(
         f"--batch {','.join(map(str, batches))} --tokens {tokens} --repeats {repeats}",
         f"--draws {draws}" + " --compiled" * compiled + " --no-peers" * (not peers),
     ]
+    given = {
+        "--prompt-tokens": prompt_tokens,
+        "--peer-repeats": peer_repeats,
+        "--warm-ups": warm_ups,
+    }
+    command += [f"{name} {value}" for name, value in given.items() if value is not None]
     results = run_bench(
         pair,
         sets,

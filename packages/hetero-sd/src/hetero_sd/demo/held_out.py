@@ -1,15 +1,23 @@
-"""What a drafter's proposals would be worth on text that it was not trained on."""
+"""What a drafter's proposals would be worth on text that it was not trained on.
+
+Run as `python -m hetero_sd.demo.held_out --gguf FILE --texts FILE --drafter FOLDER` where a drafter
+was trained on what `demo.sampling` wrote, without its target.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import Tensor
 
 from ..vocab import map_vocabularies
-from .sampling import as_text
+from . import smollm2
+from .sampling import as_ids, as_text, read_texts, split
 from .vocabularies import CONTEXT
 
 
@@ -77,3 +85,33 @@ def held_out_acceptance(
         "places": places,
         "shared_tokens": len(keep),
     }
+
+
+@click.command()
+@click.option("--gguf", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@click.option(
+    "--texts", multiple=True, type=click.Path(dir_okay=False, path_type=Path), required=True
+)
+@click.option(
+    "--drafter", multiple=True, type=click.Path(file_okay=False, path_type=Path), required=True
+)
+@click.option("--limit", type=int, default=48, help="Texts to take.")
+@click.option("--seed", type=int, default=0, help="Seed of the training.")
+def main(
+    gguf: Path, texts: tuple[Path, ...], drafter: tuple[Path, ...], limit: int, seed: int
+) -> None:
+    """Print the held-out acceptance of each drafter."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target, tokenizer = smollm2.load(gguf)
+    held = split(read_texts(texts), seed)[1][:limit]
+    rows = [as_ids(tokenizer, text) for text in held]
+    for folder in drafter:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float().eval()
+        own = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        found = held_out_acceptance(target, tokenizer, model, own, rows)
+        click.echo(json.dumps({"drafter": folder.name, "texts": len(rows), **found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -334,6 +334,14 @@ def read_texts(paths: Iterable[Path]) -> list[str]:
     return [row["text"] for path in paths for row in _rows(path)]
 
 
+def split(texts: list[str], seed: int) -> tuple[list[str], list[str]]:
+    """Return texts to learn from, and a twentieth that is held out."""
+    shuffled = list(texts)
+    random.Random(seed).shuffle(shuffled)
+    count = max(len(shuffled) // 20, 1)
+    return shuffled[count:], shuffled[:count]
+
+
 def as_ids(tokenizer: Any, text: str) -> list[int]:
     """Return the target's tokens of a text that `as_text` returned."""
     marked = text.replace("<s>", "<|im_start|>").replace("</s>", "<|im_end|>")

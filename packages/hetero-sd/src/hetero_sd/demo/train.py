@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from .._files import write_atomically
 from . import smollm2
 from .held_out import held_out_acceptance
-from .sampling import Prompts, read_texts, sample_text
+from .sampling import Prompts, read_texts, sample_text, split
 from .vocabularies import CONTEXT, train_drafter_tokenizer, train_target_tokenizer
 
 _logger = logging.getLogger(__name__)
@@ -346,10 +346,7 @@ def _read(
     paths: Sequence[Path], data: Path, more: Path | None, seconds: float, rows: int, seed: int
 ) -> _Sources:
     """Take what the target wrote elsewhere, and other text beside."""
-    texts = read_texts(paths)
-    random.Random(seed).shuffle(texts)
-    count = max(len(texts) // 20, 1)
-    held, texts = texts[:count], texts[count:]
+    texts, held = split(read_texts(paths), seed)
     other = Prompts(data, seed).corpora()
     if more is not None:
         other += write_like(more, texts, seconds=seconds, rows=rows)
