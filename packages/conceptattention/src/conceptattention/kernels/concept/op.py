@@ -100,8 +100,9 @@ def concept_attention(
     splits = max(1, min(cdiv(patches, 2 * block), cdiv(options["programs"], planes), 64))
     per_split = cdiv(cdiv(patches, splits), block) * block
     splits = cdiv(patches, per_split)
-    made = torch.empty(planes * concepts * splits * (dim + 2), device=q.device, dtype=torch.float32)
-    part, top, total = made.split([planes * concepts * splits * size for size in (dim, 1, 1)])
+    lines = planes * concepts * splits
+    part = torch.empty(lines, dim, device=q.device, dtype=torch.float32)
+    top, total = (torch.empty(lines, device=q.device, dtype=torch.float32) for _ in range(2))
     cos, sin = (part, part) if rotary is None else halved(rotary, dim)
     q_norm, k_norm = norms
     scale = dim**-0.5
