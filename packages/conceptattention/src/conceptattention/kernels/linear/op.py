@@ -35,6 +35,7 @@ class Norm:
     bias: Tensor | None = None
 
 
+@cache
 def tile(features: int, rows: int, size: int) -> dict[str, int]:
     """Return tile sizes and launch options for numbers of `size` bytes.
 
