@@ -221,15 +221,11 @@ def tiles(name):
             for n, d, w, s in itertools.product((16, 32), (128, 256), (2, 4), (3, 5))
         ]
     made = [
-        {"LEFT": left, "BLOCK_N": n, "BLOCK_K": k, "num_warps": w, "num_stages": s}
-        for (left, n, w), k, s in itertools.product(
-            (
-                (False, 16, 4), (False, 16, 2), (False, 32, 4), (False, 32, 2), (True, 16, 4),
-                (True, 16, 2), (True, 32, 4), (True, 32, 2), (True, 64, 4), (True, 128, 8),
-            ),
-            (64, 128, 256, 512), (4, 6),
+        {"BLOCK_N": n, "BLOCK_K": k, "num_warps": w, "num_stages": s}
+        for (n, w), k, s in itertools.product(
+            ((16, 4), (16, 2), (32, 4), (32, 2), (64, 4), (128, 8)), (64, 128, 256, 512), (4, 6)
         )
-    ]  # fmt: skip
+    ]
     return [
         part for part in made
         if 16384 <= part["BLOCK_N"] * part["BLOCK_K"] * 2 * part["num_stages"] <= 100000

@@ -78,6 +78,12 @@ def test_devices_that_are_missing_are_named():
     assert "`--device` must be 'auto' or a torch device" in result.output
 
 
+def test_data_sets_that_are_not_known_are_named():
+    result = run("eval", "--dataset", "moon")
+    assert result.exit_code == 2
+    assert "`--dataset` must be one of" in result.output
+
+
 def test_one_concept_alone_is_warned_of(demo_pipe, caplog):
     ConceptAttention(demo_pipe, ["fish"])
     assert "the map of fish alone is 1 everywhere" in caplog.text

@@ -383,7 +383,11 @@ def evaluate(
         size=size,
         score_size=224 if score_size is None and protocol == "binary" else score_size,
     )
-    pictures = load_dataset(dataset, root, split)
+    try:
+        pictures = load_dataset(dataset, root, split)
+    except ValueError as error:
+        message = str(error).replace("`name`", "`--dataset`").replace("`split`", "`--split`")
+        raise ValueError(message) from error
     if device == "auto" and "LOCAL_RANK" in os.environ:
         import torch
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from ..kernels.linear import MAX_NORMED, MAX_ROWS, Activation, Norm, few_row_lin
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LAYER_NORMS = ("LayerNorm", "FP32LayerNorm")
+_HEAD_NORMS: dict[str, Literal["rms", "layer"]] = {"RMSNorm": "rms", "LayerNorm": "layer"}
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,18 @@ class Normed:
         norm: Any = self.norm
         if norm is None:
             return self.x, None
-        kind = {"RMSNorm": "rms", "LayerNorm": "layer"}.get(type(norm).__name__)
+        kind = _HEAD_NORMS.get(type(norm).__name__)
         weight = getattr(norm, "weight", None)
-        if kind is None or weight is None or not untouched(norm) or weight.device != self.x.device:
+        if (
+            kind is None
+            or weight is None
+            or weight.shape != self.x.shape[-1:]
+            or weight.device != self.x.device
+            or not untouched(norm)
+        ):
             return self.value, None
         eps = torch.finfo(self.x.dtype).eps if norm.eps is None else norm.eps
-        return self.x, HeadNorm(kind, weight, eps, getattr(norm, "bias", None))  # type: ignore[arg-type]
+        return self.x, HeadNorm(kind, weight, eps, getattr(norm, "bias", None))
 
 
 class LinearLayers:

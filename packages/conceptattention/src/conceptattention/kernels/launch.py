@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SHARED = 99 * 1024  # bytes of shared memory a block, which GPUs since Ampere have
+
 # Compiled kernel and its constants, in the order of its parameters.
 _variants: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 

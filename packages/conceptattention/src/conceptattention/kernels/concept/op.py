@@ -9,11 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..launch import cdiv, launch, power_of_2
+from ..launch import SHARED, cdiv, launch, power_of_2
 from . import reference
 
 MAX_CONCEPTS = 64
-SHARED = 99 * 1024  # bytes; what GPUs since Ampere have
 Rotary = tuple[Tensor, Tensor] | None
 
 
@@ -94,15 +93,16 @@ def concept_attention(
         q, k, v = (part.contiguous() for part in (q, k, v))
     keys, values = keys.to(q.dtype), values.to(q.dtype)
     if options is None:
-        wide = q.dtype == torch.float32  # twice the shared memory
-        options = {"block": 32 if wide else 64, "programs": 528, "num_warps": 4, "num_stages": 2}
+        wide = q.dtype == torch.float32 or concepts > 16  # more shared memory
+        options = {"block": 32, "programs": 264, "num_warps": 4, "num_stages": 2 if wide else 3}
     block = options["block"]
     # Enough programs to fill the device, each with at least two blocks of patches.
     splits = max(1, min(cdiv(patches, 2 * block), cdiv(options["programs"], planes), 64))
     per_split = cdiv(cdiv(patches, splits), block) * block
     splits = cdiv(patches, per_split)
-    made = torch.empty(planes * concepts * splits * (dim + 2), device=q.device, dtype=torch.float32)
-    part, top, total = made.split([planes * concepts * splits * size for size in (dim, 1, 1)])
+    lines = planes * concepts * splits
+    part = torch.empty(lines, dim, device=q.device, dtype=torch.float32)
+    top, total = (torch.empty(lines, device=q.device, dtype=torch.float32) for _ in range(2))
     cos, sin = (part, part) if rotary is None else halved(rotary, dim)
     q_norm, k_norm = norms
     scale = dim**-0.5
@@ -163,7 +163,9 @@ def add_scores(
     batch, number, dim = concepts.shape
     if patches.stride(-1) != 1:
         patches = patches.contiguous()
-    options = options or {"BLOCK_N": 32, "BLOCK_D": 128 if dim >= 128 else 32, "num_warps": 4}
+    if options is None:
+        block_d = 512 // patches.element_size() if dim >= 512 else 32
+        options = {"BLOCK_N": 16, "BLOCK_D": block_d, "num_warps": 2, "num_stages": 3}
     launch(
         _kernels().score_patches, (batch, cdiv(patches.shape[1], options["BLOCK_N"])),
         concepts.to(patches.dtype).contiguous(), patches, raw, soft,

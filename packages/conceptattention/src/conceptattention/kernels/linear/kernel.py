@@ -73,10 +73,9 @@ def few_rows(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y_ptr, gate_ptr, residual_ptr,
     rows, group, features, columns, stride_gate,
     ACT: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr,
-    EVEN: tl.constexpr, LEFT: tl.constexpr,
-    R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile of columns of one of the weights' products; LEFT: weights times rows."""
+    """Write one tile of columns of one of the weights' products."""
     which = tl.program_id(1)
     row = tl.arange(0, R)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -84,7 +83,7 @@ def few_rows(
     w_ptr = tl.where(which == 0, w0_ptr, tl.where(which == 1, w1_ptr, w2_ptr))
     w_ptr += n[:, None].to(tl.int64) * features
     x_ptr += row[:, None] * features
-    total = tl.zeros([BLOCK_N, R], tl.float32) if LEFT else tl.zeros([R, BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_N, R], tl.float32)
     for start in range(0, features, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         if EVEN:
@@ -94,12 +93,9 @@ def few_rows(
             known = (k < features)[None, :]
             w = tl.load(w_ptr + k[None, :], mask=owned[:, None] & known, other=0.0)
             x = tl.load(x_ptr + k[None, :], mask=inside[:, None] & known, other=0.0)
-        if LEFT:
-            total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
-        else:
-            total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
-    if LEFT:
-        total = tl.trans(total)
+        # The weights stand on the left, as matrix units are wider there than on the right.
+        total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
+    total = tl.trans(total)
     if BIAS:
         b_ptr = tl.where(which == 0, b0_ptr, tl.where(which == 1, b1_ptr, b2_ptr))
         total += tl.load(b_ptr + n, mask=owned, other=0.0).to(tl.float32)[None, :]
