@@ -27,6 +27,9 @@ from .scenes import MAX_TOKENS, VOCABULARY
 
 ASSETS = Path(__file__).parent / "assets"
 PIXELS = 64
+# How maps of this model are read: scores averaged over layers before the softmax, which weights a
+# layer by the size of its scores (the order of the reference for Flux.2).
+READING: dict[str, Any] = {"reduce": "mean_softmax"}
 
 TRANSFORMER = {
     "in_channels": 12,
