@@ -37,7 +37,7 @@ WORDS = {
 PLACES = ("grass", "paving-stone", "grey-tile", "cloudy-sky")  # what photographs show otherwise
 
 
-def export(archive: Path, folder: Path) -> int:
+def export(archive: Path, folder: Path, sets: list[str] | None = None) -> int:
     """Write the pictures with a known class as a data set of `eval`; return their number."""
     words = list(dict.fromkeys(WORDS.values()))
     lines = []
@@ -45,6 +45,8 @@ def export(archive: Path, folder: Path) -> int:
         names = {key: row["names"] for key, row in json.loads(source.read("classes.json")).items()}
         for line in source.read("index.jsonl").splitlines():
             row = json.loads(line)
+            if sets and row["set"] not in sets:
+                continue
             known = np.zeros(256, dtype=np.uint8)
             for number, name in enumerate(names[row["set"]]):
                 word = WORDS.get(name.split(",")[0].split(";")[0])
@@ -75,7 +77,7 @@ def main() -> None:
     for name in ("photos", "model", "taef2", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--noise", type=float, default=0.4)
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--sets", nargs="+", help="only these sets of the archive")
     given = parser.parse_args()
     pipe = load_natural_pipeline(given.model, given.taef2)
     settings = Settings(
@@ -85,11 +87,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         data, scores = Path(work) / "data", Path(work) / "scores"
         data.mkdir()
-        count = export(given.photos, data)
-        found: dict[str, Any] = evaluate(pipe, Folder(data), scores, settings, limit=given.limit)
+        count = export(given.photos, data, given.sets)
+        found: dict[str, Any] = evaluate(pipe, Folder(data), scores, settings)
         print((scores / "results.md").read_text())
     result = {
-        "pictures": found["pictures"], "known": count, "words": WORDS, "places": PLACES,
+        "sets": given.sets or "all", "pictures": count, "words": WORDS, "places": PLACES,
         "t": given.noise, "rows": found["rows"], "environment": environment_report(),
     }  # fmt: skip
     given.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -38,7 +38,7 @@ def draw(
     Raises:
         ValueError: A field is empty, or a word is unknown to the embedded model.
     """
-    from .demo.model import DemoPipeline
+    from .demo.model import READING, DemoPipeline
     from .demo.run import check_words, generate
 
     words = [word.strip() for word in concepts.split(",") if word.strip()]
@@ -47,7 +47,8 @@ def draw(
     embedded = isinstance(pipe, DemoPipeline)
     if embedded:
         check_words(words)
-    with ConceptAttention(pipe, words) as observer:
+    settings = READING if embedded else {}
+    with ConceptAttention(pipe, words, **settings) as observer:
         if embedded:
             picture = generate(pipe, prompt, int(seed), int(steps), guidance)
         else:

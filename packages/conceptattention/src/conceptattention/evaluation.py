@@ -94,14 +94,21 @@ def average_precision(scores: Float[Tensor, "*pixels"], target: Bool[Tensor, "*p
         )
     if not target.any():
         raise ValueError("`target` must hold at least one pixel; got none.")
-    order = scores.flatten().argsort(descending=True)
-    ranked, hits = scores.flatten()[order], target.flatten()[order].double().cumsum(0)
-    last = torch.ones_like(ranked, dtype=torch.bool)
-    last[:-1] = ranked[1:] != ranked[:-1]  # the last pixel of every run of equal scores
-    found = hits[last]
-    seen = torch.arange(1, len(ranked) + 1, device=scores.device)[last]
-    gained = found.diff(prepend=found.new_zeros(1))
-    return float((gained * found / seen).sum() / found[-1])
+    return float(average_precisions(scores.flatten()[None], target.flatten()[None])[0])
+
+
+def average_precisions(
+    scores: Float[Tensor, "maps pixels"], target: Bool[Tensor, "maps pixels"]
+) -> Float[Tensor, " maps"]:
+    """Return `average_precision` of many maps at once, in float64; NaN where a target is empty."""
+    ranked, order = scores.sort(dim=1, descending=True)
+    inside = target.gather(1, order).double()
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    last = torch.ones_like(target)  # the last pixel of every run of equal scores
+    last[:, :-1] = ranked[:, 1:] != ranked[:, :-1]
+    ends = places.masked_fill(~last, scores.shape[1]).flip(1).cummin(1).values.flip(1)
+    precision = inside.cumsum(1).gather(1, ends) / (ends + 1)
+    return (inside * precision).sum(1) / inside.sum(1)
 
 
 def ap_paper(scores: Float[Tensor, "*pixels"], target: Bool[Tensor, "*pixels"]) -> float:
@@ -109,9 +116,16 @@ def ap_paper(scores: Float[Tensor, "*pixels"], target: Bool[Tensor, "*pixels"]) 
 
     With s the min-max scaled map, [1 - s, s] is ranked against [not target, target].
     """
-    low, high = scores.min(), scores.max()
+    return float(aps_paper(scores.flatten()[None], target.flatten()[None])[0])
+
+
+def aps_paper(
+    scores: Float[Tensor, "maps pixels"], target: Bool[Tensor, "maps pixels"]
+) -> Float[Tensor, " maps"]:
+    """Return `ap_paper` of many maps at once, in float64."""
+    low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
     unit = (scores - low) / (high - low).clamp(min=1e-12)
-    return average_precision(torch.stack([1 - unit, unit]), torch.stack([~target, target]))
+    return average_precisions(torch.cat([1 - unit, unit], 1), torch.cat([~target, target], 1))
 
 
 def bootstrap_interval(

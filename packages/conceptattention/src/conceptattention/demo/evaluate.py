@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..evaluation import Confusion, ap_paper, average_precision, bootstrap_interval
+from ..evaluation import Confusion, aps_paper, average_precisions, bootstrap_interval
 from ..maps import ConceptMaps, Reduce
 from ..segmentation import segment
 from ..selection import Selection
@@ -124,18 +124,23 @@ def summarise(
     found: Found, scenes: LabelledScenes, *, layers: Sequence[int] | None = None, space: str
 ) -> dict[str, Any]:
     """Return every metric of the binary protocol, with a 95 % interval of mIoU over scenes."""
-    counts = torch.zeros(len(scenes), 2, 2, dtype=torch.int64)
+    counts = torch.zeros(len(scenes), 4, dtype=torch.int64)
     precisions = []
     for chunk, words, by_space in found:
         maps = by_space[space] if layers is None else by_space[space].select(layers=layers)
-        for scene, guess, truth, values in _objects(chunk, words, maps, scenes):
-            confusion = Confusion(2)
-            confusion.add(guess, truth)
-            counts[scene] += confusion.counts
-            precisions.append((average_precision(values, truth), ap_paper(values, truth)))
+        seen = list(_objects(chunk, words, maps, scenes))
+        if seen:
+            guess, truth, values = (
+                torch.stack(part).flatten(1) for part in list(zip(*seen, strict=True))[1:]
+            )
+            cells = nn.functional.one_hot(2 * truth.long() + guess.long(), 4).sum(1)
+            counts.index_add_(0, torch.tensor([scene for scene, *_ in seen]), cells)
+            both = average_precisions(values, truth), aps_paper(values, truth)
+            precisions.append(torch.stack(both, 1))
+    counts = counts.view(-1, 2, 2)
     pooled = Confusion(2)
     pooled.counts = counts.sum(0)
-    plain, paper = torch.tensor(precisions, dtype=torch.float64).mean(0).tolist()
+    plain, paper = torch.cat(precisions).mean(0).tolist()
     row = {name: getattr(pooled, name) for name in ("accuracy", "miou", "fg_iou", "miou_paper")} | {
         "ap": plain,
         "ap_paper": paper,

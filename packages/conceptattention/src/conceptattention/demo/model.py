@@ -33,8 +33,8 @@ READING: dict[str, Any] = {"reduce": "mean_softmax"}
 
 TRANSFORMER = {
     "in_channels": 12,
-    "num_layers": 4,
-    "num_single_layers": 3,
+    "num_layers": 5,
+    "num_single_layers": 2,
     "attention_head_dim": 32,
     "num_attention_heads": 5,
     "joint_attention_dim": 128,

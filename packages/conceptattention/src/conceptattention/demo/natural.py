@@ -25,7 +25,12 @@ from .taef2 import load_taef2
 
 PIXELS = 256
 SIDE = 128  # of a stored cut-out
-TRANSFORMER = {"in_channels": 128, "num_layers": 4, "num_attention_heads": 6}
+TRANSFORMER = {
+    "in_channels": 128,
+    "num_layers": 4,
+    "num_single_layers": 3,
+    "num_attention_heads": 6,
+}
 HELD_OUT_SEED = 2**42
 _SPECIAL = ("<pad>", "<unk>")
 

@@ -18,7 +18,7 @@ from ..maps import ConceptMaps
 from ..observer import ConceptAttention
 from ..segmentation import segment
 from .evaluate import SPACES, held_out_scenes, score, segment_scenes
-from .model import PIXELS, DemoPipeline, load_pipeline
+from .model import PIXELS, READING, DemoPipeline, load_pipeline
 from .scenes import COLOURS, LABELS, SYNONYMS, VOCABULARY
 
 if TYPE_CHECKING:
@@ -104,21 +104,21 @@ def run(
     results = Results("conceptattention", command="conceptattention demo", seed=seed)
 
     started = time.perf_counter()
-    with ConceptAttention(pipe, words) as observer:
+    with ConceptAttention(pipe, words, **READING) as observer:
         generated = generate(pipe, prompt, seed, steps, guidance)
     seconds = time.perf_counter() - started
     maps = observer.heatmaps()
     say(f'generated "{prompt}" with maps of {", ".join(words)} in {seconds:.1f} s')
     _save_maps(output, "generated", generated, maps, words)
 
-    found = segment(pipe, picture, scene_words, caption, t=t, seed=seed)
+    found = segment(pipe, picture, scene_words, caption, t=t, seed=seed, **READING)
     if not isinstance(found, ConceptMaps):
         raise TypeError(f"`segment` must return one set of maps; got {type(found).__name__}.")
     _save_maps(output, "segmented", picture, found, scene_words)
     say(f"segmented {image or 'a held-out scene'} into {', '.join(scene_words)}")
 
     held_out = held_out_scenes(scenes)
-    by_space = segment_scenes(pipe, held_out, t=t, batch=8, progress=progress)
+    by_space = segment_scenes(pipe, held_out, t=t, batch=8, progress=progress, **READING)
     _add_random(by_space, seed)
     for space in (*SPACES, "random"):
         for protocol in ("binary", "argmax"):

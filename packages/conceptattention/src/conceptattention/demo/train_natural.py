@@ -23,7 +23,7 @@ from fourfold_common import pick_device
 
 from ..maps import ConceptMaps, Reduce
 from .evaluate import SPACES, noun_swap, reduced, score, segment_scenes, summarise
-from .model import DemoPipeline
+from .model import READING, DemoPipeline
 from .natural import (
     PIXELS,
     Bank,
@@ -145,7 +145,7 @@ def draw_maps(pipe: DemoPipeline, scenes: NaturalScenes, path: Path, t: float = 
     columns = 1 + max(len(scenes.words(i)) for i in range(len(scenes)))
     side = PIXELS
     sheet = Image.new("RGB", (columns * side, len(scenes) * (side + 18)), "white")
-    for chunk, words, by_space in segment_scenes(pipe, scenes, t=t, kernels="torch"):
+    for chunk, words, by_space in segment_scenes(pipe, scenes, t=t, kernels="torch", **READING):
         for row, index in enumerate(chunk):
             pixels = (scenes.images[index].permute(1, 2, 0) * 255).byte().cpu().numpy()
             picture = Image.fromarray(pixels)

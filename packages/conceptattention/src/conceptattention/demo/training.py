@@ -44,7 +44,7 @@ class Recipe:
     batch: int
     rate: float = 1e-3
     seed: int = 0
-    noise_shift: float = 0.9
+    noise_shift: float = 0.7
     pooled_dropped: float = 0.9
 
 
