@@ -100,7 +100,7 @@ def main(tokens: int, output: Path) -> None:
                 same = made.sequences[:, width:].tolist() == wanted[:, width:].tolist()
                 results.add(who, "time", 1e3 * ours, "ms", **where)
                 results.add(who, "over transformers", theirs / ours, "x", **where)
-                results.add(who, "verdict", "exact" if same else "NOT EXACT", **where)
+                results.add(who, "verdict", "exact" if same else "NOT EXACT", "", **where)
                 results.save(output)
     click.echo(results.to_markdown())
 

@@ -156,6 +156,8 @@ class HeteroSpeculativeDecoder:
         for name, device in (("target", self._place), ("drafter", self._drafter_place)):
             if not reason and self.backend != "cudagraph" and device.type != "cuda":
                 reason = f"the {name} is on the device {device}"
+        if not reason and self._place != self._drafter_place:
+            reason = f"the models are on {self._place} and {self._drafter_place}"
         if not reason and len(self.mapping.keep) == 0:
             reason = "the vocabularies share nothing"
         if reason and self.backend == "cudagraph":

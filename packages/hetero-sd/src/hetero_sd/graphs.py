@@ -98,7 +98,8 @@ class GraphRunner:
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            # On a stream of this device: the default one is of the device of the first capture.
+            with torch.cuda.graph(graph, pool=self.pool, stream=side):
                 out = run()
             graph.replay()  # The first replay loads the graph, which takes longer than later ones.
             torch.cuda.synchronize()

@@ -135,7 +135,7 @@ def _measure(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         graph = torch.cuda.CUDAGraph()
         product(x, weight)
         torch.cuda.synchronize(x.device)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(x.device)):
             for _ in range(8):
                 product(x, weight)
         begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
