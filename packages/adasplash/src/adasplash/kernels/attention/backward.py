@@ -34,7 +34,6 @@ import triton
 import triton.language as tl
 
 from ..launch import launch
-from . import sweep
 from .bias import bias_gradient
 from .philox import words
 from .scores import (
@@ -321,14 +320,11 @@ def launch_backward(
         "num_stages": tiles.back_stages,
     }
     kind = *problem.kind, (tau.data_ptr() | active.data_ptr()) % 16  # they may be anybody's
-    if sweep.fits(problem):
-        sweep.queries_gradient(problem, kind, sources, dq, delta, constants)
-    else:
-        launch(
-            _queries_kernel, n_tiles * problem.planes, kind,
-            *sources, dq, delta, dalpha, dslope, *numbers, dim_head,
-            ALPHA_GRAD=alpha is not None, **constants,
-        )  # fmt: skip
+    launch(
+        _queries_kernel, n_tiles * problem.planes, kind,
+        *sources, dq, delta, dalpha, dslope, *numbers, dim_head,
+        ALPHA_GRAD=alpha is not None, **constants,
+    )  # fmt: skip
     launch(
         _keys_kernel, slots * k.shape[0] * k.shape[1], kind,
         *sources, delta, dk, dv, *numbers, width, dim_head, dim_value, **constants,
