@@ -42,31 +42,31 @@ def _softmax(logits):  # [BLOCK_N] -> [BLOCK_N]
 @no_type_check
 def _vectors(
     rows, scale_rows, d, mask, dim, block_size, codebook_ptr, FORMAT: tl.constexpr
-):  # [BLOCK_N, BLOCK_D]
-    """Decoded channels `d` of the vectors that begin at `rows`."""
+):  # as `mask`
+    """Decoded channels `d` of the vectors that begin at `rows`; shapes are broadcast."""
     if FORMAT == "nf4":
         half = dim // 2
         low = d < half
-        pairs = tl.load(rows + tl.where(low, d, d - half)[None, :], mask=mask, other=0).to(tl.int32)
-        codes = tl.where(low[None, :], pairs & 15, pairs >> 4)
+        pairs = tl.load(rows + tl.where(low, d, d - half), mask=mask, other=0).to(tl.int32)
+        codes = tl.where(low, pairs & 15, pairs >> 4)
         values = tl.load(codebook_ptr + codes, mask=mask, other=0.0)
     elif FORMAT == "nf3":
         quarter = dim // 4
         eighth = dim // 8
-        lows = tl.load(rows + (d % quarter)[None, :], mask=mask, other=0).to(tl.int32)
-        highs = tl.load(rows + (quarter + d % eighth)[None, :], mask=mask, other=0).to(tl.int32)
-        lows = (lows >> (2 * (d // quarter))[None, :]) & 3
-        highs = (highs >> (d // eighth)[None, :]) & 1
+        lows = tl.load(rows + (d % quarter), mask=mask, other=0).to(tl.int32)
+        highs = tl.load(rows + (quarter + d % eighth), mask=mask, other=0).to(tl.int32)
+        lows = (lows >> (2 * (d // quarter))) & 3
+        highs = (highs >> (d // eighth)) & 1
         values = tl.load(codebook_ptr + 16 + (lows | highs << 2), mask=mask, other=0.0)
     elif FORMAT == "fp8":
         # The bits of e4m3, seven places up, are those of a float16 that is 256 times too small.
-        bits = tl.load(rows + d[None, :], mask=mask, other=0).to(tl.int16)
+        bits = tl.load(rows + d, mask=mask, other=0).to(tl.int16)
         half_bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
         values = half_bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
     else:
-        values = tl.load(rows + d[None, :], mask=mask, other=0).to(tl.float32)
+        values = tl.load(rows + d, mask=mask, other=0).to(tl.float32)
     if FORMAT != "float":
-        scales = scale_rows + (d // block_size)[None, :]
+        scales = scale_rows + d // block_size
         values *= tl.load(scales, mask=mask, other=0.0).to(tl.float32)
     return values
 
@@ -107,7 +107,7 @@ def _combine_kernel(
     rows = values_ptr + token * stride_vt + n[:, None] * stride_vn  # [BLOCK_N, 1]
     mask = (n[:, None] < experts) & (d[None, :] < dim)  # [BLOCK_N, BLOCK_D]
     scale_rows = scales_ptr + token * stride_st + n[:, None] * stride_sn
-    values = _vectors(rows, scale_rows, d, mask, dim, block_size, codebook_ptr, FORMAT)
+    values = _vectors(rows, scale_rows, d[None, :], mask, dim, block_size, codebook_ptr, FORMAT)
 
     residual = tl.load(residual_ptr + token * stride_rt + d, mask=d < dim, other=0.0)
     out = residual.to(tl.float32) + tl.sum(gates[:, None] * values, axis=0)  # [BLOCK_D]
@@ -118,11 +118,12 @@ def _combine_kernel(
 @no_type_check
 def _part(
     gates,
-    rows,
-    scale_rows,
+    row,
+    scale_row,
+    stride_vn,
+    stride_sn,
     residual_ptr,
     update_ptr,
-    weight_ptr,
     codebook_ptr,
     experts,
     PART: tl.constexpr,
@@ -132,31 +133,30 @@ def _part(
     FORMAT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):  # [BLOCK_D], [BLOCK_D]
-    """Sum and norm's weight for the channels of part `PART`, `SIZE` of them."""
+):  # [BLOCK_D]
+    """Sum for the `SIZE` channels of part `PART`; the loop keeps all of a channel in one thread."""
     n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    inside = d < SIZE
-    mask = (n[:, None] < experts) & inside[None, :]  # [BLOCK_N, BLOCK_D]
-    if FORMAT == "nf4":  # a part is one half of the channels: every byte is read whole
-        pairs = tl.load(rows + d[None, :], mask=mask, other=0).to(tl.int32)
-        codes = pairs >> 4 if PART else pairs & 15
-        values = tl.load(codebook_ptr + codes, mask=mask, other=0.0)
-        if BLOCK_SIZE % SIZE == 0:  # one block covers the part
-            scales = tl.load(scale_rows + PART * SIZE // BLOCK_SIZE, mask=n[:, None] < experts)
-        else:
-            blocks = (PART * SIZE + d) // BLOCK_SIZE
-            scales = tl.load(scale_rows + blocks[None, :], mask=mask, other=0.0)
-        values *= scales.to(tl.float32)
-    else:
-        values = _vectors(rows, scale_rows, d, mask, DIM, BLOCK_SIZE, codebook_ptr, FORMAT)
     c = PART * SIZE + d
-    residual = tl.load(residual_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    update = tl.load(update_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    # Masked gates are zero, but a masked scale is whatever the mask left.
-    values = tl.where(mask, values, 0.0)
-    return residual + update + tl.sum(gates[:, None] * values, axis=0), weight
+    total = tl.load(residual_ptr + c, mask=d < SIZE, other=0.0).to(tl.float32)
+    total += tl.load(update_ptr + c, mask=d < SIZE, other=0.0).to(tl.float32)
+    for j in tl.static_range(BLOCK_N):
+        gate = tl.sum(tl.where(n == j, gates, 0.0), axis=0)
+        mask = (d < SIZE) & (j < experts)
+        values_row, scales = row + j * stride_vn, scale_row + j * stride_sn
+        if FORMAT == "nf4":  # a part is one half of the channels: every byte is read whole
+            pairs = tl.load(values_row + d, mask=mask, other=0).to(tl.int32)
+            codes = pairs >> 4 if PART else pairs & 15
+            values = tl.load(codebook_ptr + codes, mask=mask, other=0.0)
+            if BLOCK_SIZE % SIZE == 0:  # one block covers the part
+                scale = scales + PART * SIZE // BLOCK_SIZE
+                gate *= tl.load(scale, mask=j < experts, other=0.0).to(tl.float32)
+            else:
+                values *= tl.load(scales + c // BLOCK_SIZE, mask=mask, other=0.0).to(tl.float32)
+        else:
+            values = _vectors(values_row, scales, d, mask, DIM, BLOCK_SIZE, codebook_ptr, FORMAT)
+        total += gate * values
+    return total
 
 
 @triton.jit
@@ -189,21 +189,23 @@ def _combine_norm_kernel(
     """One program computes all channels of one token; sizes are constants, for cheap indices."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    rows = values_ptr + token * stride_vt + n[:, None] * stride_vn  # [BLOCK_N, 1]
-    scale_rows = scales_ptr + token * stride_st + n[:, None] * stride_sn
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    row, scale_row = values_ptr + token * stride_vt, scales_ptr + token * stride_st
     logits = tl.load(logits_ptr + token * stride_lt + n, mask=n < experts, other=float("-inf"))
     gates = _softmax(logits.to(tl.float32))  # [BLOCK_N]
     PARTS: tl.constexpr = 2 if FORMAT == "nf4" else 1
     SIZE: tl.constexpr = DIM // PARTS
     residual_row = residual_ptr + token * stride_rt
     update_row = update_ptr + token * stride_ut
-    first, first_weight = _part(
+    first_weight = tl.load(weight_ptr + d, mask=d < SIZE, other=0.0).to(tl.float32)
+    first = _part(
         gates,
-        rows,
-        scale_rows,
+        row,
+        scale_row,
+        stride_vn,
+        stride_sn,
         residual_row,
         update_row,
-        weight_ptr,
         codebook_ptr,
         experts,
         0,
@@ -214,15 +216,17 @@ def _combine_norm_kernel(
         BLOCK_N,
         BLOCK_D,
     )
-    squares = tl.sum(first * first, axis=0)
+    squares = first * first
     if PARTS == 2:
-        second, second_weight = _part(
+        second_weight = tl.load(weight_ptr + SIZE + d, mask=d < SIZE, other=0.0).to(tl.float32)
+        second = _part(
             gates,
-            rows,
-            scale_rows,
+            row,
+            scale_row,
+            stride_vn,
+            stride_sn,
             residual_row,
             update_row,
-            weight_ptr,
             codebook_ptr,
             experts,
             1,
@@ -233,9 +237,8 @@ def _combine_norm_kernel(
             BLOCK_N,
             BLOCK_D,
         )
-        squares += tl.sum(second * second, axis=0)
-    inverse = tl.rsqrt(squares / DIM + eps)
-    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+        squares += second * second
+    inverse = tl.rsqrt(tl.sum(squares, axis=0) / DIM + eps)
     out_row = out_ptr + token * DIM + d
     normed_row = normed_ptr + token * DIM + d
     kind = out_ptr.dtype.element_ty
@@ -247,9 +250,8 @@ def _combine_norm_kernel(
 
 
 def _warps(elements: int, form: str) -> int:
-    """Return the warps of a program that adds up so many values; measured on an H200."""
-    few = 4 if form == "float" else 8  # Unpacking is work that more warps share.
-    return few if elements <= 16384 else 2 * few
+    """Return the warps of a program that adds up so many values; measured on an H100."""
+    return 4 if form == "float" and elements > 8192 else 8
 
 
 def _form(
