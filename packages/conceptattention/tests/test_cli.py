@@ -41,6 +41,21 @@ def test_segment_reports_shares(small, tmp_path):
     assert ConceptMaps.load(tmp_path / "maps.npz").values.shape == (1, 2, 32, 32)
 
 
+@pytest.mark.parametrize(
+    ("given", "order"),
+    [((), "mean_softmax"), (("--reduce", "softmax_mean"), "softmax_mean")],
+)
+def test_the_small_model_is_read_as_suits_it(small, tmp_path, given, order):
+    path = tmp_path / "in.png"
+    Image.fromarray(np.full((64, 64, 3), 99, np.uint8)).save(path)
+    common = ("--concepts", "fish,water", "--output", str(tmp_path), *given)
+    drawn = ("generate", "--prompt", "a fish", "--steps", "1")
+    for command in (drawn, ("segment", "--image", str(path))):
+        result = run(*command, *common)
+        assert result.exit_code == 0, result.output
+        assert ConceptMaps.load(tmp_path / "maps.npz").reduce == order
+
+
 def test_user_errors_are_one_line(small, tmp_path):
     result = run("generate", "--prompt", "a", "--concepts", " , ", "--output", str(tmp_path))
     assert result.exit_code == 2

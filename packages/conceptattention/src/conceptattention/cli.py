@@ -15,10 +15,12 @@ from .cli_options import (
     LAYERS,
     MODEL,
     OUTPUT,
+    REDUCE,
     file_name,
     load,
     numbers,
     quiet,
+    reading,
     words,
 )
 
@@ -159,10 +161,11 @@ def demo(
 @click.option("--steps", default=12, show_default=True, type=click.IntRange(1), help="Steps.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise, drawn on the CPU.")
 @LAYERS
+@REDUCE
 @DEVICE
 def generate(
     model: str, prompt: str, concepts: str, output: Path, steps: int, seed: int, layers: Any,
-    device: str,
+    reduce: str, device: str,
 ) -> None:  # fmt: skip
     """Generate a picture or a video and the maps of its concepts."""
     import torch
@@ -170,7 +173,8 @@ def generate(
     from .observer import ConceptAttention
 
     pipe = load(model, device)
-    with ConceptAttention(pipe, words(concepts), layers=layers) as observer:
+    read = reading(model, reduce)
+    with ConceptAttention(pipe, words(concepts), layers=layers, **read) as observer:
         result = pipe(
             prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)
         )
@@ -213,10 +217,11 @@ def generate(
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
 @LAYERS
+@REDUCE
 @DEVICE
 def segment(
     model: str, image: Path, concepts: str, prompt: str, output: Path, noise: float, samples: int,
-    seed: int, layers: Any, device: str,
+    seed: int, layers: Any, reduce: str, device: str,
 ) -> None:  # fmt: skip
     """Map concepts in a picture that exists already."""
     from PIL import Image
@@ -229,8 +234,9 @@ def segment(
     if model == "demo":
         picture = picture.resize((64, 64))
     maps = run(
-        pipe, picture, words(concepts), prompt, t=noise, samples=samples, seed=seed, layers=layers
-    )
+        pipe, picture, words(concepts), prompt, t=noise, samples=samples, seed=seed, layers=layers,
+        **reading(model, reduce),
+    )  # fmt: skip
     if not isinstance(maps, ConceptMaps):
         raise TypeError("one space gives one set of maps")
     output.mkdir(parents=True, exist_ok=True)
@@ -268,11 +274,12 @@ def segment(
 @click.option("--pictures/--no-pictures", default=True, help="Write every frame as PNG too.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise, drawn on the CPU.")
 @LAYERS
+@REDUCE
 @DEVICE
 def video(
     model: str, prompt: str, concepts: str, output: Path, steps: int, frames: int | None,
     width: int | None, height: int | None, fps: float, ending: str, pictures: bool, seed: int,
-    layers: Any, device: str,
+    layers: Any, reduce: str, device: str,
 ) -> None:  # fmt: skip
     """Generate a video and write the maps of its concepts over its frames."""
     import torch
@@ -284,7 +291,8 @@ def video(
     pipe = load(model, device)
     sizes = {"num_frames": frames, "width": width, "height": height}
     given = {name: size for name, size in sizes.items() if size is not None}
-    with ConceptAttention(pipe, words(concepts), layers=layers) as observer:
+    read = reading(model, reduce)
+    with ConceptAttention(pipe, words(concepts), layers=layers, **read) as observer:
         result = pipe(
             prompt,
             num_inference_steps=steps,

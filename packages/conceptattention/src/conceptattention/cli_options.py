@@ -37,6 +37,13 @@ LAYERS = click.option(
     help="default, all, last:N, or numbers separated by commas.",
 )  # fmt: skip
 
+REDUCE = click.option(
+    "--reduce", type=click.Choice(["auto", "softmax_mean", "mean_softmax"]), default="auto",
+    show_default=True,
+    help="Softmax of each layer, then the mean, or of the mean; auto: what suits the small model "
+    "inside, softmax_mean for others.",
+)  # fmt: skip
+
 
 def quiet() -> None:
     """Silence import-time advice of the libraries, which is not the user's concern."""
@@ -79,6 +86,17 @@ def load(model: str, device: str) -> Any:
         )
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(place)
+
+
+def reading(model: str, reduce: str) -> dict[str, Any]:
+    """Return how the maps of a model are read, as arguments of `ConceptAttention`."""
+    if reduce != "auto":
+        return {"reduce": reduce}
+    if model != "demo":
+        return {}
+    from .demo.model import READING
+
+    return READING
 
 
 def file_name(word: str) -> str:
