@@ -1,0 +1,56 @@
+"""The combine kernels compile for a GPU, which no interpreter says; needs none.
+
+A process of its own compiles, without the interpreter that the other tests run in.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fourfold_common import triton_status
+
+_COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from mole.kernels.combine import kernel
+
+VALUES = {"float": "*fp16", "int8": "*i8", "fp8": "*u8", "nf4": "*u8", "nf3": "*u8"}
+TYPES = {"scales_ptr": "*fp16", "codebook_ptr": "*fp32", "eps": "fp32"}
+
+
+def build(function, form, constants, warps):
+    names = function.arg_names
+    types = TYPES | {"values_ptr": VALUES[form]} | dict.fromkeys(constants, "constexpr")
+    signature = {n: types.get(n, "*bf16" if n.endswith("_ptr") else "i32") for n in names}
+    source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert made.asm["cubin"]
+    print(function.__name__, form)
+
+
+for form, block_size in (
+    ("float", 1024), ("int8", 1024), ("fp8", 1024), ("nf4", 1024), ("nf4", 64), ("nf3", 1024),
+):
+    block = 512 if form == "nf4" else 1024
+    build(kernel._combine_kernel.fn, form, {"FORMAT": form, "BLOCK_N": 4, "BLOCK_D": 512}, 4)
+    sizes = {"DIM": 1024, "BLOCK_SIZE": block_size, "FORMAT": form, "BLOCK_N": 4, "BLOCK_D": block}
+    build(kernel._combine_norm_kernel, form, sizes, kernel._warps(4 * block, form))
+"""
+
+
+@pytest.mark.skipif(not triton_status().importable, reason="needs Triton")
+def test_combine_kernels_compile_for_an_h100_in_every_format(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    found = subprocess.run(
+        [sys.executable, "-c", _COMPILE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert len(found.stdout.splitlines()) == 12
