@@ -17,7 +17,7 @@ from .compat import (
     triton_sparsemax,
 )
 from .integration import load_alpha, register_with_transformers, set_alpha
-from .kernels.attention import adasplash, entmax_attention
+from .kernels.attention import AttentionAux, adasplash, entmax_attention
 from .kernels.decode import PageStats, adasplash_decode, page_stats
 from .kernels.entmax import EntmaxAux, entmax, entmax15, sparsemax
 from .losses import Entmax15Loss, EntmaxLoss, SparsemaxLoss, entmax_loss
@@ -26,6 +26,7 @@ from .modules import AlphaParam, AlphaSchedule, Entmax, EntmaxAttention
 __all__ = [
     "AlphaParam",
     "AlphaSchedule",
+    "AttentionAux",
     "Entmax",
     "Entmax15Loss",
     "EntmaxAttention",

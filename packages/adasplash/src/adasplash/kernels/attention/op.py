@@ -2,8 +2,7 @@
 
 import logging
 from functools import cache
-from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +12,7 @@ from fourfold_common import triton_status
 
 from . import reference
 from .checks import KERNEL_DTYPES, check_once, check_options, check_packed, check_tensors
+from .diagnostics import AttentionAux, attention_aux
 from .dropout import fresh_seed
 from .operators import attend, unheard
 from .terms import Terms
@@ -23,6 +23,58 @@ _status_of_gpus = cache(triton_status)  # whether kernels are interpreted matter
 _AUTOCAST = [
     kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)
 ]
+
+
+@overload
+def adasplash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor = ...,
+    is_causal: bool = ...,
+    varlen: Tensor | None = ...,
+    niter: int | None = ...,
+    *,
+    scale: float | None = ...,
+    window: tuple[int, int] | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    attn_bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    dropout_p: float = ...,
+    key_padding_mask: Tensor | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    return_aux: Literal[False] = ...,
+    backend: Literal["auto", "triton", "reference"] = ...,
+) -> Tensor: ...
+
+
+@overload
+def adasplash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor = ...,
+    is_causal: bool = ...,
+    varlen: Tensor | None = ...,
+    niter: int | None = ...,
+    *,
+    scale: float | None = ...,
+    window: tuple[int, int] | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    attn_bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    dropout_p: float = ...,
+    key_padding_mask: Tensor | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    return_aux: Literal[True],
+    backend: Literal["auto", "triton", "reference"] = ...,
+) -> tuple[Tensor, AttentionAux]: ...
 
 
 def adasplash(
@@ -46,8 +98,16 @@ def adasplash(
     cu_seqlens_k: Int[Tensor, " bounds"] | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    return_aux: bool = False,
     backend: Literal["auto", "triton", "reference"] = "auto",
-) -> Float[Tensor, "batch heads seq_q dim_value"] | Float[Tensor, "tokens_q heads dim_value"]:
+) -> (
+    Float[Tensor, "batch heads seq_q dim_value"]
+    | Float[Tensor, "tokens_q heads dim_value"]
+    | tuple[
+        Float[Tensor, "batch heads seq_q dim_value"] | Float[Tensor, "tokens_q heads dim_value"],
+        AttentionAux,
+    ]
+):
     """Return attention whose weights are the alpha-entmax of the scores, most of them exactly zero.
 
     The weights of row i are `p = relu((alpha - 1) s - tau_i) ** (1 / (alpha - 1))`, where `s` are
@@ -91,12 +151,14 @@ def adasplash(
             read from the bounds, which waits for their device; a trace or the capture of a CUDA
             graph makes room for one sequence of all tokens instead.
         max_seqlen_k: The same for keys.
+        return_aux: Also return thresholds, sizes of the support and the share of blocks that hold
+            weight. A diagnostic: plain PyTorch on every device, one more pass over all scores.
         backend: `"triton"` runs the kernels, `"reference"` plain PyTorch; `"auto"` the kernels for
             CUDA tensors when Triton can be imported and `alpha` is not 1, else the reference. A
             backend that was asked for is never replaced by the other.
 
     Returns:
-        The output, in the dtype of `q`.
+        The output, in the dtype of `q`, and an `AttentionAux` if asked for.
 
     Raises:
         TypeError: A dtype is not supported, or dtypes differ.
@@ -104,12 +166,17 @@ def adasplash(
 
     Source: AdaSplash (arXiv 2502.12082), equations 5 to 9.
     """
+    if return_aux and not isinstance(alpha, Tensor) and alpha == 1:
+        raise ValueError(
+            f"`return_aux` needs an `alpha` above 1, softmax has no threshold; got {alpha}."
+        )
     options = reference.Options(
         scale=max(1, q.shape[-1]) ** -0.5 if scale is None else float(scale), is_causal=is_causal,
         key_mask=key_padding_mask, window=window, softcap=softcap, slopes=alibi_slopes,
         bias=attn_bias, dropout=dropout_p, bounds_q=cu_seqlens_q, bounds_k=cu_seqlens_k,
         max_q=max_seqlen_q or 0, max_k=max_seqlen_k or 0,
     )  # fmt: skip
+    row_mask = None
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         if varlen is not None:
             raise ValueError("`varlen` cannot go with `cu_seqlens_q`; leave one of them out.")
@@ -121,14 +188,20 @@ def adasplash(
             max_k = options.max_k or _longest(cu_seqlens_k)
         options = options._replace(bounds_k=cu_seqlens_k, max_q=max_q, max_k=max_k)
         if len(k) == 0:  # no key to see
-            return q.new_zeros(*q.shape[:2], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return _attend(q, k, v, alpha, options, backend)[0].transpose(0, 1)
-    if varlen is not None:
+            output = q.new_zeros(*q.shape[:2], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
+        else:
+            its_q, its_k, its_v = (x.transpose(0, 1)[None] for x in (q, k, v))
+            output = _attend(its_q, its_k, its_v, alpha, options, backend)[0].transpose(0, 1)
+    elif varlen is not None:
         options = options._replace(key_mask=_shown(q, k, varlen, key_padding_mask))
+        row_mask = _within(q, varlen)
         output = _attend(q, k, v, alpha, options, backend)
-        return output.masked_fill(~_within(q, varlen)[:, None, :, None], 0.0)
-    return _attend(q, k, v, alpha, options, backend)
+        output = output.masked_fill(~row_mask[:, None, :, None], 0.0)
+    else:
+        output = _attend(q, k, v, alpha, options, backend)
+    if not return_aux:
+        return output
+    return output, attention_aux(_as_autocast(q), _as_autocast(k), alpha, options, row_mask)
 
 
 def _attend(
@@ -140,10 +213,7 @@ def _attend(
     backend: str,
 ) -> Tensor:
     """Return the attention of tensors of 4 dimensions, also where they hold packed sequences."""
-    kind = q.device.type
-    if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = _as_autocast(q), _as_autocast(k), _as_autocast(v)
     direct = unheard(q, k, v)
     (check_once if direct else check_tensors)(
         (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
@@ -172,6 +242,14 @@ def _attend(
     )
 
 
+def _as_autocast(x: Tensor) -> Tensor:
+    """Return a tensor in the dtype of autocast, where that is on."""
+    kind = x.device.type
+    if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
 def _one_by_one(
     q: Tensor,
     k: Tensor,
@@ -181,15 +259,13 @@ def _one_by_one(
     backend: str,
 ) -> Tensor:
     """Return the attention of packed sequences, one after another."""
-    bounds = (options.bounds_q, options.bounds_k)
-    rows, keys = (pairwise(x.tolist()) for x in bounds if x is not None)
     outputs = []
-    for (start, stop), (first, end) in zip(rows, keys, strict=True):
-        one = q[:, :, start:stop], k[:, :, first:end], v[:, :, first:end]
-        if start == stop or first == end:  # no rows, or no key to see
+    for rows, keys in reference.sequences(options):
+        one = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+        if rows.start == rows.stop or keys.start == keys.stop:  # no rows, or no key to see
             outputs.append(one[0].new_zeros(*one[0].shape[:3], v.shape[3]))
             continue
-        its = options._replace(bounds_q=None, bounds_k=None, first_row=start)
+        its = options._replace(bounds_q=None, bounds_k=None, first_row=rows.start)
         outputs.append(_attend(*one, alpha, its, backend))
     return torch.cat(outputs, 2)
 
@@ -260,6 +336,32 @@ def _bounds(x: Tensor | None, q: Tensor) -> Tensor | None:
     return None if x is None else x.to(q.device, torch.int32).contiguous()
 
 
+@overload
+def entmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor = ...,
+    *,
+    is_causal: bool = ...,
+    return_aux: Literal[False] = ...,
+    **options: Any,
+) -> Tensor: ...
+
+
+@overload
+def entmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor = ...,
+    *,
+    is_causal: bool = ...,
+    return_aux: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, AttentionAux]: ...
+
+
 def entmax_attention(
     q: Tensor,
     k: Tensor,
@@ -268,7 +370,7 @@ def entmax_attention(
     *,
     is_causal: bool = False,
     **options: Any,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, AttentionAux]:
     """Return `adasplash(q, k, v, ...)`, not causal unless asked, as torch's own attention is.
 
     Args:
@@ -279,7 +381,8 @@ def entmax_attention(
         is_causal: Whether a row sees no later keys.
         options: Other options of `adasplash`, by name.
     """
-    return adasplash(q, k, v, alpha, is_causal, **options)
+    found: Tensor | tuple[Tensor, AttentionAux] = adasplash(q, k, v, alpha, is_causal, **options)
+    return found
 
 
 def _within(x: Tensor, lengths: Tensor) -> Tensor:

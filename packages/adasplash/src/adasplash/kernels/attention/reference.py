@@ -6,6 +6,8 @@ beside inputs and outputs. Half precision is computed in float32, float64 in flo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .dropout import kept
 
-_TILE = 128  # query rows at a time
+TILE = 128  # query rows at a time; whole blocks of 64
 
 
 class Options(NamedTuple):
@@ -45,32 +47,16 @@ class Options(NamedTuple):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, alpha: float | Tensor, options: Options) -> Tensor:
     """Return the output of the attention; arguments as checked by `op.adasplash`."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    group = q.shape[1] // k.shape[1]
-    keys, values = (x.to(wide).repeat_interleave(group, 1) for x in (k, v))
-    if isinstance(alpha, Tensor):
-        alpha = alpha.to(wide).expand(q.shape[:2])[..., None, None]
+    keys, alpha, options = widen(q, k, alpha, options)
+    values = v.to(keys.dtype).repeat_interleave(q.shape[1] // v.shape[1], 1)
+    shift = k.shape[2] - q.shape[2]
     bias = options.bias
-    if bias is not None:
-        bias = bias.to(wide).expand(*q.shape[:3], k.shape[2])
-    slopes = options.slopes
-    if slopes is not None:
-        slopes = slopes.to(wide).expand(q.shape[:2])[..., None, None]
 
     def attend(
         rows: Tensor, tile: Tensor, keys: Tensor, values: Tensor, alpha: Any, slopes: Any, bias: Any
     ) -> Tensor:
-        scores = tile @ keys.mT * options.scale
-        if options.softcap is not None:
-            scores = options.softcap * torch.tanh(scores / options.softcap)
-        shift = keys.shape[2] - q.shape[2]  # row i stands at key i + shift
-        distance = torch.arange(keys.shape[2], device=q.device) - (rows[:, None] + shift)
-        if slopes is not None:
-            scores = scores - slopes * distance.abs()
-        if bias is not None:
-            scores = scores + bias
-        scores = scores.masked_fill(_hidden(distance, options), -torch.inf)
-        weights = entmax_weights(scores, alpha)
+        its = options._replace(slopes=slopes, bias=bias)
+        weights = entmax_weights(tile_scores(tile, keys, rows + shift, its), alpha)
         if options.seed is not None:
             planes = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(q.shape[:2])
             its_rows = rows + options.first_row
@@ -79,16 +65,64 @@ def attention(q: Tensor, k: Tensor, v: Tensor, alpha: float | Tensor, options: O
         return weights @ values
 
     outputs = []
-    for start in range(0, q.shape[2], _TILE):
-        rows = torch.arange(start, min(start + _TILE, q.shape[2]), device=q.device)
+    for start in range(0, q.shape[2], TILE):
+        rows = torch.arange(start, min(start + TILE, q.shape[2]), device=q.device)
         part = slice(start, start + len(rows))
         output = checkpoint(
-            attend, rows, q[:, :, part].to(wide), keys, values, alpha, slopes,
+            attend, rows, q[:, :, part].to(keys.dtype), keys, values, alpha, options.slopes,
             None if bias is None else bias[:, :, part],
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
         outputs.append(output.to(q.dtype))
     return torch.cat(outputs, 2)
+
+
+def widen(
+    q: Tensor, k: Tensor, alpha: float | Tensor, options: Options
+) -> tuple[Tensor, float | Tensor, Options]:
+    """Return the keys of every query head, alpha and options, ready for tiles of scores.
+
+    Tensors are at least float32. Alpha and slopes have shape `[batch, heads, 1, 1]`, the bias
+    `[batch, heads, seq_q, seq_k]`.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys = k.to(wide).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(q.device, wide).expand(q.shape[:2])[..., None, None]
+    slopes, bias = options.slopes, options.bias
+    if slopes is not None:
+        slopes = slopes.to(q.device, wide).expand(q.shape[:2])[..., None, None]
+    if bias is not None:
+        bias = bias.to(q.device, wide).expand(*q.shape[:3], k.shape[2])
+    return keys, alpha, options._replace(slopes=slopes, bias=bias)
+
+
+def tile_scores(tile: Tensor, keys: Tensor, places: Tensor, options: Options) -> Tensor:
+    """Return the scores of some rows with every option but dropout, `-inf` for hidden keys.
+
+    Args:
+        tile: Queries, `[batch, heads, rows, dim_head]`.
+        keys: `[batch, heads, seq_k, dim_head]`.
+        places: At which key every row stands, `[rows]`.
+        options: As `widen` returns them, the bias that of these rows.
+    """
+    scores = tile @ keys.mT * options.scale
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    distance = torch.arange(keys.shape[2], device=keys.device) - places[:, None]
+    if options.slopes is not None:
+        scores = scores - options.slopes * distance.abs()
+    if options.bias is not None:
+        scores = scores + options.bias
+    return scores.masked_fill(_hidden(distance, options), -torch.inf)
+
+
+def sequences(options: Options) -> Iterator[tuple[slice, slice]]:
+    """Yield the rows and the keys of every packed sequence; waits for the device of the bounds."""
+    bounds = (options.bounds_q, options.bounds_k)
+    rows, keys = (pairwise(x.tolist()) for x in bounds if x is not None)
+    for its_rows, its_keys in zip(rows, keys, strict=True):
+        yield slice(*its_rows), slice(*its_keys)
 
 
 def _hidden(distance: Tensor, options: Options) -> Tensor:
@@ -124,6 +158,14 @@ def entmax_weights(scores: Tensor, alpha: float | Tensor) -> Tensor:
     return weights
 
 
+def excess(scores: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Return `relu((alpha - 1) scores - tau)`, whose power is the weight, and tau of every row."""
+    z = scores * (alpha - 1.0)
+    z = z.masked_fill(scores == -torch.inf, -torch.inf)
+    tau = threshold(z, alpha)
+    return (z - tau[..., None]).clamp_min(0.0), tau
+
+
 def threshold(z: Tensor, alpha: float | Tensor) -> Tensor:
     """Return tau with `sum(relu(z - tau) ** (1 / (alpha - 1))) == 1`; `+inf` for empty rows.
 
@@ -157,9 +199,7 @@ class _Weights(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, alpha: float | Tensor) -> Tensor:
-        z = scores * (alpha - 1.0)
-        z = z.masked_fill(scores == -torch.inf, -torch.inf)
-        x = (z - threshold(z, alpha)[..., None]).clamp_min(0.0)
+        x, _ = excess(scores, alpha)
         power = 1.0 / (alpha - 1.0)
         p = x.pow(power)
         is_tensor = isinstance(alpha, Tensor)
