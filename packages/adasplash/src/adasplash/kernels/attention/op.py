@@ -27,54 +27,28 @@ _AUTOCAST = [
 
 @overload
 def adasplash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: float | Tensor = ...,
-    is_causal: bool = ...,
-    varlen: Tensor | None = ...,
-    niter: int | None = ...,
-    *,
-    scale: float | None = ...,
-    window: tuple[int, int] | None = ...,
-    alibi_slopes: Tensor | None = ...,
-    attn_bias: Tensor | None = ...,
-    softcap: float | None = ...,
-    dropout_p: float = ...,
-    key_padding_mask: Tensor | None = ...,
-    cu_seqlens_q: Tensor | None = ...,
-    cu_seqlens_k: Tensor | None = ...,
-    max_seqlen_q: int | None = ...,
-    max_seqlen_k: int | None = ...,
-    return_aux: Literal[False] = ...,
+    q: Tensor, k: Tensor, v: Tensor, alpha: float | Tensor = ..., is_causal: bool = ...,
+    varlen: Tensor | None = ..., niter: int | None = ..., *, scale: float | None = ...,
+    window: tuple[int, int] | None = ..., alibi_slopes: Tensor | None = ...,
+    attn_bias: Tensor | None = ..., softcap: float | None = ..., dropout_p: float = ...,
+    key_padding_mask: Tensor | None = ..., cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ..., max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., return_aux: Literal[False] = ...,
     backend: Literal["auto", "triton", "reference"] = ...,
-) -> Tensor: ...
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def adasplash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: float | Tensor = ...,
-    is_causal: bool = ...,
-    varlen: Tensor | None = ...,
-    niter: int | None = ...,
-    *,
-    scale: float | None = ...,
-    window: tuple[int, int] | None = ...,
-    alibi_slopes: Tensor | None = ...,
-    attn_bias: Tensor | None = ...,
-    softcap: float | None = ...,
-    dropout_p: float = ...,
-    key_padding_mask: Tensor | None = ...,
-    cu_seqlens_q: Tensor | None = ...,
-    cu_seqlens_k: Tensor | None = ...,
-    max_seqlen_q: int | None = ...,
-    max_seqlen_k: int | None = ...,
-    return_aux: Literal[True],
+    q: Tensor, k: Tensor, v: Tensor, alpha: float | Tensor = ..., is_causal: bool = ...,
+    varlen: Tensor | None = ..., niter: int | None = ..., *, scale: float | None = ...,
+    window: tuple[int, int] | None = ..., alibi_slopes: Tensor | None = ...,
+    attn_bias: Tensor | None = ..., softcap: float | None = ..., dropout_p: float = ...,
+    key_padding_mask: Tensor | None = ..., cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ..., max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., return_aux: Literal[True],
     backend: Literal["auto", "triton", "reference"] = ...,
-) -> tuple[Tensor, AttentionAux]: ...
+) -> tuple[Tensor, AttentionAux]: ...  # fmt: skip
 
 
 def adasplash(
