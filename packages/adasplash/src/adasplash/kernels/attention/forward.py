@@ -92,6 +92,7 @@ def _output_kernel(
         bias_batch, bias_head, bias_row, bias_key, FORM,
     )  # fmt: skip
     lane = tl.arange(0, PARTS)[None, :]
+    before, step = tau, tau
     if QUICK:
         slope = tl.load(slope_ptr + row_base + rows, mask=rows < seq_q, other=1.0)
     tries, open_rows = 0, 1
@@ -120,8 +121,11 @@ def _output_kernel(
         if QUICK:
             whole = tl.sum(total, 1)
             fine = (tl.abs(whole - 1.0) <= tolerance) | (tau == float("inf")) | (tau != tau)
-            tau = tl.where(rows < seq_q, tau + 0.5 * (whole - 1.0) / slope, tau)
-            output = output / tl.where(whole > 0.0, whole, 1.0)[:, None]
+            secant = 0.5 * (before - whole) / step  # NaN where nothing has moved
+            slope = tl.where((tries > 0) & (fine == 0) & (secant > 0.0), secant, slope)
+            before, step = whole, 0.5 * (whole - 1.0) / slope
+            tau = tl.where(rows < seq_q, tau + step, tau)
+            output = output * (1.0 / tl.where(whole > 0.0, whole, 1.0))[:, None]
             open_rows = tl.max(tl.where(fine, 0, 1), 0)
         else:
             open_rows = 0

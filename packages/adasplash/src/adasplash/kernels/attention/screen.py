@@ -112,10 +112,8 @@ def _range(
 def _store_peaks(
     peak_ptr, peaks, rows, first_block, n_blocks, TILE_M: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """Store the maxima of some blocks; a finite one stays finite."""
+    """Store the maxima of some blocks."""
     blocks = first_block + tl.arange(0, PARTS)[None, :]
-    peaks = tl.where((peaks < -65504.0) & (peaks > float("-inf")), -65504.0, peaks)
-    peaks = tl.where(peaks > 65504.0, 65504.0, peaks)
     tl.store(
         peak_ptr + blocks * TILE_M + rows[:, None], peaks.to(tl.float16), mask=blocks < n_blocks
     )
@@ -260,6 +258,13 @@ def _peaks(peak_ptr, blocks, rows, real, TILE_M: tl.constexpr):
     return peaks.to(tl.float32)
 
 
+@triton.jit
+@no_type_check
+def _limit(bound, slack, known, real):
+    """Return what maxima must not exceed in a block without weight; NaN where all have to stay."""
+    return tl.where(real, tl.where(known, bound - slack, float("nan")), float("inf"))
+
+
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 @no_type_check
 def _list_kernel(
@@ -302,11 +307,11 @@ def _list_kernel(
         begin, end = _range(first, BLOCK_M, seq_q, seq_k, left, right, IS_CAUSAL, HAS_WINDOW)
         begin, end = begin // BLOCK_N, tl.minimum(tl.cdiv(end, BLOCK_N), n_blocks)
 
-        # What the maxima near the top were rounded by, at most; beyond float16 nothing is known.
-        size = tl.abs(top)
-        slack = tl.where(size < 60000.0, (size + 1.0) * 2.0**-10, float("inf"))
-        bound = tl.where(top == float("-inf"), 0.0, top - 1.0)
-        limit = tl.where(rows < seq_q, bound - slack, float("inf"))
+        empty, size = top == float("-inf"), tl.abs(top)
+        slack = (size + 1.0) * 2.0**-10  # what the maxima near the top were rounded by, at most
+        known = empty | (size < 60000.0)  # beyond float16 nothing is
+        lowest = tl.where(empty, 0.0, top - 1.0)
+        limit = _limit(lowest, slack, known, rows < seq_q)
         count = 0
         for offset in range(0, end - begin, LISTED):
             blocks = end - 1 - offset - tl.arange(0, LISTED)
@@ -321,7 +326,7 @@ def _list_kernel(
         tl.debug_barrier()  # other threads read the list
 
         # Newton's method and the like on the maxima alone, until it hardly moves.
-        t, guess, steps, moving = bound, bound, 0, 1
+        bound, t, guess, steps, moving = lowest, lowest, lowest, 0, 1
         while (steps < _STEPS) & (moving > 0):
             sum_p = tl.zeros([CHUNK, BLOCK_M], tl.float32)
             sum_u = tl.zeros([CHUNK, BLOCK_M], tl.float32)
@@ -352,11 +357,12 @@ def _list_kernel(
             t = tl.where(t_next > bound, t_next, bound)
             moving = tl.max(moved.to(tl.int32), 0)
             steps += 1
+        bound = tl.where(known, bound, lowest)
         tl.store(bound_ptr + row_base + rows, bound, mask=rows < seq_q)
         guess = tl.minimum(tl.maximum(guess, bound), 0.5 * (bound + top))
         tl.store(start_ptr + row_base + rows, guess, mask=rows < seq_q)
 
-        limit = tl.where(rows < seq_q, bound - slack, float("inf"))
+        limit = _limit(bound, slack, known, rows < seq_q)
         kept = 0
         for offset in range(0, count, CHUNK):
             index = offset + tl.arange(0, CHUNK)

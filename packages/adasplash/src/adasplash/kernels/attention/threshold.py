@@ -104,8 +104,10 @@ def _threshold_kernel(
     settled = empty | (top != top)
     # f(lower) >= 0 > f(upper)
     t, upper, slope = lower, tl.where(empty, 0.0, top), lower
+    keys = (count * BLOCK_N).to(tl.float32)
     if QUICK:
         t = tl.load(start_ptr + row_base + rows, mask=rows < seq_q, other=0.0)
+        upper -= tl.where(settled, 0.0, tl.rsqrt(keys))  # tau for so many keys, all alike
 
     passes, unsolved = 0, 1
     while (passes < max_passes) & (unsolved > 0):
@@ -125,7 +127,7 @@ def _threshold_kernel(
                 a2 += b2
         b0, b1 = tl.sum(a0, 1), tl.sum(a1, 1)
         if QUICK:
-            t, slope, lower, upper = approach(t, b0, b1, lower, upper)
+            t, slope, lower, upper = approach(t, b0, b1, lower, upper, keys)
             done = (tl.abs(b0 - 1.0) <= tolerance) | settled
         else:
             t, lower, upper, done = improve(
