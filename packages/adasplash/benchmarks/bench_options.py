@@ -41,9 +41,9 @@ BACKENDS = {
     "SDPA math": SDPBackend.MATH,
 }
 SHARES = (16, 8, 2, 12, 4, 1, 14, 7)  # lengths of the packed sequences, in 64ths of the tokens
-DROPPED = 0.1
+GROUP = 8  # query heads that share a key head, where they do
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-Score = Callable[..., Tensor]
+Mod = Callable[..., Tensor]
 
 
 class Option(NamedTuple):
@@ -51,18 +51,18 @@ class Option(NamedTuple):
 
     Args:
         ours: Arguments of `adasplash`.
-        one: The same for the first head of the first sequence alone.
+        one: The same for the first key head of the first sequence alone, if they differ.
         peers: Contenders by name.
-        score: The score of FlexAttention, `score(s, batch, head, row, key)`; None for none.
-        packed: Bounds of packed sequences.
+        score: Score of FlexAttention, `score(s, batch, head, row, key)`; None for the product.
+        visible: Mask of FlexAttention, `visible(batch, head, row, key)`.
         checked: Whether the outputs of softmax can be compared.
     """
 
     ours: dict[str, object]
-    one: dict[str, object]
     peers: dict[str, Attend]
-    score: Score | None = None
-    packed: Tensor | None = None
+    one: dict[str, object] | None = None
+    score: Mod | None = None
+    visible: Mod | None = None
     checked: bool = True
 
 
@@ -75,18 +75,6 @@ def softmax(backend: SDPBackend, options: dict[str, object], *heads: Tensor) -> 
         return scaled_dot_product_attention(*heads, **options)
 
 
-def flex(score: Score | None, length: int, device: torch.device, mask: Score = causal) -> Attend:
-    """Return FlexAttention with a score and a mask of blocks, compiled where kernels exist."""
-    blocks = create_block_mask(mask, None, None, length, length, device=str(device))
-    call = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
-    return partial(call, score_mod=score, block_mask=blocks)
-
-
-def unpacked(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Call attention of `[1, heads, tokens, dim_head]` with `[tokens, heads, dim_head]`."""
-    return attend(*(x.transpose(0, 1)[None] for x in (q, k, v)))[0].transpose(0, 1)
-
-
 def varlen(bounds: Tensor, longest: int) -> Attend:
     """Return torch's own attention over packed sequences."""
     from torch.nn.attention.varlen import varlen_attn
@@ -96,76 +84,169 @@ def varlen(bounds: Tensor, longest: int) -> Attend:
     return lambda q, k, v: varlen_attn(q, k, v, bounds, bounds, longest, longest, **how)
 
 
-def backends(options: dict[str, object], *names: str) -> dict[str, Attend]:
-    return {name: partial(softmax, BACKENDS[name], options) for name in names}
+class Peers:
+    """Makes softmax contenders for queries `[batch, heads, length, dim_head]`."""
+
+    def __init__(self, q: Tensor) -> None:
+        self.q, self.gpu = q, q.is_cuda
+        self.batch, self.heads, self.length = q.shape[:3]
+        self.places = torch.arange(self.length, device=q.device)
+
+    def plain(self, **options: object) -> dict[str, Attend]:
+        """SDPA's fast backends."""
+        names = ("SDPA cuDNN", "SDPA flash") if self.gpu else ("SDPA math",)
+        return {n: partial(softmax, BACKENDS[n], {"is_causal": True, **options}) for n in names}
+
+    def masked(self, mask: Tensor) -> dict[str, Attend]:
+        """SDPA's backends that take a mask or bias, which is stored whole."""
+        names = ("SDPA cuDNN", "SDPA efficient") if self.gpu else ("SDPA math",)
+        return {n: partial(softmax, BACKENDS[n], {"attn_mask": mask}) for n in names}
+
+    def flex(
+        self, score: Mod | None, visible: Mod = causal, wide: bool = False, **options: object
+    ) -> dict[str, Attend]:
+        """FlexAttention with a score and a mask of blocks, compiled where kernels exist."""
+        outer = (self.batch, self.heads) if wide else (1, 1)
+        blocks = create_block_mask(visible, *outer, self.length, self.length,
+                                   device=str(self.q.device))  # fmt: skip
+        call = torch.compile(flex_attention, dynamic=False) if self.gpu else flex_attention
+        return {"FlexAttention": partial(call, score_mod=score, block_mask=blocks, **options)}
 
 
-def option(name: str, q: Tensor, length: int, capped: float = 20.0) -> Option:
-    """Return an option by its name, for queries `[batch, heads, length, dim_head]`."""
-    device, heads = q.device, q.shape[1]
-    gpu = device.type == "cuda"
-    fast = ("SDPA cuDNN", "SDPA flash") if gpu else ("SDPA math",)
-    biased = ("SDPA cuDNN", "SDPA efficient") if gpu else ("SDPA math",)
-    plain = {"is_causal": True}
-    places = torch.arange(length, device=device)
-    if name == "none":
-        peers = backends(plain, *fast) | {"FlexAttention": flex(None, length, device)}
-        return Option(plain, plain, peers)
-    if name == "dropout":
-        ours = plain | {"dropout_p": DROPPED}
-        return Option(ours, ours, backends(ours, *fast), checked=False)
-    if name == "softcap":
+def no_option(peers: Peers) -> Option:
+    return Option({}, peers.plain() | peers.flex(None))
 
-        def cap(s, batch, head, row, key):
-            return capped * torch.tanh(s / capped)
 
-        ours = plain | {"softcap": capped}
-        return Option(ours, ours, {"FlexAttention": flex(cap, length, device)}, cap)
-    if name == "alibi":
-        slopes = torch.exp2(-8 * (torch.arange(heads, device=device) + 1) / heads)
+def blocks(peers: Peers, heads: tuple[Tensor, ...]) -> Option:
+    """Softmax over the blocks that hold our weight: what sparse softmax could reach at best."""
+    active = blocks_of(*heads)
+    if active is None:
+        return Option({}, {})
 
-        def slope(s, batch, head, row, key):
-            return s - slopes[head] * (row - key)
+    def visible(batch, head, row, key):
+        return (row >= key) & active[batch, head, row // 64, key // 64]
 
-        far = (places[:, None] - places).float()
-        mask = (-slopes[:, None, None] * far).masked_fill(far < 0, -torch.inf).to(q.dtype)[None]
-        peers = backends({"attn_mask": mask}, *biased)
-        peers["FlexAttention"] = flex(slope, length, device)
-        return Option(plain | {"alibi_slopes": slopes}, plain | {"alibi_slopes": slopes[:1]},
-                      peers, slope)  # fmt: skip
-    if name == "bias":
-        generator = torch.Generator(device).manual_seed(1)
-        table = torch.randn(length, length, generator=generator, device=device).to(q.dtype)
+    return Option({}, peers.flex(None, visible, wide=True), visible=visible)
 
-        def shift(s, batch, head, row, key):
-            return s + table[row, key]
 
-        mask = table.masked_fill(places[:, None] < places, -torch.inf)[None, None]
-        ours = plain | {"attn_bias": table[None, None]}
-        peers = backends({"attn_mask": mask}, *biased)
-        peers["FlexAttention"] = flex(shift, length, device)
-        return Option(ours, ours, peers, shift)
-    ends = torch.tensor([0, *SHARES]).cumsum(0) * length // sum(SHARES)
-    bounds = ends.to(device, torch.int32)
+def blocks_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """Return where 64x64 blocks hold weight, as the kernels record it; None without a GPU."""
+    if not q.is_cuda:
+        return None
+    found = torch.ops.adasplash.attention_forward(
+        q, k, v, None, None, q.shape[-1] ** -0.5, True, -1, -1
+    )[2].bool()
+    rows = -(-q.shape[2] // 64)
+    return found.repeat_interleave(-(-rows // found.shape[2]), 2)[:, :, :rows]
+
+
+def dropout(peers: Peers) -> Option:
+    return Option({"dropout_p": 0.1}, peers.plain(dropout_p=0.1), checked=False)
+
+
+def softcap(peers: Peers, cap: float = 20.0) -> Option:
+    def score(s, batch, head, row, key):
+        return cap * torch.tanh(s / cap)
+
+    return Option({"softcap": cap}, peers.flex(score), score=score)
+
+
+def alibi(peers: Peers) -> Option:
+    steps = torch.arange(peers.heads, device=peers.q.device) + 1
+    slopes = torch.exp2(-8 * steps / peers.heads)
+
+    def score(s, batch, head, row, key):
+        return s - slopes[head] * (row - key)
+
+    far = (peers.places[:, None] - peers.places).float()
+    bias = (-slopes[:, None, None] * far).masked_fill(far < 0, -torch.inf).to(peers.q.dtype)
+    return Option({"alibi_slopes": slopes}, peers.masked(bias[None]) | peers.flex(score),
+                  {"alibi_slopes": slopes[:1]}, score)  # fmt: skip
+
+
+def bias(peers: Peers) -> Option:
+    generator = torch.Generator(peers.q.device).manual_seed(1)
+    table = torch.randn(peers.length, peers.length, generator=generator, device=peers.q.device)
+    table = table.to(peers.q.dtype)
+
+    def score(s, batch, head, row, key):
+        return s + table[row, key]
+
+    mask = table.masked_fill(peers.places[:, None] < peers.places, -torch.inf)
+    return Option({"attn_bias": table[None, None]}, peers.masked(mask[None, None])
+                  | peers.flex(score), score=score)  # fmt: skip
+
+
+def padding(peers: Peers) -> Option:
+    """A fourth of the keys is hidden, in holes of 64."""
+    generator = torch.Generator().manual_seed(1)
+    kept = torch.rand(peers.batch, -(-peers.length // 64), generator=generator) > 0.25
+    kept[:, 0] = True
+    kept = kept.repeat_interleave(64, 1)[:, : peers.length].to(peers.q.device)
+
+    def visible(batch, head, row, key):
+        return (row >= key) & kept[batch, key]
+
+    mask = (peers.places[:, None] >= peers.places) & kept[:, None, None]
+    return Option({"key_padding_mask": kept}, peers.masked(mask)
+                  | peers.flex(None, visible, wide=True),
+                  {"key_padding_mask": kept[:1]}, visible=visible)  # fmt: skip
+
+
+def window(peers: Peers) -> Option:
+    left = peers.length // 8
+
+    def visible(batch, head, row, key):
+        return (row >= key) & (row - key <= left)
+
+    return Option({"window": (left, 0)}, peers.flex(None, visible), visible=visible)
+
+
+def shared_keys(peers: Peers) -> Option:
+    return Option({}, peers.plain(enable_gqa=True) | peers.flex(None, enable_gqa=True))
+
+
+def alphas(peers: Peers) -> Option:
+    """An alpha for every head, with its gradient."""
+    alpha = torch.linspace(1.2, 1.8, peers.heads, device=peers.q.device).requires_grad_()
+    return Option({"alpha": alpha}, {}, {"alpha": alpha.detach()[:1]})
+
+
+def packed(peers: Peers) -> Option:
+    ends = torch.tensor([0, *SHARES]).cumsum(0) * peers.length // sum(SHARES)
+    bounds = ends.to(peers.q.device, torch.int32)
     longest = int(ends.diff().max())
-    documents = torch.searchsorted(ends[1:].to(device), places, right=True)
+    documents = torch.searchsorted(ends[1:].to(peers.q.device), peers.places, right=True)
 
-    def inside(batch, head, row, key):
+    def visible(batch, head, row, key):
         return (row >= key) & (documents[row] == documents[key])
 
-    ours = plain | {"cu_seqlens_q": bounds, "max_seqlen_q": longest}
-    peers = {"FlexAttention": partial(unpacked, flex(None, length, device, inside))}
-    if gpu:
-        peers["torch varlen_attn"] = varlen(bounds, longest)
-    return Option(ours, ours, peers, packed=documents)
+    def unpacked(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(*(x.transpose(0, 1)[None] for x in (q, k, v)))[0].transpose(0, 1)
+
+    others = {n: partial(unpacked, call) for n, call in peers.flex(None, visible).items()}
+    if peers.gpu:
+        others["torch varlen_attn"] = varlen(bounds, longest)
+    return Option({"cu_seqlens_q": bounds, "max_seqlen_q": longest}, others, visible=visible)
 
 
-OPTIONS = ("none", "alibi", "softcap", "bias", "dropout", "packed")
+OPTIONS = {
+    "none": no_option, "alibi": alibi, "softcap": softcap, "bias": bias, "dropout": dropout,
+    "packed": packed, "blocks": blocks, "padding": padding, "window": window,
+    "shared keys": shared_keys, "alpha 2": lambda peers: Option({"alpha": 2.0}, {}),
+    "alpha 1.25": lambda peers: Option({"alpha": 1.25}, {}), "alpha by head": alphas,
+}  # fmt: skip
+
+
+def first_head(x: Tensor, heads_kv: int) -> Tensor:
+    """Return what belongs to the first key head of the first sequence, packed or not."""
+    part = x[:, : x.shape[1] // heads_kv].detach()  # heads are the second axis of both
+    return part[:1] if x.ndim == 4 else part
 
 
 def soft_error(chosen: Option, q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> float:
     """Return the relative error of a softmax output in sampled rows of the first head."""
-    if chosen.packed is not None:
+    if q.ndim == 3:
         q, k, v, output = (x.transpose(0, 1)[None] for x in (q, k, v, output))
     q, k, v, output = (x[0, 0].double() for x in (q, k, v, output))
     keys = torch.arange(len(k), device=k.device)
@@ -176,26 +257,22 @@ def soft_error(chosen: Option, q: Tensor, k: Tensor, v: Tensor, output: Tensor) 
         s = q[rows] @ k.T * q.shape[-1] ** -0.5
         if chosen.score is not None:
             s = chosen.score(s, first, first, row, keys)
-        hidden = row < keys
-        if chosen.packed is not None:
-            hidden = hidden | (chosen.packed[row] != chosen.packed[keys])
-        want.append(s.double().masked_fill(hidden, -torch.inf).softmax(-1) @ v)
+        visible = (chosen.visible or causal)(first, first, row, keys)
+        want.append(s.double().masked_fill(~visible, -torch.inf).softmax(-1) @ v)
         found.append(output[rows])
     return relative_error(torch.cat(found), torch.cat(want))
 
 
 def our_error(chosen: Option, leaves: list[Tensor], grad: Tensor, found: list[Tensor]) -> float:
-    """Return the largest relative error of output and gradients in the first head."""
-
-    def head(x: Tensor) -> Tensor:
-        return (x[:, :1] if chosen.packed is not None else x[:1, :1]).detach()
-
-    one = [head(x).double().requires_grad_() for x in leaves]
+    """Return the largest relative error of output and gradients in the first head of keys."""
+    heads_kv = leaves[1].shape[1]
+    one = [first_head(x, heads_kv).double().requires_grad_() for x in leaves]
     torch.manual_seed(1)  # dropout draws its seed from the generator
-    want = adasplash(*one, **chosen.one, backend="reference")
-    made = torch.autograd.grad(want, one, head(grad).double())
+    options = {"is_causal": True, **(chosen.ours if chosen.one is None else chosen.one)}
+    want = adasplash(*one, **options, backend="reference")
+    made = torch.autograd.grad(want, one, first_head(grad, heads_kv).double())
     pairs = zip(found, (want, *made), strict=True)
-    errors = [relative_error(head(x), y.detach()) for x, y in pairs]
+    errors = [relative_error(first_head(x, heads_kv), y.detach()) for x, y in pairs]
     return max(errors) if all(e == e for e in errors) else float("nan")
 
 
@@ -217,14 +294,18 @@ class Bench:
         batch = 2 if heads % 2 == 0 and name != "packed" else 1
         q, k, v = clustered_inputs(batch, heads // batch, long, 64, self.arguments.gain,
                                    dtype=torch.bfloat16, device=self.device)  # fmt: skip
-        chosen = option(name, q, long)
+        if name == "shared keys":
+            k, v = (x[:, :: min(GROUP, x.shape[1])].contiguous() for x in (k, v))
+        peers = Peers(q)
+        chosen = blocks(peers, (q, k, v)) if name == "blocks" else OPTIONS[name](peers)
         case = {"option": name, "batch": batch, "heads": heads // batch, "tokens": long}
         if name == "packed":
             q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
         backend = "triton" if self.device.type == "cuda" else "reference"
-        attend = partial(adasplash, **chosen.ours, backend=backend)
-        for provider, call in {"adasplash": attend, **chosen.peers}.items():
-            yield provider, call, chosen, [q, k, v], case
+        ours = partial(adasplash, **{"is_causal": True, **chosen.ours}, backend=backend)
+        for provider, call in {"adasplash": ours, **chosen.peers}.items():
+            if (name, provider) != ("blocks", "adasplash"):  # that is the plain case
+                yield provider, call, chosen, [q, k, v], case
 
     def warm(self, name: str) -> None:
         """Compile what an option needs: ours, and FlexAttention's."""
@@ -252,7 +333,10 @@ class Bench:
     ) -> None:
         """Check and time one contender."""
         leaves = [x.clone().requires_grad_() for x in heads]
-        grad = torch.randn_like(heads[2])
+        alpha = chosen.ours.get("alpha")
+        learned = [alpha] if provider == "adasplash" and isinstance(alpha, Tensor) else []
+        with torch.no_grad():
+            grad = torch.randn_like(call(*heads))
 
         def forward() -> Tensor:
             with torch.no_grad():
@@ -260,12 +344,12 @@ class Bench:
 
         def both() -> list[Tensor]:
             output = call(*leaves)
-            return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+            return [output.detach(), *torch.autograd.grad(output, [*leaves, *learned], grad)]
 
         torch.manual_seed(1)
         found, error = both(), None
         if provider == "adasplash":
-            error = our_error(chosen, leaves, grad, found)
+            error = our_error(chosen, leaves, grad, found[:4])
             case["density"] = round(self.density(chosen, heads), 4)
         elif chosen.checked:
             error = soft_error(chosen, *heads, found[0])
@@ -291,15 +375,13 @@ class Bench:
 
     @staticmethod
     def density(chosen: Option, heads: list[Tensor]) -> float:
-        """Return the share of visible 64x64 blocks that hold weight, in the first head."""
-        axis = 1 if chosen.packed is not None else slice(None, 1)
-        one = [x[:, :1] if axis == 1 else x[:1, :1] for x in heads]
-        shares = adasplash(*one, **chosen.one, return_aux=True, backend="reference")[
-            1
-        ].block_density
-        if chosen.packed is None:
+        """Return the share of visible 64x64 blocks that hold weight, in the first head of keys."""
+        one = [first_head(x, heads[1].shape[1]) for x in heads]
+        options = {"is_causal": True, **(chosen.ours if chosen.one is None else chosen.one)}
+        shares = adasplash(*one, **options, return_aux=True, backend="reference")[1].block_density
+        if "cu_seqlens_q" not in options:
             return shares.mean().item()
-        rows = -(-chosen.packed.bincount() // 64)
+        rows = -(-options["cu_seqlens_q"].diff() // 64)
         blocks = rows * (rows + 1) / 2
         return ((shares[:, 0] * blocks).sum() / blocks.sum()).item()
 
