@@ -89,7 +89,7 @@ def test_options_are_checked_and_timed(tmp_path, capsys, monkeypatch):
     script.main([*tiny, "--rep", "1"])
     cases = Results.load(tmp_path / "options.json").cases
     ours = {c["parameters"]["option"] for c in cases if c["provider"] == "adasplash"}
-    assert ours == set(script.OPTIONS)
+    assert ours == set(script.OPTIONS) - {"blocks"}  # that is softmax alone, on a GPU
     assert all(c["error"] < 1e-2 for c in cases if c["parameters"]["option"] != "dropout")
     assert "FlexAttention" in capsys.readouterr().out
     # A softmax output of another option is told apart, and so is a wrong head of ours.
