@@ -69,9 +69,7 @@ class CachedStore(LutStore):
         self._check_open()
         missing: list[int] = []
 
-        def find(
-            wanted: list[int], landing: UInt8[Tensor, "places row_stride"]
-        ) -> tuple[list[int], list[int]]:
+        def find(wanted: list[int], landing: Tensor) -> tuple[list[int], list[int]]:
             slot = self._slot
             distinct = dict.fromkeys(wanted)
             if len(distinct) > self.capacity:
