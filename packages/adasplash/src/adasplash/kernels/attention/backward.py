@@ -66,7 +66,6 @@ from .tiles import (
     store_rows,
 )
 
-
 _SAMPLE = tl.constexpr(8)  # blocks that delta is guessed from
 
 

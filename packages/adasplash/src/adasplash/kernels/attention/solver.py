@@ -111,9 +111,9 @@ def power_step(t, a0, goal, a1, inverse):
 def approach(t, a0, a1, lower, upper, keys):
     """Return the next t of every row, what a1 will be there, and the bounds of tau.
 
-    A0 falls as the power `a1^2 / (a1^2 - a0 a2 / 2)` of a distance. `keys`, how many are visited, is
-    more than a2: where nearly all of them have weight that tells the power, elsewhere 3.5 fits, and
-    6 near the root.
+    A0 falls as the power `a1^2 / (a1^2 - a0 a2 / 2)` of a distance. `keys`, how many are visited,
+    is more than a2: where nearly all of them have weight that tells the power, elsewhere 3.5 fits,
+    and 6 near the root.
     """
     known = a1 > 0.0
     a0, a1 = tl.where(known, a0, 1.0), tl.where(known, a1, 1.0)

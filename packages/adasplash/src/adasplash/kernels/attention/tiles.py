@@ -26,8 +26,9 @@ from .terms import PLAIN, Terms
 
 # Arguments of every kernel; no value of them compiles anything.
 SIZES = ["first_place", "stride_mask", "left", "right", "heads", "group", "seq_q", "seq_k",
-         "n_tiles", "n_blocks", "max_passes", "max_tries", "n_seq", "bias_batch", "bias_head", "bias_row",
-         "bias_key", "drop_below", "list_width", "its_heads", "batches", "n_heads"]  # fmt: skip
+         "n_tiles", "n_blocks", "max_passes", "max_tries", "n_seq", "bias_batch", "bias_head",
+         "bias_row", "bias_key", "drop_below", "list_width", "its_heads", "batches",
+         "n_heads"]  # fmt: skip
 # The caller's own, at any address.
 UNALIGNED = ["mask_ptr", "alpha_ptr", "slopes_ptr", "bias_ptr", "bounds_q_ptr", "bounds_k_ptr",
              "seed_ptr"]  # fmt: skip
