@@ -47,6 +47,11 @@ def test_there_must_be_a_key():
     ("options", "error", "message"),
     [
         ({"alpha": 2.5}, ValueError, r"`alpha` must be between 1 and 2; got 2.5"),
+        ({"alpha": "1.5"}, TypeError, r"`alpha` must be a number; got '1.5'"),
+        ({"alpha": None}, TypeError, r"`alpha` must be a number; got None"),
+        ({"scale": "a"}, TypeError, r"`scale` must be a number; got 'a'"),
+        ({"softcap": "x"}, TypeError, r"`softcap` must be a number; got 'x'"),
+        ({"window": 3}, TypeError, r"`window` must be two lengths, .*; got 3"),
         ({"alpha": torch.ones(4)}, ValueError, r"`alpha` must be above 1 and at most 2; got \[1"),
         ({"alpha": torch.full((3,), 1.5)}, ValueError, r"`alpha` must have shape \(\), \(4,\) or"),
         ({"window": (-2, 0)}, ValueError, r"`window` must be two lengths.*got \(-2, 0\)"),

@@ -11,7 +11,9 @@ where there is none. The gradient of a slope of ALiBi is the sum of `-dS |distan
 is in `bias.py`.
 
 1. *Queries*: one program per tile of queries; the first sweep over its active blocks adds up delta,
-   the second dQ.
+   the second dQ. In half formats at alpha 1.5 the first one takes a few blocks of a long list. They
+   give a guess d of delta, and dQ = scale (A - (delta - d) B), A the sum of u (dP - d) k and B that
+   of u k: as d is near, the difference cancels no digits.
 2. *Keys*: one program per tile of keys; for every query head of its group it visits the tiles of
    queries that give these keys weight, and adds up dK and dV.
 
@@ -384,7 +386,7 @@ def launch_backward(
         _queries_kernel, n_tiles * problem.planes, kind,
         *sources, dq, delta, dalpha, dslope, *numbers, dim_head,
         QUICK=problem.quick and terms.form in (0, PACKED.value), ALPHA_GRAD=alpha is not None,
-        **constants, maxnreg=tiles.queries_regs,
+        **constants, maxnreg=tiles.most.queries,
     )  # fmt: skip
     launch(
         _keys_kernel, slots * k.shape[0] * k.shape[1], kind,

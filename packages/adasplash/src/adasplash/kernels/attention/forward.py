@@ -9,6 +9,9 @@ with `tau_i` such that the row sums to 1. Three steps, of which only the first s
 3. The kernel below adds up `p v` over them, and marks the blocks that hold any weight for the
    backward.
 
+In half formats at alpha 1.5 tau is as exact as the format: the weights are divided by their sum,
+and what that lacks to 1 improves the tau that the backward gets.
+
 For another alpha, `z = (alpha - 1) s` and `p = x ** (1 / (alpha - 1))`. What else shapes z is in
 `scores.py`. Dropout leaves tau and the marks as they are: it takes weights out of the last sum.
 
@@ -191,6 +194,6 @@ def weighted_sum(
         DROPOUT=problem.terms.dropout > 0.0,
         QUICK=quick, SATURATE=quick and not interpreted(_output_kernel),
         BLOCK_DV=padded(dim_value), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        maxnreg=tiles.output_regs,
+        maxnreg=tiles.most.output,
     )  # fmt: skip
     return output, active

@@ -404,7 +404,7 @@ def screen(problem: Problem, *, skip: bool = True) -> Candidates:
             *problem.sizes, problem.scale,
             **switches, TILE_M=tiles.screen_m, TILE_N=tile_n, INTERPRETED=interpreting,
             num_warps=tiles.screen_warps, num_stages=tiles.screen_stages,
-        maxnreg=tiles.screen_regs,
+        maxnreg=tiles.most.screen,
         )  # fmt: skip
         launch(
             _list_kernel, some * (tiles.screen_m // tiles.block_m), problem.kind,

@@ -1,19 +1,15 @@
 """The threshold tau of every row, over the blocks that can hold weight.
 
-With A0, A1, A2 the sums of x^2, x and 1 over `x = relu(z - t)`, f(t) = A0 - 1 is decreasing and
-convex, so each pass over the scores yields certified bounds of tau: Newton's step is a lower bound
-(B1), the root for the support of t bounds tau from above where f > 0 and from below where f < 0
-(B2). The step in between is weighted by how far the row is from both. The first t is the bound of
-the screening, mostly within some hundredths of tau: two or three passes suffice.
+Each pass over their scores gives the sums that a step of `solver.py` needs. The first t is a guess
+from the maxima of the blocks, or the bound that they prove. In float32, and for other alphas, steps
+go on until tau is certain to the last digit.
 
-For another alpha `p = x ** (1 / (alpha - 1))`. The norm of x to that power is convex in t as well,
-and Newton's step on it a lower bound; it alone is taken, from the left.
+QUICK, half formats at alpha 1.5: a pass adds up p and u and no more, by parts of rows that a thread
+holds alone, and x takes one saturating multiply-add, as it is at most 1. It is over once a step is
+sure to end near enough for `forward.py`, which divides the weights by their sum.
 
-As `max - 1 <= t`, x is at most 1: for half formats one saturating multiply-add gives x, and another
-counts it, where a maximum or a comparison would take twice as long.
-
-Scores and layout as in `forward.py`. Source: AdaSplash (arXiv 2502.12082), section 3.1; bounds,
-first guess, stopping rule and saturation are our own.
+Scores and layout as in `forward.py`. Source: AdaSplash (arXiv 2502.12082), section 3.1; what is
+quick is our own.
 """
 
 from __future__ import annotations
@@ -155,6 +151,6 @@ def threshold(problem: Problem, candidates: Candidates) -> tuple[torch.Tensor, t
         *problem.added, *problem.sizes, problem.scale, tolerance, MAX_PASSES, **problem.switches,
         QUICK=quick, SATURATE=quick and not interpreted(_threshold_kernel),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        maxnreg=tiles.solve_regs,
+        maxnreg=tiles.most.threshold,
     )  # fmt: skip
     return tau, slope

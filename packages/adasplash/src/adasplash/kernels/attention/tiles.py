@@ -35,6 +35,15 @@ UNALIGNED = ["mask_ptr", "alpha_ptr", "slopes_ptr", "bias_ptr", "bounds_q_ptr", 
 TINY = 1e-30  # stands for a scale of 0, by which the -inf of hidden keys cannot be multiplied
 
 
+class Registers(NamedTuple):
+    """What a thread may take at most: with less, more programs fit. None: what it asks for."""
+
+    screen: int | None = None
+    threshold: int | None = None
+    output: int | None = None
+    queries: int | None = None
+
+
 class Tiles(NamedTuple):
     """Launch parameters of the attention kernels."""
 
@@ -47,18 +56,12 @@ class Tiles(NamedTuple):
     screen_warps: int
     screen_stages: int
     back_stages: int
-    # Registers of a thread at most: with fewer more programs fit. None: what the compiler takes.
-    screen_regs: int | None = None
-    solve_regs: int | None = None
-    output_regs: int | None = None
-    queries_regs: int | None = None
+    most: Registers = Registers()
 
-
-_UNBOUND = dict.fromkeys(("screen_regs", "solve_regs", "output_regs", "queries_regs"))  # any option
 
 # By the padded head size; float32 products need twice the room.
 _HALF = {
-    64: Tiles(64, 64, 4, 2, 128, 128, 4, 3, 2, 168, 64, 96, 168),
+    64: Tiles(64, 64, 4, 2, 128, 128, 4, 3, 2, Registers(168, 64, 96, 168)),
     128: Tiles(64, 64, 4, 2, 128, 128, 8, 2, 2),
     256: Tiles(64, 32, 8, 2, 64, 64, 4, 2, 2),
 }
@@ -217,7 +220,7 @@ def _plan(
     if form % 8:  # what shapes the scores takes registers: no larger tiles than the blocks
         tiles = tiles._replace(screen_m=tiles.block_m, screen_n=tiles.block_n)
     if form or drops or has_mask or window is not None or not half:
-        tiles = tiles._replace(**_UNBOUND)
+        tiles = tiles._replace(most=Registers())
     sizes = (stride_mask, *(window or (0, 0)), heads, heads // heads_kv, seq_q, seq_k,
              *marks_of(shape, seq_k, tiles, n_seq, max_k))  # fmt: skip
     switches = {
