@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from bench_attention import BUDGET, peak_of, runs_of
+from bench_attention import BACKENDS, BUDGET, METRICS, blocks_of, peak_of, runs_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -34,12 +34,6 @@ from adasplash import adasplash
 from adasplash.testing import clustered_inputs, relative_error
 from fourfold_common import Results, pick_device, time_call
 
-BACKENDS = {
-    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "SDPA flash": SDPBackend.FLASH_ATTENTION,
-    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "SDPA math": SDPBackend.MATH,
-}
 SHARES = (16, 8, 2, 12, 4, 1, 14, 7)  # lengths of the packed sequences, in 64ths of the tokens
 GROUP = 8  # query heads that share a key head, where they do
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -94,13 +88,16 @@ class Peers:
 
     def plain(self, **options: object) -> dict[str, Attend]:
         """SDPA's fast backends."""
-        names = ("SDPA cuDNN", "SDPA flash") if self.gpu else ("SDPA math",)
-        return {n: partial(softmax, BACKENDS[n], {"is_causal": True, **options}) for n in names}
+        return self.by_backend(("SDPA cuDNN", "SDPA flash"), {"is_causal": True, **options})
 
     def masked(self, mask: Tensor) -> dict[str, Attend]:
         """SDPA's backends that take a mask or bias, which is stored whole."""
-        names = ("SDPA cuDNN", "SDPA efficient") if self.gpu else ("SDPA math",)
-        return {n: partial(softmax, BACKENDS[n], {"attn_mask": mask}) for n in names}
+        return self.by_backend(("SDPA cuDNN", "SDPA efficient"), {"attn_mask": mask})
+
+    def by_backend(self, names: tuple[str, ...], options: dict[str, object]) -> dict[str, Attend]:
+        if not self.gpu:
+            return {"SDPA math": partial(softmax, SDPBackend.MATH, options)}
+        return {name: partial(softmax, BACKENDS[name], options) for name in names}
 
     def flex(
         self, score: Mod | None, visible: Mod = causal, wide: bool = False, **options: object
@@ -119,25 +116,14 @@ def no_option(peers: Peers) -> Option:
 
 def blocks(peers: Peers, heads: tuple[Tensor, ...]) -> Option:
     """Softmax over the blocks that hold our weight: what sparse softmax could reach at best."""
-    active = blocks_of(*heads)
-    if active is None:
+    if not peers.gpu:
         return Option({}, {})
+    active = blocks_of(*heads, True)
 
     def visible(batch, head, row, key):
         return (row >= key) & active[batch, head, row // 64, key // 64]
 
     return Option({}, peers.flex(None, visible, wide=True), visible=visible)
-
-
-def blocks_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-    """Return where 64x64 blocks hold weight, as the kernels record it; None without a GPU."""
-    if not q.is_cuda:
-        return None
-    found = torch.ops.adasplash.attention_forward(
-        q, k, v, None, None, q.shape[-1] ** -0.5, True, -1, -1
-    )[2].bool()
-    rows = -(-q.shape[2] // 64)
-    return found.repeat_interleave(-(-rows // found.shape[2]), 2)[:, :, :rows]
 
 
 def dropout(peers: Peers) -> Option:
@@ -359,7 +345,7 @@ class Bench:
             print(self.failed[-1], flush=True)
             return
         shown = []
-        for metric, timed in (("forward", forward), ("forward + backward", both)):
+        for metric, timed in zip(METRICS, (forward, both), strict=True):
             peak = peak_of(timed, self.device)
             if self.device.type == "cuda":
                 from _gpu import graphed

@@ -27,7 +27,15 @@ from pathlib import Path
 
 import torch
 from _gpu import graphed, soft
-from bench_attention import BUDGET, density_of, oracle_softmax, sampled_grad, worst_error
+from bench_attention import (
+    BUDGET,
+    METRICS,
+    blocks_of,
+    oracle_softmax,
+    sampled_grad,
+    share,
+    worst_error,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -38,7 +46,6 @@ from fourfold_common import Results, time_call
 
 WORKER = Path(__file__).with_name("_upstream.py")
 THEIRS = "adasplash 0.2.2"
-KINDS = ("forward", "forward + backward")
 
 
 class Upstream:
@@ -169,7 +176,7 @@ class Bench:
             seen.add((causal, gain))
             *heads, grad = self.tensors[job["file"]]
             case = {"length": length, "heads": heads[0].shape[1], "causal": causal, "gain": gain}
-            case["density"] = round(density_of(*heads, causal), 4)
+            case["density"] = round(share(blocks_of(*heads, causal), causal), 4)
             cudnn = partial(soft, backend=SDPBackend.CUDNN_ATTENTION, is_causal=causal)
             for name, attend, oracle in (
                 ("adasplash", partial(adasplash, is_causal=causal), oracle_attention),
@@ -196,7 +203,7 @@ class Bench:
         error = worst_error(*heads, grad, both(), case["causal"], oracle)
         if not error <= BUDGET[torch.bfloat16]:
             raise SystemExit(f"{name}, {case}: error {error:.2e}")
-        for metric, call in zip(KINDS, (forward, both), strict=True):
+        for metric, call in zip(METRICS, (forward, both), strict=True):
             for how, timed in (("calls", call), ("graph", graphed(call))):
                 ms = time_call(timed, "cuda", 10).median_ms
                 self.add(name, metric, ms, "ms", how=how, error=error, **case)
