@@ -105,10 +105,11 @@ def test_options_are_checked_and_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     script = load("bench_options")
     tiny = ["--output", str(tmp_path), "--length", "64", "--tokens", "128", "--device", "cpu"]
-    script.main([*tiny, "--rep", "1"])
+    names = ["none", "bias", "dropout", "packed", "padding", "shared keys", "alpha by head"]
+    script.main([*tiny, "--rep", "0.1", "--options", *names])
     cases = Results.load(tmp_path / "options.json").cases
     ours = {c["parameters"]["option"] for c in cases if c["provider"] == "adasplash"}
-    assert ours == set(script.OPTIONS) - {"blocks"}  # that is softmax alone, on a GPU
+    assert ours == set(names)
     assert all(c["error"] < 1e-2 for c in cases if c["parameters"]["option"] != "dropout")
     assert "FlexAttention" in capsys.readouterr().out
     # A softmax output of another option is told apart, and so is a wrong head of ours.
@@ -129,3 +130,14 @@ def test_options_are_checked_and_timed(tmp_path, capsys, monkeypatch):
     assert script.our_error(chosen, leaves, grad, found) < 1e-2
     found[2] = 2 * found[2]
     assert script.our_error(chosen, leaves, grad, found) > 0.5
+
+
+def test_decoding_is_checked_and_timed(tmp_path):
+    script = load("bench_decode")
+    script.main(["--output", str(tmp_path), "--keys", "128", "--dim", "16", "--rep", "0.1",
+                 "--device", "cpu"])  # fmt: skip
+    cases = Results.load(tmp_path / "decode.json").cases
+    assert len(cases) == len(script.KEYS) * (7 + 2)
+    assert all(c["error"] < 5e-3 for c in cases)
+    by_noise = {c["parameters"]["noise"]: c["parameters"]["near_blocks"] for c in cases}
+    assert 0 < by_noise[0.1] <= 1
