@@ -105,13 +105,20 @@ def test_options_are_checked_and_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     script = load("bench_options")
     tiny = ["--output", str(tmp_path), "--length", "64", "--tokens", "128", "--device", "cpu"]
-    names = ["none", "bias", "dropout", "packed", "padding", "shared keys", "alpha by head"]
+    names = ["none", "dropout", "packed", "padding", "shared keys"]
     script.main([*tiny, "--rep", "0.1", "--options", *names])
     cases = Results.load(tmp_path / "options.json").cases
     ours = {c["parameters"]["option"] for c in cases if c["provider"] == "adasplash"}
     assert ours == set(names)
     assert all(c["error"] < 1e-2 for c in cases if c["parameters"]["option"] != "dropout")
     assert "FlexAttention" in capsys.readouterr().out
+    # The same by a process for every option, as on a GPU.
+    bench = script.Bench(
+        script.argparse.Namespace(output=tmp_path / "more", options=["none"]), "cpu"
+    )
+    few = [*tiny[2:], "--rep", "0.1"]
+    assert script.side_by_side(bench, few, 60.0) == []
+    assert len(bench.results.cases) == len(Results.load(tmp_path / "more/options.json").cases) == 4
     # A softmax output of another option is told apart, and so is a wrong head of ours.
     bench = script.Bench(
         script.argparse.Namespace(
