@@ -107,6 +107,8 @@ def check_options(q: Tensor, k: Tensor, alpha: float | Tensor, options: Options)
         visible = alpha.device.type == "cpu" and not torch.compiler.is_compiling()
         if visible and not bool(((alpha > 1) & (alpha <= 2)).all()):
             raise ValueError(f"`alpha` must be above 1 and at most 2; got {alpha.tolist()}.")
+    elif alpha is None or isinstance(alpha, str):
+        raise TypeError(f"`alpha` must be a number or a tensor; got {alpha!r}.")
     elif not 1 <= alpha <= 2:
         raise ValueError(f"`alpha` must be between 1 and 2; got {alpha}.")
     if not -math.inf < scale < math.inf:
@@ -121,8 +123,14 @@ def check_options(q: Tensor, k: Tensor, alpha: float | Tensor, options: Options)
             )
         if mask.device != q.device:
             raise ValueError(f"`key_padding_mask` must be on {q.device}; got {mask.device}.")
-    if window is not None and (len(window) != 2 or min(window) < -1):
-        raise ValueError(f"`window` must be two lengths, at least 0, or -1 for all; got {window}.")
+    if window is not None and not (
+        isinstance(window, tuple | list)
+        and len(window) == 2
+        and all(isinstance(side, int) and side >= -1 for side in window)
+    ):
+        raise ValueError(
+            f"`window` must be two whole numbers, at least 0, or -1 for all; got {window!r}."
+        )
     if slopes is not None and tuple(slopes.shape) not in (heads[1:], heads):
         raise ValueError(
             f"`alibi_slopes` must have shape {heads[1:]} or {heads}; got {tuple(slopes.shape)}."
@@ -134,6 +142,8 @@ def check_options(q: Tensor, k: Tensor, alpha: float | Tensor, options: Options)
         sizes = zip(reversed(bias.shape), reversed(shape), strict=False)
         if bias.ndim > 4 or any(size not in (1, full) for size, full in sizes):
             raise ValueError(f"`attn_bias` must broadcast to {shape}; got {tuple(bias.shape)}.")
+    if isinstance(softcap, str):
+        raise TypeError(f"`softcap` must be a number; got {softcap!r}.")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"`softcap` must be positive and finite; got {softcap}.")
     if not 0 <= dropout < 1:
