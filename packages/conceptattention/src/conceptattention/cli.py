@@ -19,6 +19,7 @@ from .cli_options import (
     file_name,
     load,
     numbers,
+    open_picture,
     quiet,
     reading,
     words,
@@ -224,13 +225,11 @@ def segment(
     seed: int, layers: Any, reduce: str, device: str,
 ) -> None:  # fmt: skip
     """Map concepts in a picture that exists already."""
-    from PIL import Image
-
     from .maps import ConceptMaps
     from .segmentation import segment as run
 
     pipe = load(model, device)
-    picture = Image.open(image).convert("RGB")
+    picture = open_picture(image)
     if model == "demo":
         picture = picture.resize((64, 64))
     maps = run(
@@ -252,8 +251,10 @@ def segment(
 @main.command()
 @click.option(
     "--model",
-    required=True,
-    help="Folder or hub name of a video pipeline; `tiny-video` has random weights.",
+    default="demo",
+    show_default=True,
+    help="Folder or hub name of a video pipeline; `demo` is the small video model inside, "
+    "`tiny-video` has random weights.",
 )
 @click.option("--prompt", required=True, help="What to generate.")
 @CONCEPTS
@@ -288,10 +289,10 @@ def video(
     from .observer import ConceptAttention
 
     check_video_format(f"video.{ending}", fps)
-    pipe = load(model, device)
+    pipe = load(model, device, video=True)
     sizes = {"num_frames": frames, "width": width, "height": height}
     given = {name: size for name, size in sizes.items() if size is not None}
-    read = reading(model, reduce)
+    read = reading("", reduce)
     with ConceptAttention(pipe, words(concepts), layers=layers, **read) as observer:
         result = pipe(
             prompt,
@@ -393,8 +394,10 @@ def evaluate(
     )
     try:
         pictures = load_dataset(dataset, root, split)
-    except ValueError as error:
-        message = str(error).replace("`name`", "`--dataset`").replace("`split`", "`--split`")
+    except (ValueError, OSError) as error:
+        message = str(error)
+        for name, option in (("name", "dataset"), ("split", "split"), ("root", "root")):
+            message = message.replace(f"`{name}`", f"`--{option}`")
         raise ValueError(message) from error
     if device == "auto" and "LOCAL_RANK" in os.environ:
         import torch

@@ -54,8 +54,13 @@ def quiet() -> None:
     diffusers_logging.set_verbosity_error()
 
 
-def load(model: str, device: str) -> Any:
+def load(model: str, device: str, *, video: bool = False) -> Any:
     """Return a pipeline on its device: from a folder, the hub, or one of the small ones inside.
+
+    Args:
+        model: Folder, name on the hub, "demo" or "tiny-video".
+        device: As `--device` takes it.
+        video: Let "demo" be the small model of videos.
 
     Raises:
         ValueError: The device is not there, or `model` is neither a folder nor a name on the hub.
@@ -69,6 +74,10 @@ def load(model: str, device: str) -> Any:
         place = pick_device(device)[0]
     except ValueError as error:
         raise ValueError(str(error).replace("`request`", "`--device`")) from error
+    if model == "demo" and video:
+        from .demo.video import load_video_pipeline
+
+        return load_video_pipeline().to(place)
     if model == "demo":
         from .demo.model import load_pipeline
 
@@ -97,6 +106,21 @@ def reading(model: str, reduce: str) -> dict[str, Any]:
     from .demo.model import READING
 
     return READING
+
+
+def open_picture(path: Path) -> Any:
+    """Return a picture in colour.
+
+    Raises:
+        ValueError: The file is none.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"`--image` must be a picture; {str(path)!r} is none.") from None
 
 
 def file_name(word: str) -> str:

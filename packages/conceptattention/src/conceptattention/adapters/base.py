@@ -92,6 +92,8 @@ class Adapter(LinearLayers, ABC):
     family: ClassVar[str]
     conditional_first: ClassVar[bool] = False  # of a guided batch's halves
     pipeline: ClassVar[str | None] = None  # diffusers' class that encodes, for modular pipelines
+    latents_argument: ClassVar[str] = "hidden_states"  # of the transformer
+    films: ClassVar[bool] = False  # not pictures
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -132,7 +134,7 @@ class Adapter(LinearLayers, ABC):
 
     def rows(self, call: Call) -> int:
         """Return the size of the batch."""
-        return len(call.arguments["hidden_states"])
+        return len(call.arguments[self.latents_argument])
 
     def text_tokens(self, call: Call, text: Tensor) -> int:
         """Return how many tokens of text a layer sees, given the output of `seed`."""
@@ -230,6 +232,10 @@ class Adapter(LinearLayers, ABC):
         May synchronise with the device: it is called once per run, after it.
         """
 
+    def patch(self, pipe: Any) -> int:
+        """Return how many pixels high and wide a token of the picture is."""
+        return 2 * int(pipe.vae_scale_factor)
+
     def encode_image(self, pipe: Any, image: Tensor) -> Tensor:
         """Return clean latents as the transformer takes them.
 
@@ -242,7 +248,15 @@ class Adapter(LinearLayers, ABC):
     def arguments(
         self, pipe: Any, latents: Tensor, grid: tuple[int, int], prompt: list[str], t: float
     ) -> dict[str, Any]:
-        """Return the transformer's keyword arguments for latents at noise level `t`."""
+        """Return the transformer's keyword arguments for latents at noise level `t`.
+
+        Args:
+            pipe: The pipeline.
+            latents: As `encode_image` returned them.
+            grid: Tokens of the picture, rows and columns.
+            prompt: One caption per picture.
+            t: Noise level, above 0 and at most 1.
+        """
         raise ValueError(f"`pipe`: `segment` does not know how {self.family} encodes pictures.")
 
 

@@ -19,6 +19,7 @@ class CogVideoXAdapter(JointAdapter):
 
     family = "CogVideoX"
     model_class = "CogVideoXTransformer3DModel"
+    films = True
     heads_first = True
 
     def blocks(self, model: nn.Module) -> list[Block]:

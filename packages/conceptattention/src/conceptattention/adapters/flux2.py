@@ -47,6 +47,10 @@ class Flux2Adapter(SingleStreamAdapter):
         shared = (parts.double_stream_modulation_txt, parts.single_stream_modulation)
         return torch.cat([modulation(embedded) for modulation in shared], dim=-1)
 
+    def encode_image(self, pipe: Any, image: Tensor) -> Tensor:
+        latents = pipe._encode_vae_image(image, None)  # in patches, normalised
+        return pipe._pack_latents(latents)  # type: ignore[no-any-return]
+
     def taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
         if not self.is_single(block):
             return super().taps(block)

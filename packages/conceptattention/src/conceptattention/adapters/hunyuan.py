@@ -36,6 +36,7 @@ class HunyuanVideoAdapter(_HunyuanAdapter):
 
     family = "HunyuanVideo"
     model_class = "HunyuanVideoTransformer3DModel"
+    films = True
 
     def temb(self, model: nn.Module, call: Call) -> Tensor:
         embed: Any = model.time_text_embed
@@ -49,6 +50,10 @@ class HunyuanImageAdapter(_HunyuanAdapter):
 
     family = "HunyuanImage"
     model_class = "HunyuanImageTransformer2DModel"
+    shifted = False
+
+    def patch(self, pipe: Any) -> int:
+        return int(pipe.vae_scale_factor) * pipe.transformer.config.patch_size[-1]
 
     def prompt_taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
         # Text and glyph tokens are sorted by their masks, so positions are not fixed.

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -26,6 +28,10 @@ class JointAdapter(Adapter):
     prompt_tokenizer: ClassVar[str] = "tokenizer"
     masked_text: ClassVar[bool] = False  # attention does not see the padding of the prompt
     prompt_start: ClassVar[int | None] = 0  # place of the prompt's first token; None: not known
+    plain_call: ClassVar[Mapping[str, Any]] = {}  # what makes a pipeline's first call conditional
+    shifted: ClassVar[bool] = True  # latents, by the autoencoder's `shift_factor`
+    time_argument: ClassVar[str] = "timestep"
+    clean_time: ClassVar[float] = 0.0  # its value for a picture without noise
 
     def matches(self, model: nn.Module) -> bool:
         return type(model).__name__ == self.model_class
@@ -167,6 +173,56 @@ class JointAdapter(Adapter):
 
     def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
         return positions_from_ids(call.arguments["img_ids"])
+
+    def encode_image(self, pipe: Any, image: Tensor) -> Tensor:
+        config = pipe.vae.config
+        latents = pipe.vae.encode(image).latent_dist.mode()
+        shift = getattr(config, "shift_factor", None) if self.shifted else None
+        latents = (latents - (shift or 0)) * config.scaling_factor
+        pack = getattr(pipe, "_pack_latents", None)
+        return latents if pack is None else pack(latents, *latents.shape)  # type: ignore[no-any-return]
+
+    def arguments(
+        self, pipe: Any, latents: Tensor, grid: tuple[int, int], prompt: list[str], t: float
+    ) -> dict[str, Any]:
+        side = self.patch(pipe)
+        height, width = grid[0] * side, grid[1] * side
+        given = first_call(pipe, prompt=prompt, height=height, width=width, **self.plain_call)
+        noisy = given[self.time_argument]  # a pipeline's first call is at pure noise
+        given[self.time_argument] = self.clean_time + (noisy - self.clean_time) * t
+        return {**given, self.latents_argument: latents}
+
+
+class _Seen(Exception):
+    """Raised before the transformer computes anything."""
+
+
+def first_call(pipe: Any, **settings: Any) -> dict[str, Any]:
+    """Return the arguments that a pipeline gives its transformer first, by name.
+
+    The pipeline runs up to that call alone; the global random state stays as it was.
+    """
+    found: dict[str, Any] = {}
+
+    def stop(model: nn.Module, args: Any, kwargs: Any) -> None:
+        bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
+        found.update(list(bound.arguments.items())[1:])
+        raise _Seen
+
+    handle = pipe.transformer.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    quiet = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(**{**quiet, "disable": True})
+    try:
+        with suppress(_Seen):
+            pipe(
+                num_inference_steps=1, output_type="latent",
+                generator=torch.Generator().manual_seed(0), **settings,
+            )  # fmt: skip
+    finally:
+        handle.remove()
+        pipe.set_progress_bar_config(**quiet)
+    found.pop("return_dict", None)
+    return found
 
 
 def positions_from_ids(ids: Tensor) -> tuple[Tensor, tuple[int, int]]:

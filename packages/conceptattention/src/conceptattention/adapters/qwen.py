@@ -44,6 +44,16 @@ class QwenImageAdapter(JointAdapter):
             times.append(guidance.to(hidden.dtype) * 1000)
         return embed(*times, hidden, given.get("additional_t_cond"))  # type: ignore[no-any-return]
 
+    def encode_image(self, pipe: Any, image: Tensor) -> Tensor:
+        config = pipe.vae.config
+        latents = pipe.vae.encode(image[:, :, None]).latent_dist.mode()[:, :, 0]  # of a film
+        mean, std = (
+            torch.tensor(part).view(-1, 1, 1).to(latents)
+            for part in (config.latents_mean, config.latents_std)
+        )
+        latents = (latents - mean) / std
+        return pipe._pack_latents(latents, *latents.shape)  # type: ignore[no-any-return]
+
     def rotate(self, keys: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, None]:
         return turn(keys, arguments["image_rotary_emb"][0]), None
 
