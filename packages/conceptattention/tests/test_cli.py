@@ -9,7 +9,7 @@ from conceptattention import ConceptAttention, ConceptMaps, cli
 @pytest.fixture
 def small(demo_pipe, monkeypatch):
     """Commands that use a small random model in place of the embedded one."""
-    monkeypatch.setattr(cli, "load", lambda model, device: demo_pipe)
+    monkeypatch.setattr(cli, "load", lambda model, device, **_: demo_pipe)
 
 
 def run(*arguments):
@@ -154,10 +154,7 @@ def test_video_of_the_small_model(tmp_path):
         assert film.n_frames == 6
 
 
-def test_video_refuses_picture_models(small, tmp_path, monkeypatch):
-    from conceptattention.demo import model, video
-
-    monkeypatch.setattr(video, "load_video_pipeline", model.load_pipeline)
+def test_video_refuses_picture_models(small, tmp_path):
     result = run(
         "video", "--prompt", "a fish", "--concepts", "fish", "--steps", "1",
         "--output", str(tmp_path),
