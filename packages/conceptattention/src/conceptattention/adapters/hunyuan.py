@@ -53,7 +53,7 @@ class HunyuanImageAdapter(_HunyuanAdapter):
     shifted = False
 
     def patch(self, pipe: Any) -> int:
-        return int(pipe.vae_scale_factor) * pipe.transformer.config.patch_size[-1]
+        return int(pipe.vae_scale_factor * pipe.transformer.config.patch_size[-1])
 
     def prompt_taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
         # Text and glyph tokens are sorted by their masks, so positions are not fixed.
