@@ -74,25 +74,6 @@ def end(
     return combine_norm(logits, values, hidden, update, layer.next, eps, scales)
 
 
-def block(
-    hidden: Tensor,
-    normed: Tensor,
-    layer: Layer,
-    cos: Tensor,
-    sin: Tensor,
-    position: Tensor,
-    mask: Tensor,
-    rows: tuple[Tensor, Tensor | None] | None,
-    heads: int,
-    inner: int,
-    eps: float,
-    act: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Return the residual stream after one layer, and its norm for the next; one token each."""
-    computed = compute(hidden, normed, layer, cos, sin, position, mask, heads, inner, eps, act)
-    return end(*computed, layer, rows, eps)
-
-
 def fused(weights: list[nn.Parameter], rows: int) -> Tensor:
     """Return matrices under each other, padded to so many rows; they become parts of it.
 
@@ -115,4 +96,4 @@ def fused(weights: list[nn.Parameter], rows: int) -> Tensor:
     return fused
 
 
-__all__ = ["Layer", "block", "compute", "end", "fused"]
+__all__ = ["Layer", "compute", "end", "fused"]
