@@ -4,10 +4,11 @@
     python benchmarks/bench_overhead.py --shapes tiny --device cpu --runs 3    # smoke run
 
 Contenders alternate within every round: the plain model, the observer by torch, the observer by
-Triton, and keeping every layer's vectors as the reference implementation does. A sample is a number of passes one after the other, launched without waiting as
-pipelines do, and its time divided by that number. Before timing, the model's output must be the
-same bits under each contender, and the kernels' maps those of torch. Shapes that end in "-cfg" are
-guided steps as pipelines make them, two rows of which the conditional one is observed.
+Triton, and keeping every layer's vectors as the reference implementation does. A sample is a number
+of passes one after the other, launched without waiting as pipelines do; its time is divided by that
+number. Before timing, the model's output must be the same bits under each contender, and the
+kernels' maps those of torch. Shapes that end in "-cfg" are guided steps as pipelines make them, two
+rows of which the conditional one is observed.
 """
 
 import argparse

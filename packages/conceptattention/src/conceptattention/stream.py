@@ -171,6 +171,7 @@ class ConceptStream:
             }  # fmt: skip
             image = self.adapter.image_side(block, taps, given)
             self.adapter.kernels = triton = self._use_triton(image, concepts.shape[1])
+            self.adapter.heard = taps.get("modulation")
             normed, state = self.adapter.pre(block, concepts, temb)
             q, k, v = self.adapter.qkv(block, normed, given)
             q, out = self._attend(q, k, v, image, triton)

@@ -19,7 +19,7 @@ class CogVideoXAdapter(JointAdapter):
 
     family = "CogVideoX"
     model_class = "CogVideoXTransformer3DModel"
-    films = True
+    films = shares_modulation = True
     heads_first = True
 
     def blocks(self, model: nn.Module) -> list[Block]:
@@ -78,9 +78,13 @@ class CogVideoXAdapter(JointAdapter):
             tap = (tap.chunk(3, -1)[0] if fused else tap).unflatten(-1, (heads, -1)).transpose(1, 2)
         return tap[:, :, : tap.shape[2] - patches]  # text has no rotary position
 
+    def modulator(self, block: Block) -> Any:
+        return block.module.norm1.linear  # type: ignore[union-attr]
+
     def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor | Modulated, Any]:
         norm: Any = block.module.norm1
-        shift, scale, gate = self.modulation(norm.linear, temb, 6, first=3)  # behind the video's
+        parts = self.modulation(self.modulator(block), temb, 6, first=3, shared=True)
+        shift, scale, gate = parts  # behind the video's
         return Modulated(concepts, norm.norm, scale, shift), (gate, temb)
 
     def qkv(

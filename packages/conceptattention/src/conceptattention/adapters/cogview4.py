@@ -21,7 +21,7 @@ class CogView4Adapter(CogVideoXAdapter):
 
     family = "CogView4"
     model_class = "CogView4Transformer2DModel"
-    films = shifted = False
+    films = shifted = shares_modulation = False
     prompt_start = None  # padded on the left, so it depends on the prompt's length
 
     def guided(self, pipe: Any) -> bool:

@@ -19,6 +19,7 @@ class LongCatAdapter(SingleStreamAdapter):
 
     family = "LongCat-Image"
     model_class = "LongCatImageTransformer2DModel"
+    shares_modulation = True
     plain_call: ClassVar[Mapping[str, Any]] = {"enable_prompt_rewrite": False}
 
     def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:
@@ -36,6 +37,7 @@ class OvisAdapter(JointAdapter):
 
     family = "Ovis-Image"
     model_class = "OvisImageTransformer2DModel"
+    shares_modulation = True
 
     def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:
         states = pipe.encode_prompt(prompt=list(words), device=execution_device(pipe))[0]
@@ -57,6 +59,7 @@ class BriaAdapter(SingleStreamAdapter):
 
     family = "Bria"
     model_class = "BriaTransformer2DModel"
+    shares_modulation = True
     plain_call: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
 
     def matches(self, model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from .joint import JointAdapter, Token, positions_from_latents, word_vectors
 
 
 class _HunyuanAdapter(JointAdapter):
-    masked_text = True
+    masked_text = shares_modulation = True
 
     def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:
         states = pipe.encode_prompt(list(words), device=execution_device(pipe))[0]

@@ -26,6 +26,7 @@ class JointAdapter(Adapter):
     model_class: ClassVar[str]
     heads_first: ClassVar[bool] = False  # layout of the keys where `norm_k` sees them
     prompt_tokenizer: ClassVar[str] = "tokenizer"
+    shares_modulation: ClassVar[bool] = False  # concepts are modulated as the prompt is
     masked_text: ClassVar[bool] = False  # attention does not see the padding of the prompt
     prompt_start: ClassVar[int | None] = 0  # place of the prompt's first token; None: not known
     plain_call: ClassVar[Mapping[str, Any]] = {}  # what makes a pipeline's first call conditional
@@ -47,6 +48,10 @@ class JointAdapter(Adapter):
     def seed(self, model: nn.Module) -> nn.Module:
         return model.context_embedder  # type: ignore[return-value]
 
+    def modulator(self, block: Block) -> Any:
+        """Return the linear layer that gives the text's modulation before the attention."""
+        return block.module.norm1_context.linear  # type: ignore[union-attr]
+
     def taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
         attn: Any = block.attention
         fused = attn.fused_projections
@@ -59,6 +64,8 @@ class JointAdapter(Adapter):
             found["keys"] = (attn.norm_k, "output")
         elif not fused:
             found["keys"] = (attn.to_k, "output")
+        if self.shares_modulation:
+            found["modulation"] = (self.modulator(block), "output")
         return found  # type: ignore[return-value]
 
     def image_side(
@@ -147,7 +154,7 @@ class JointAdapter(Adapter):
 
     def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor | Modulated, Any]:
         norm: Any = block.module.norm1_context
-        shift, scale, *state = self.modulation(norm.linear, temb, 6)
+        shift, scale, *state = self.modulation(self.modulator(block), temb, 6, shared=True)
         return Modulated(concepts, norm.norm, scale, shift), state
 
     def qkv(

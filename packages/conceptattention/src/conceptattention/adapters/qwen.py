@@ -22,7 +22,7 @@ class QwenImageAdapter(JointAdapter):
     family = "Qwen-Image"
     model_class = "QwenImageTransformer2DModel"
     pipeline = "QwenImagePipeline"
-    masked_text = True
+    masked_text = shares_modulation = True
 
     def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:
         states = pipe.encode_prompt(list(words), device=execution_device(pipe))[0]
@@ -54,6 +54,9 @@ class QwenImageAdapter(JointAdapter):
         latents = (latents - mean) / std
         return pipe._pack_latents(latents, *latents.shape)  # type: ignore[no-any-return]
 
+    def modulator(self, block: Block) -> Any:
+        return block.module.txt_mod[1]  # type: ignore[index]
+
     def rotate(self, keys: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, None]:
         return turn(keys, arguments["image_rotary_emb"][0]), None
 
@@ -66,7 +69,7 @@ class QwenImageAdapter(JointAdapter):
 
     def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Modulated, Any]:
         module: Any = block.module
-        shift, scale, *state = self.modulation(module.txt_mod[1], temb, 6)
+        shift, scale, *state = self.modulation(self.modulator(block), temb, 6, shared=True)
         return Modulated(concepts, module.txt_norm1, scale, shift), state
 
     def qkv(

@@ -22,6 +22,7 @@ class SD3Adapter(JointAdapter):
     model_class = "SD3Transformer2DModel"
     pipeline = "StableDiffusion3Pipeline"
     heads_first = True
+    shares_modulation = True
     prompt_start = 1  # CLIP's marker comes first
 
     def default_layers(self, model: nn.Module) -> Sequence[int]:

@@ -31,16 +31,22 @@ class SingleStreamAdapter(JointAdapter):
         """Return whether the layer is one of `single_blocks`."""
         return block.name.startswith("single")
 
+    def modulator(self, block: Block) -> Any:
+        return block.module.norm.linear if self.is_single(block) else super().modulator(block)  # type: ignore[union-attr]
+
     def taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
         if not self.is_single(block):
             return super().taps(block)
         attn: Any = block.attention
         values = attn.to_qkv if attn.fused_projections else attn.to_v
-        return {
+        found = {
             "keys": (attn.norm_k, "output"),
             "values": (values, "output"),
             "outputs": (attn, "output"),
         }
+        if self.shares_modulation:
+            found["modulation"] = (self.modulator(block), "output")
+        return found  # type: ignore[return-value]
 
     def image_side(
         self, block: Block, taps: Mapping[str, Tensor], arguments: Mapping[str, Any]
@@ -75,7 +81,7 @@ class SingleStreamAdapter(JointAdapter):
         if not self.is_single(block):
             return super().pre(block, concepts, temb)
         norm: Any = block.module.norm
-        shift, scale, gate = self.modulation(norm.linear, temb, 3)
+        shift, scale, gate = self.modulation(self.modulator(block), temb, 3, shared=True)
         normed = Modulated(concepts, norm.norm, scale, shift)
         return normed, (normed, gate)
 
