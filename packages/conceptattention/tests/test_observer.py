@@ -225,7 +225,7 @@ def test_multi_token_words(flux, caplog):
         ({"layers": [3]}, ValueError, "`layers` must be between -3 and 2; got 3"),
         ({"layers": "some"}, ValueError, "must be 'default', 'all', 'last:N', indices or a slice"),
         ({"layers": slice(9, None)}, ValueError, "`layers` must select at least one of 3 layers"),
-        ({"steps": "some"}, ValueError, "`steps` must be 'all', an index"),
+        ({"steps": "some"}, ValueError, "`steps` must be 'all', 'noise:LOW-HIGH', an index"),
         ({"steps": []}, ValueError, "`steps` must select at least one step"),
         ({"space": "prompt"}, ValueError, "`space` must be one of .*; got 'prompt'"),
         ({"store": "some"}, ValueError, "`store` must be one of .*; got 'some'"),

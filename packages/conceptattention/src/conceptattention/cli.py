@@ -12,16 +12,20 @@ from .__about__ import __version__
 from .cli_options import (
     CONCEPTS,
     DEVICE,
+    HEIGHT,
     LAYERS,
     MODEL,
     OUTPUT,
     REDUCE,
+    SEEN,
+    WIDTH,
     file_name,
     load,
     numbers,
     open_picture,
     quiet,
     reading,
+    sizes,
     words,
 )
 
@@ -160,13 +164,16 @@ def demo(
 @CONCEPTS
 @OUTPUT
 @click.option("--steps", default=12, show_default=True, type=click.IntRange(1), help="Steps.")
+@WIDTH
+@HEIGHT
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise, drawn on the CPU.")
 @LAYERS
+@SEEN
 @REDUCE
 @DEVICE
 def generate(
-    model: str, prompt: str, concepts: str, output: Path, steps: int, seed: int, layers: Any,
-    reduce: str, device: str,
+    model: str, prompt: str, concepts: str, output: Path, steps: int, width: int | None,
+    height: int | None, seed: int, layers: Any, seen_steps: Any, reduce: str, device: str,
 ) -> None:  # fmt: skip
     """Generate a picture or a video and the maps of its concepts."""
     import torch
@@ -175,10 +182,14 @@ def generate(
 
     pipe = load(model, device)
     read = reading(model, reduce)
-    with ConceptAttention(pipe, words(concepts), layers=layers, **read) as observer:
+    given = sizes(width=width, height=height)
+    with ConceptAttention(
+        pipe, words(concepts), layers=layers, steps=seen_steps, **read
+    ) as observer:
         result = pipe(
-            prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)
-        )
+            prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed),
+            **given,
+        )  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     maps = observer.heatmaps()
     if maps.raw.ndim == 6:
@@ -261,8 +272,8 @@ def segment(
 @OUTPUT
 @click.option("--steps", default=50, show_default=True, type=click.IntRange(1), help="Steps.")
 @click.option("--frames", type=click.IntRange(1), help="Pixel frames; the model's own by default.")
-@click.option("--width", type=click.IntRange(8), help="The model's own by default.")
-@click.option("--height", type=click.IntRange(8), help="The model's own by default.")
+@WIDTH
+@HEIGHT
 @click.option("--fps", default=8.0, show_default=True, help="Frames per second.")
 @click.option(
     "--format",
@@ -275,12 +286,13 @@ def segment(
 @click.option("--pictures/--no-pictures", default=True, help="Write every frame as PNG too.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise, drawn on the CPU.")
 @LAYERS
+@SEEN
 @REDUCE
 @DEVICE
 def video(
     model: str, prompt: str, concepts: str, output: Path, steps: int, frames: int | None,
     width: int | None, height: int | None, fps: float, ending: str, pictures: bool, seed: int,
-    layers: Any, reduce: str, device: str,
+    layers: Any, seen_steps: Any, reduce: str, device: str,
 ) -> None:  # fmt: skip
     """Generate a video and write the maps of its concepts over its frames."""
     import torch
@@ -290,10 +302,11 @@ def video(
 
     check_video_format(f"video.{ending}", fps)
     pipe = load(model, device, video=True)
-    sizes = {"num_frames": frames, "width": width, "height": height}
-    given = {name: size for name, size in sizes.items() if size is not None}
+    given = sizes(num_frames=frames, width=width, height=height)
     read = reading("", reduce)
-    with ConceptAttention(pipe, words(concepts), layers=layers, **read) as observer:
+    with ConceptAttention(
+        pipe, words(concepts), layers=layers, steps=seen_steps, **read
+    ) as observer:
         result = pipe(
             prompt,
             num_inference_steps=steps,

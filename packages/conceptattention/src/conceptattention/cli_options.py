@@ -24,7 +24,7 @@ DEVICE = click.option(
 )
 
 
-def _layers(context: click.Context, option: click.Parameter, text: str) -> str | list[int]:
+def _numbers(context: click.Context, option: click.Parameter, text: str) -> str | list[int]:
     """Return a word, or numbers separated by commas."""
     try:
         return [int(word) for word in words(text)] or text
@@ -33,10 +33,18 @@ def _layers(context: click.Context, option: click.Parameter, text: str) -> str |
 
 
 LAYERS = click.option(
-    "--layers", default="default", show_default=True, callback=_layers,
+    "--layers", default="default", show_default=True, callback=_numbers,
     help="default, all, last:N, or numbers separated by commas.",
 )  # fmt: skip
 
+SEEN = click.option(
+    "--seen-steps", default="all", show_default=True, callback=_numbers,
+    help="Steps whose maps count: all, noise:LOW-HIGH, or numbers separated by commas.",
+)  # fmt: skip
+WIDTH, HEIGHT = (
+    click.option(name, type=click.IntRange(8), help="In pixels; the model's own by default.")
+    for name in ("--width", "--height")
+)
 REDUCE = click.option(
     "--reduce", type=click.Choice(["auto", "softmax_mean", "mean_softmax"]), default="auto",
     show_default=True,
@@ -106,6 +114,11 @@ def reading(model: str, reduce: str) -> dict[str, Any]:
     from .demo.model import READING
 
     return READING
+
+
+def sizes(**given: int | None) -> dict[str, int]:
+    """Return the sizes that were given, as a pipeline takes them."""
+    return {name: size for name, size in given.items() if size is not None}
 
 
 def open_picture(path: Path) -> Any:

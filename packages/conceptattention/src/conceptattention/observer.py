@@ -46,7 +46,8 @@ class ConceptAttention:
             of one length.
         layers: "default" (the family's choice), "all", "last:N", an index, a slice, or indices.
         steps: "all", an index, a slice, or indices; negative ones count from the last step, and
-            fractions are shares of the run: `slice(0.7, -1)`.
+            fractions are shares of the run: `slice(0.7, -1)`. "noise:0.3-0.7" takes the steps whose
+            noise level lies there, the scheduler's time as a share of its training steps.
         space: "output" (the paper's maps), "cross_attention", "prompt_attention" (queries of the
             words inside the prompt), "value", "daam" (attention of the picture to those words), or
             several of them.
