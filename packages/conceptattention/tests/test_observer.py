@@ -270,8 +270,26 @@ def test_unknown_model(flux):
 
 @pytest.mark.usefixtures("unchecked")
 def test_register_adapter_refuses_other_objects():
-    with pytest.raises(TypeError, match="`adapter` must be an instance of Adapter; got 'flux'"):
+    with pytest.raises(
+        TypeError, match="`adapter` must be a subclass or an instance of Adapter; got 'flux'"
+    ):
         register_adapter("flux")
+    with pytest.raises(TypeError, match="must be a subclass or an instance of Adapter"):
+        register_adapter(dict)
+
+
+def test_registered_classes_are_asked_first(flux, monkeypatch):
+    from conceptattention.adapters import adapter_for, registry
+    from conceptattention.adapters.flux import FluxAdapter
+
+    class Mine(FluxAdapter):
+        pass
+
+    monkeypatch.setattr(registry, "_ADAPTERS", [])
+    register_adapter(Mine)
+    first, second = adapter_for(flux.transformer), adapter_for(flux.transformer)
+    assert type(first) is Mine
+    assert first is not second  # what it remembers of a pass is an observer's own
     with pytest.raises(TypeError, match="abstract"):
         Adapter()
 

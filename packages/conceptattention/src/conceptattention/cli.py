@@ -440,12 +440,15 @@ def app(model: str, host: str, port: int, device: str) -> None:
 
 @main.command()
 def models() -> None:
-    """List the model families that can be observed."""
-    from .adapters.base import known_adapters
+    """List the model families that can be observed, and how far."""
+    from .adapters import Adapter, known_adapters
 
+    click.echo(f"{'family':20}{'transformer':34}{'makes':10}single-stream layers")
     for adapter in known_adapters():
         name = getattr(adapter, "model_class", type(adapter).__name__)
-        click.echo(f"{adapter.family:22} {name}")
+        makes = "videos" if adapter.films else "pictures"
+        single = type(adapter).single_blocks is not Adapter.single_blocks
+        click.echo(f"{adapter.family:20}{name:34}{makes:10}{'too' if single else 'no'}")
 
 
 def _best(results: Any, provider: str) -> float:

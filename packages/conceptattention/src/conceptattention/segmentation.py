@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adapters.base import adapter_for, execution_device
+from .adapters import adapter_for
+from .adapters.base import execution_device
 from .maps import ConceptMaps
 from .modular import standard
 from .observer import ConceptAttention
