@@ -10,7 +10,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .base import Block, Call, Encoded, ImageSide, execution_device
-from .joint import JointAdapter, Token, positions_from_latents, word_vectors
+from .joint import (
+    SHARED_WEIGHTS,
+    JointAdapter,
+    Token,
+    positions_from_latents,
+    word_vectors,
+)
 from .linear import Modulated, Normed
 
 
@@ -90,13 +96,7 @@ class CogVideoXAdapter(JointAdapter):
     def qkv(
         self, block: Block, concepts: Any, arguments: Mapping[str, Any]
     ) -> tuple[Tensor | Normed, Tensor | Normed, Tensor]:
-        attn: Any = block.attention
-        if attn.fused_projections:
-            q, k, v = self.project(attn.to_qkv, concepts).chunk(3, dim=-1)
-        else:
-            q, k, v = self.project_each((attn.to_q, attn.to_k, attn.to_v), concepts)
-        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        return Normed(q, attn.norm_q), Normed(k, attn.norm_k), v
+        return self.project_heads(block.attention, concepts, SHARED_WEIGHTS)
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         module: Any = block.module

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Block, Call, Encoded, ImageSide, execution_device
-from .joint import Token, word_vectors
+from .joint import Token, split_heads, word_vectors
 from .linear import Modulated, Normed
 from .single import SingleStreamAdapter
 
@@ -91,10 +91,7 @@ class Flux2Adapter(SingleStreamAdapter):
     ) -> tuple[Tensor | Normed, Tensor | Normed, Tensor]:
         if not self.is_single(block):
             return super().qkv(block, concepts, arguments)
-        attn: Any = block.attention
-        qkv = concepts.chunk(3, dim=-1)  # `pre` projected them
-        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in qkv)
-        return Normed(q, attn.norm_q), Normed(k, attn.norm_k), v
+        return split_heads(block.attention, concepts.chunk(3, dim=-1))  # `pre` projected them
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         if not self.is_single(block):

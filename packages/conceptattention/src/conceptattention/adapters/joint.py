@@ -4,9 +4,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -15,9 +13,15 @@ from torch import Tensor, nn
 
 from ..kernels.concept import reference
 from .base import Adapter, Block, Call, Encoded, ImageSide
+from .calls import first_call
 from .linear import Modulated, Normed
 
 Token = Literal["auto", "first", "mean", "last"]
+Weights = tuple[tuple[str, str, str], str, tuple[str, str]]  # each, fused, norms
+TEXT_WEIGHTS: Weights = (
+    ("add_q_proj", "add_k_proj", "add_v_proj"), "to_added_qkv", ("norm_added_q", "norm_added_k")
+)  # fmt: skip
+SHARED_WEIGHTS: Weights = ("to_q", "to_k", "to_v"), "to_qkv", ("norm_q", "norm_k")
 
 
 class JointAdapter(Adapter):
@@ -160,22 +164,33 @@ class JointAdapter(Adapter):
     def qkv(
         self, block: Block, concepts: Any, arguments: Mapping[str, Any]
     ) -> tuple[Tensor | Normed, Tensor | Normed, Tensor]:
-        attn: Any = block.attention
-        if attn.fused_projections:
-            q, k, v = self.project(attn.to_added_qkv, concepts).chunk(3, dim=-1)
-        else:
-            weights = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-            q, k, v = self.project_each(weights, concepts)
-        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
         # Concepts sit at position 0, where the rotation is the identity.
-        return Normed(q, attn.norm_added_q), Normed(k, attn.norm_added_k), v
+        return self.project_heads(block.attention, concepts, TEXT_WEIGHTS)
+
+    def project_heads(
+        self, attn: Any, concepts: Any, weights: Weights
+    ) -> tuple[Normed, Normed, Tensor]:
+        """Return what `qkv` does, by the weights of these names in an attention module."""
+        each, fused, norms = weights
+        if attn.fused_projections:
+            parts = self.project(getattr(attn, fused), concepts).chunk(3, dim=-1)
+        else:
+            parts = self.project_each([getattr(attn, name) for name in each], concepts)
+        return split_heads(attn, parts, norms)
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         module: Any = block.module
+        parts = module.attn.to_add_out, module.norm2_context, module.ff_context
+        return self.carry_on(concepts, outputs, state, *parts)
+
+    def carry_on(
+        self, concepts: Tensor, outputs: Tensor, state: Any,
+        out: nn.Module, norm: nn.Module, mlp: nn.Module,
+    ) -> Tensor:  # fmt: skip
+        """Return what `post` does, by these modules of the block."""
         gate, shift_mlp, scale_mlp, gate_mlp = state
-        concepts = self.project(module.attn.to_add_out, outputs, gate=gate, residual=concepts)
-        normed = Modulated(concepts, module.norm2_context, scale_mlp, shift_mlp)
-        concepts = self.feed_forward(module.ff_context, normed, gate_mlp)
+        concepts = self.project(out, outputs, gate=gate, residual=concepts)
+        concepts = self.feed_forward(mlp, Modulated(concepts, norm, scale_mlp, shift_mlp), gate_mlp)
         return concepts.clip(-65504, 65504) if concepts.dtype == torch.float16 else concepts
 
     def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
@@ -200,36 +215,12 @@ class JointAdapter(Adapter):
         return {**given, self.latents_argument: latents}
 
 
-class _Seen(Exception):
-    """Raised before the transformer computes anything."""
-
-
-def first_call(pipe: Any, **settings: Any) -> dict[str, Any]:
-    """Return the arguments that a pipeline gives its transformer first, by name.
-
-    The pipeline runs up to that call alone; the global random state stays as it was.
-    """
-    found: dict[str, Any] = {}
-
-    def stop(model: nn.Module, args: Any, kwargs: Any) -> None:
-        bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
-        found.update(list(bound.arguments.items())[1:])
-        raise _Seen
-
-    handle = pipe.transformer.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
-    quiet = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(**{**quiet, "disable": True})
-    try:
-        with suppress(_Seen):
-            pipe(
-                num_inference_steps=1, output_type="latent",
-                generator=torch.Generator().manual_seed(0), **settings,
-            )  # fmt: skip
-    finally:
-        handle.remove()
-        pipe.set_progress_bar_config(**quiet)
-    found.pop("return_dict", None)
-    return found
+def split_heads(
+    attn: Any, parts: Sequence[Tensor], norms: tuple[str, str] = SHARED_WEIGHTS[2]
+) -> tuple[Normed, Normed, Tensor]:
+    """Return queries, keys and values (batch, tokens, dim) by heads, with the norms yet to do."""
+    q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
+    return Normed(q, getattr(attn, norms[0])), Normed(k, getattr(attn, norms[1])), v
 
 
 def positions_from_ids(ids: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -84,11 +84,8 @@ class QwenImageAdapter(JointAdapter):
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         module: Any = block.module
-        gate, shift_mlp, scale_mlp, gate_mlp = state
-        concepts = self.project(module.attn.to_add_out, outputs, gate=gate, residual=concepts)
-        normed = Modulated(concepts, module.txt_norm2, scale_mlp, shift_mlp)
-        concepts = self.feed_forward(module.txt_mlp, normed, gate_mlp)
-        return concepts.clip(-65504, 65504) if concepts.dtype == torch.float16 else concepts
+        parts = module.attn.to_add_out, module.txt_norm2, module.txt_mlp
+        return self.carry_on(concepts, outputs, state, *parts)
 
     def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
         shapes = call.arguments["img_shapes"][0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..kernels.concept import reference
 from .base import Block, ImageSide
-from .joint import JointAdapter
+from .joint import SHARED_WEIGHTS, JointAdapter
 from .linear import Modulated, Normed
 
 
@@ -90,13 +90,7 @@ class SingleStreamAdapter(JointAdapter):
     ) -> tuple[Tensor | Normed, Tensor | Normed, Tensor]:
         if not self.is_single(block):
             return super().qkv(block, concepts, arguments)
-        attn: Any = block.attention
-        if attn.fused_projections:
-            q, k, v = self.project(attn.to_qkv, concepts).chunk(3, dim=-1)
-        else:
-            q, k, v = self.project_each((attn.to_q, attn.to_k, attn.to_v), concepts)
-        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        return Normed(q, attn.norm_q), Normed(k, attn.norm_k), v
+        return self.project_heads(block.attention, concepts, SHARED_WEIGHTS)
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         if not self.is_single(block):
