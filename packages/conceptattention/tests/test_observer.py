@@ -278,6 +278,18 @@ def test_register_adapter_refuses_other_objects():
         register_adapter(dict)
 
 
+def test_many_vectors_are_warned_of_once(flux, caplog, monkeypatch):
+    monkeypatch.setattr("conceptattention.stream.MANY_BYTES", 5000)
+    with ConceptAttention(
+        flux, CONCEPTS, vectors=["image_output"], vector_dtype=torch.bfloat16, layers="all"
+    ) as observer:
+        generate(flux)
+    kept = observer.vectors("image_output", layer=0)
+    assert kept.dtype == torch.bfloat16
+    assert kept.nbytes <= 5000 < len(observer.runs[0].vectors) * kept.nbytes
+    assert sum("kept vectors take more than" in text for text in caplog.messages) == 1
+
+
 def test_registered_classes_are_asked_first(flux, monkeypatch):
     from conceptattention.adapters import adapter_for, registry
     from conceptattention.adapters.flux import FluxAdapter
