@@ -1,10 +1,11 @@
 """Fast decoding: one token at a time for a whole batch, as one CUDA graph.
 
-A dense model and a lookup model in table form run the same code. The router's weights ride in the
-up-projection, and one kernel ends a layer: softmax, dequantisation, weighted sum, residual, and the
-next layer's norm. A lookup model therefore launches as many kernels as its dense twin; the rows of
-all layers are fetched on a second stream while earlier layers compute. Where the host finds the
-rows, the step is launched before it knows them: only the second stream waits for its answer.
+Dense models, mixtures of experts and lookup models in table form run the same code. A lookup
+model's router rides in the up-projection, and one kernel ends a layer: softmax, dequantisation,
+weighted sum, residual, and the next layer's norm. It therefore launches as many kernels as its
+dense twin; the rows of all layers are fetched on a second stream while earlier layers compute.
+Where the host finds the rows, the step is launched before it knows them: only the second stream
+waits for its answer.
 """
 
 from contextlib import nullcontext
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from ..kernels.admit import admit, hold
 from ..kernels.gather import gather
 from ..lut import CachedStore, DeviceStore, DiskStore, LutRows, MmapStore, PinnedStore
-from ..modeling import DenseForCausalLM, MoleForCausalLM
+from ..modeling import DenseForCausalLM, MoeForCausalLM, MoleForCausalLM
+from ..modeling.feedforward import SparseMlp
 from .layer import Layer, compute, end, fused
 from .sampling import Sampling, choose
 
@@ -30,8 +32,9 @@ class Decoder:
     """Decoding of one batch of prompts of equal length, greedy or sampled.
 
     Args:
-        model: A `DenseForCausalLM`, or a `MoleForCausalLM` in table form whose table is open. Its
-            weights are used where they are; those of one input are laid beside each other first.
+        model: A `MoleForCausalLM` in table form whose table is open, or one of its twins, a
+            `DenseForCausalLM` or a `MoeForCausalLM`. Its weights are used where they are; those of
+            one input are laid beside each other first.
         batch: Number of sequences.
         length: Longest sequence, prompt included.
         compiled: Compile the layers with Inductor.
@@ -47,15 +50,15 @@ class Decoder:
 
     def __init__(
         self,
-        model: DenseForCausalLM | MoleForCausalLM,
+        model: DenseForCausalLM | MoeForCausalLM | MoleForCausalLM,
         batch: int,
         length: int,
         compiled: bool | None = None,
         captured: bool | None = None,
     ) -> None:
-        if not isinstance(model, (DenseForCausalLM, MoleForCausalLM)):
+        if not isinstance(model, (DenseForCausalLM, MoeForCausalLM, MoleForCausalLM)):
             raise TypeError(
-                "`model` must be a DenseForCausalLM or a MoleForCausalLM; "
+                "`model` must be a MoleForCausalLM, DenseForCausalLM or MoeForCausalLM; "
                 f"got {type(model).__name__}."
             )
         lookup = isinstance(model, MoleForCausalLM)
@@ -94,7 +97,14 @@ class Decoder:
         norms = [layer.input_layernorm.weight for layer in model.layers[1:]] + [model.norm.weight]
         self.layers = []
         for layer, following in zip(model.layers, norms, strict=True):
-            attention, up = layer.self_attn, layer.mlp.up_proj.weight
+            attention, mlp = layer.self_attn, layer.mlp
+            up: Any
+            mixed: dict[str, Any] = {}
+            if isinstance(mlp, SparseMlp):
+                mixed = {"router": mlp.router.weight.detach(), "top_k": mlp.top_k}
+                up, down = mlp.up, mlp.down_t
+            else:
+                up, down = mlp.up_proj.weight, mlp.down_proj.weight
             if layer.lookup is not None:
                 router = layer.lookup.router.weight
                 extra = -(-len(router) // _ROUTER_ROWS) * _ROUTER_ROWS
@@ -107,10 +117,11 @@ class Decoder:
                     out=attention.o_proj.weight.detach(),
                     post=layer.post_attention_layernorm.weight.detach(),
                     up=up.detach(),
-                    down=layer.mlp.down_proj.weight.detach(),
+                    down=down.detach(),
                     next=following.detach(),
                     keys=torch.zeros(size, dtype=self.dtype, device=self.device),
                     values=torch.zeros(size, dtype=self.dtype, device=self.device),
+                    **mixed,
                 )
             )
         positions = torch.arange(self.length, device=self.device)
