@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
@@ -415,7 +416,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not good:
             raise SystemExit("an error is over its budget: nothing is timed")
     measure(bench)
-    draw(bench.results, options.output / f"{options.name}_crossover.png")
+    if find_spec("matplotlib"):
+        draw(bench.results, options.output / f"{options.name}_crossover.png")
     print(bench.results.to_markdown())
     for metric in ("forward", "forward + backward"):
         for grid, points in ratios(bench.results, metric).items():

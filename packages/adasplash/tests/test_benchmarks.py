@@ -1,4 +1,4 @@
-"""The benchmark of attention runs from end to end on the CPU, and its check can fail."""
+"""The benchmarks run from end to end on the CPU, and their checks can fail."""
 
 import importlib.util
 from pathlib import Path
@@ -13,12 +13,16 @@ from fourfold_common import Results
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("bench_attention", FOLDER / "bench_attention.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def script():
+    return load("bench_attention")
 
 
 def test_the_grid_is_measured_once_and_drawn(script, tmp_path, capsys):
@@ -76,3 +80,33 @@ def test_density_counts_the_blocks_that_causality_leaves(script):
 def test_crossover_is_interpolated_in_the_logarithms(script):
     assert script.crossover([(0.01, 4.0), (0.1, 2.0), (0.4, 0.5)]) == pytest.approx(0.2)
     assert script.crossover([(0.1, 0.9), (1.0, 0.5)]) is None
+
+
+def test_options_are_checked_and_timed(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    script = load("bench_options")
+    tiny = ["--output", str(tmp_path), "--length", "64", "--tokens", "128", "--device", "cpu"]
+    script.main([*tiny, "--rep", "1"])
+    cases = Results.load(tmp_path / "options.json").cases
+    ours = {c["parameters"]["option"] for c in cases if c["provider"] == "adasplash"}
+    assert ours == set(script.OPTIONS) - {"blocks"}  # that is softmax alone, on a GPU
+    assert all(c["error"] < 1e-2 for c in cases if c["parameters"]["option"] != "dropout")
+    assert "FlexAttention" in capsys.readouterr().out
+    # A softmax output of another option is told apart, and so is a wrong head of ours.
+    bench = script.Bench(
+        script.argparse.Namespace(
+            budget=None, output=tmp_path, tokens=128, length=64, gain=1.0, rep=1
+        ),
+        torch.device("cpu"),
+    )
+    (_, ours, chosen, heads, _), (_, math, *_), *_ = bench.cases("alibi")
+    plain = next(bench.cases("none"))[2]
+    assert script.soft_error(chosen, *heads, math(*heads)) < 1e-2
+    assert script.soft_error(plain, *heads, math(*heads)) > 1e-2
+    leaves = [x.requires_grad_() for x in heads]
+    output = ours(*leaves)
+    found = [output, *torch.autograd.grad(output.sum(), leaves)]
+    grad = torch.ones_like(output)
+    assert script.our_error(chosen, leaves, grad, found) < 1e-2
+    found[2] = 2 * found[2]
+    assert script.our_error(chosen, leaves, grad, found) > 0.5

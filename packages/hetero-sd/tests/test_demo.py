@@ -3,6 +3,7 @@
 import gzip
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from click.testing import CliRunner
 from hetero_sd import HeteroSpeculativeDecoder, map_vocabularies
 from hetero_sd.demo import run as demo
 from hetero_sd.demo import smollm2
-from hetero_sd.demo.sampling import BatchSampler, Prompts
+from hetero_sd.demo.prompts import Prompts
+from hetero_sd.demo.sampling import BatchSampler, read_texts, sample_texts, write_texts
 from hetero_sd.testing import make_model, sentences
 
 
@@ -178,6 +180,7 @@ def corpora(tmp_path):
         ("gsm8k_train", {"question": "How many cats sat on a mat?"}),
         ("books_train", {"text": f"{prose}\n\n{prose}"}),
         ("us_speeches", {"text": prose}),
+        ("udhr", {"lang": "deu", "text": "Alle Menschen sind frei und gleich an Würde geboren."}),
         ("python_stdlib", {"text": "def f(x):\n" + "    x = x + 1\n" * 9}),
     ):
         with gzip.open(tmp_path / "text" / f"{name}.jsonl.gz", "wt") as file:
@@ -216,23 +219,23 @@ def test_a_drafter_is_trained_and_drafts(corpora, tmp_path, monkeypatch, ships):
     # Fewer tokens than asked for where the sampled text has no more to merge.
     assert 258 < len(pair.drafter_tokenizer) == pair.drafter.config.vocab_size <= 420
     decoder = HeteroSpeculativeDecoder(*pair.parts, method="slem", lookahead=2)
-    assert decoder.generate("What is tea?", max_new_tokens=4).stats.proposed > 0
+    assert decoder.generate("What is tea?", max_new_tokens=8).stats.drafted > 0
 
 
 def test_a_drafter_is_trained_on_texts_written_elsewhere(corpora, tmp_path, monkeypatch):
     """With the corpora and an earlier drafter's text; the best state on held-out text is kept."""
     from hetero_sd.demo import train
     from hetero_sd.demo.run import ASSETS
-    from hetero_sd.demo.sampling import as_ids, as_text, read_texts, write_texts
+    from hetero_sd.demo.sampling import as_ids, as_text
 
     chats = [f"<s>user\n{text}</s>\n<s>assistant\n{text}</s>\n" for text in sentences(60)]
-    write_texts(tmp_path / "a.jsonl.gz", chats[:30])
-    write_texts(tmp_path / "a.jsonl.gz", chats[30:])
-    assert read_texts([tmp_path / "a.jsonl.gz"]) == chats
+    write_texts(tmp_path / "texts" / "a.jsonl.gz", chats[:30])
+    write_texts(tmp_path / "texts" / "b.jsonl.gz", chats[30:])
+    assert read_texts([tmp_path / "texts"]) == chats
     tiny = train.Shape(vocab=420, hidden=32, inner=48, layers=1, heads=2, kv_heads=1)
     monkeypatch.setitem(train.SIZES, "20m", train.Size(tiny, 3e-3))
     monkeypatch.setattr(train, "CONTEXT", 96)
-    arguments = ["--texts", tmp_path / "a.jsonl.gz", "--more", ASSETS / "drafter", "--size", "20m"]
+    arguments = ["--texts", tmp_path / "texts", "--more", ASSETS / "drafter", "--size", "20m"]
     arguments += ["--data", corpora, "--output", tmp_path / "out", "--minutes", 0.02]
     arguments += ["--rows", 4, "--batch", 4]
     result = CliRunner().invoke(train.main, [str(a) for a in arguments])
@@ -244,9 +247,38 @@ def test_a_drafter_is_trained_on_texts_written_elsewhere(corpora, tmp_path, monk
     log = (tmp_path / "made" / "training_log.csv").read_text().splitlines()
     assert log[0] == "model,step,loss,used,held"
     assert float(log[-1].split(",")[-1]) > 0
+    start = ["--start", tmp_path / "made" / "drafter", "--output", tmp_path / "on"]
+    result = CliRunner().invoke(train.main, [str(a) for a in arguments + start])
+    assert result.exit_code == 0, result.output
+    with tarfile.open(tmp_path / "on" / "assets.tar") as tar:
+        tar.extractall(tmp_path / "more", filter="data")
+    assert json.loads((tmp_path / "more" / "training.json").read_text())["start"] == record
+    same = (Path(folder) / "drafter" / "tokenizer.json" for folder in ("made", "more"))
+    assert len({(tmp_path / path).read_text() for path in same}) == 1
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(corpora / "tokenizers" / "smollm2")
     assert as_text(tokenizer, [as_ids(tokenizer, chats[0])]) == chats[:1]
     result = CliRunner().invoke(train.main, ["--data", str(corpora), "--output", str(tmp_path)])
-    assert "exactly one of `--gguf`, `--texts`" in result.output
+    assert "give `--gguf` or `--random-target`, or `--texts`" in result.output
+
+
+def test_sampling_goes_on_where_it_stopped(corpora, tmp_path, tokenizers):
+    """A batch depends on its number alone, and prompts are of every kind."""
+    tokenizer = tokenizers["characters"]
+    model, prompts = make_model(tokenizer, seed=4, layers=1), Prompts(corpora, 0)
+    kwargs = {"seconds": 0.0, "rows": 3, "length": 160, "seed": 5}
+    folder = tmp_path / "texts"
+    counts = [sample_texts(model, tokenizer, prompts, folder, **kwargs) for _ in range(2)]
+    names = [path.name for path in sorted(folder.iterdir())]
+    assert counts == [1, 2]
+    assert names == ["batch-0000.jsonl.gz", "batch-0001.jsonl.gz"]
+    texts = read_texts([folder])
+    assert len(texts) == 6
+    assert texts[:3] != texts[3:]
+    (folder / names[1]).unlink()
+    sample_texts(model, tokenizer, prompts, folder, **kwargs)
+    assert read_texts([folder]) == texts
+    begun = " ".join(prompts()[0] for _ in range(300))
+    for kind in ("Translate German to English", "Summarize: ", "mat?", "def f(x)", "dragon"):
+        assert kind in begun

@@ -143,8 +143,10 @@ class ConceptAttention:
             self.layers, self.spaces, store, normalize, temperature, self_attention,
             tuple(vectors), kernels,
         )  # fmt: skip
-        self.router = Router(pipe, transformer, self.adapter, steps, recording, prompt_words)
         needed = blocks[: self.layers[-1] + 1]
+        self.router = Router(
+            pipe, transformer, self.adapter, steps, recording, prompt_words, needed
+        )
         taps = {layer: further for layer in self.layers}
         self._taps = Taps(transformer, self.adapter, needed, taps, self.router)
 

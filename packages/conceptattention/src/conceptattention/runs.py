@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from .adapters import Adapter, Block, Call
+from .ahead import Ahead
 from .concepts import PromptWords
 from .selection import Selection, resolve
 from .stream import ConceptStream, Record, Recording
@@ -66,6 +67,7 @@ class Router:
         steps: Which steps count.
         recording: What is recorded.
         prompt: Where the concepts stand in the prompt, for `PROMPT_SPACES`.
+        blocks: The observed layers.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Router:
         steps: Selection,
         recording: Recording,
         prompt: PromptWords | None,
+        blocks: Sequence[Block],
     ) -> None:
         self.pipe, self.model, self.adapter = pipe, model, adapter
         self.steps, self.recording, self.prompt = steps, recording, prompt
@@ -84,6 +87,7 @@ class Router:
         self.direct = False  # the transformer is called by us, not by the pipeline
         self.stop_early = False
         self._stream: ConceptStream | None = None
+        self._ahead = Ahead(blocks)
 
     @property
     def listening(self) -> bool:
@@ -98,7 +102,7 @@ class Router:
         run = self.runs[-1]
         self._stream = ConceptStream(
             self.model, self.adapter, call, run.images, self.embeds, self.prompt,
-            self.recording, run, run.step,
+            self.recording, run, run.step, self._ahead,
         )  # fmt: skip
 
     def start(self, inputs: Tensor, text: Tensor) -> None:
@@ -118,6 +122,7 @@ class Router:
     def end(self) -> None:
         """Forget the forward pass."""
         self._stream = None
+        self._ahead.join()
 
     def _counts(self, call: Call) -> bool:
         scheduler = getattr(self.pipe, "scheduler", None)
@@ -132,6 +137,7 @@ class Router:
             rows = self.adapter.rows(call)
             run = Run(timesteps=timesteps, images=rows // 2 if guided else rows)
             self.runs.append(run)
+            self._ahead.forget()
         elif (
             index == run.index
             and run.call is not None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter, Block, Call, ImageSide, Normed
+from .ahead import Ahead
 from .concepts import PromptWords
 from .kernels.concept import concept_attention, halved, reference, usable
 from .scores import Normalize, RunningMean, Temperature, heat_map
@@ -64,6 +65,7 @@ class ConceptStream:
         recording: What is recorded.
         record: Where to.
         step: Number of the step.
+        ahead: Where the concepts move on from layer to layer.
     """
 
     def __init__(
@@ -77,16 +79,18 @@ class ConceptStream:
         recording: Recording,
         record: Record,
         step: int,
+        ahead: Ahead,
     ) -> None:
         self.model, self.adapter, self.call, self.images = model, adapter, call, images
         self.embeds, self.prompt = embeds, prompt
-        self.recording, self.record, self.step = recording, record, step
+        self.recording, self.record, self.step, self.ahead = recording, record, step, ahead
         self.busy = False  # modules run for the concepts: taps on them must not listen
         self._next = 0
         self._rows, self._part = slice(0, None), False  # of the batch, and whether not all
         self._text = 0
         self._concepts: Tensor | None = None
         self._temb: Tensor | None = None
+        self._prepared: tuple[Any, Any] | None = None  # what `pre` returns for the next layer
         self._shares: Tensor | None = None
         self._fits: tuple[Any, ...] | None = None
         self._tables: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
@@ -171,7 +175,8 @@ class ConceptStream:
             }  # fmt: skip
             image = self.adapter.image_side(block, taps, given)
             self.adapter.kernels = triton = self._use_triton(image, concepts.shape[1])
-            normed, state = self.adapter.pre(block, concepts, temb)
+            self.ahead.join()
+            normed, state = self._prepared or self.adapter.pre(block, concepts, temb)
             q, k, v = self.adapter.qkv(block, normed, given)
             q, out = self._attend(q, k, v, image, triton)
             outputs = out.transpose(1, 2).flatten(2)  # [batch, concepts, dim]
@@ -185,7 +190,20 @@ class ConceptStream:
                 self._score(block.index, image, q, v, outputs, asked, heat, triton)
                 self._keep_vectors(block.index, image, q, v, outputs)
             if block.index < self.recording.layers[-1]:
-                self._concepts = self.adapter.post(block, concepts, outputs, state)
+                self._move_on(block, concepts, temb, outputs, state)
+
+    def _move_on(
+        self, block: Block, concepts: Tensor, temb: Tensor, outputs: Tensor, state: Any
+    ) -> None:
+        """Bring the concepts to the next layer, beside the model where the kernels do it."""
+        following = self.ahead.following(block) if self.adapter.kernels else None
+        self._prepared = None
+        if following is None:
+            self._concepts = self.adapter.post(block, concepts, outputs, state)
+            return
+        with self.ahead.beside(outputs.device, concepts, temb, outputs, state):
+            self._concepts = self.adapter.post(block, concepts, outputs, state)
+            self._prepared = self.adapter.pre(following, self._concepts, temb)
 
     def _attend(
         self, q: Tensor | Normed, k: Tensor | Normed, v: Tensor, image: ImageSide, triton: bool

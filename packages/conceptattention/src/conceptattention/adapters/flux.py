@@ -27,7 +27,13 @@ class FluxAdapter(SingleStreamAdapter):
     prompt_tokenizer = "tokenizer_2"
 
     def default_layers(self, model: nn.Module) -> Sequence[int]:
-        return range(15, 19) if len(self.blocks(model)) == 19 else super().default_layers(model)
+        count = len(self.blocks(model))
+        if count == 19:
+            return range(15, 19)
+        # Of other depths the later half without the last layer, as the reference's scripts take
+        # 14 to 17 of 19; two layers at least.
+        first = count // 2
+        return range(first, min(count, max(first + 2, count - 1)))
 
     def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:
         states = pipe.encode_prompt(

@@ -180,8 +180,17 @@ def _library(pair: Pair, drafts: bool = False, **extra: Any) -> Run:
     return run
 
 
-def _ours(pair: Pair, **settings: Any) -> Run:
-    decoder = HeteroSpeculativeDecoder(*pair.parts, **settings)
+Decoders = dict[tuple[str, int | str], HeteroSpeculativeDecoder]
+
+
+def _ours(pair: Pair, known: Decoders, method: str, lookahead: int | str) -> Run:
+    """Return a decoder of ours, the same one in every setting; all share what was captured."""
+    if (method, lookahead) not in known:
+        decoder = HeteroSpeculativeDecoder(*pair.parts, method=method, lookahead=lookahead)
+        if known:
+            decoder._kept = next(iter(known.values()))._kept
+        known[method, lookahead] = decoder
+    decoder = known[method, lookahead]
 
     def run(ids: Tensor, mask: Tensor, options: dict[str, Any]) -> Took:
         begun = time.perf_counter()
@@ -214,6 +223,7 @@ def find_contenders(
     sampled: bool,
     peers: bool,
     compiled: bool,
+    known: Decoders | None = None,
 ) -> list[Contender]:
     """Return all who decode this pair, plain decoding of transformers and of ours first.
 
@@ -224,8 +234,10 @@ def find_contenders(
         sampled: Whether tokens are sampled.
         peers: With transformers' own assisted generation and prompt lookup.
         compiled: With transformers' static cache and compiled passes.
+        known: Our decoders of this pair from earlier settings; new ones are added.
     """
-    found = [Contender(EAGER, _library(pair)), Contender(PLAIN, _ours(pair, lookahead=0))]
+    known = {} if known is None else known
+    found = [Contender(EAGER, _library(pair)), Contender(PLAIN, _ours(pair, known, "auto", 0))]
     if compiled:
         found.append(Contender(COMPILED, _library(pair, **_static())))
     if peers:
@@ -245,11 +257,11 @@ def find_contenders(
             found.append(Contender(name, run))
     for method in methods:
         if method == "auto":
-            run = _ours(pair, method="auto", lookahead="auto")
+            run = _ours(pair, known, "auto", "auto")
             found.append(Contender("auto", run, method="auto", warm_ups=3))
             continue
         for lookahead in lookaheads:
-            run = _ours(pair, method=method, lookahead=lookahead)
+            run = _ours(pair, known, method, lookahead)
             found.append(Contender(f"{method} {lookahead}", run, method=method))
     return found
 

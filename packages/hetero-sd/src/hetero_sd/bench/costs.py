@@ -83,7 +83,9 @@ def _time_pass(
             return runner.body.logits(states.reshape(-1, states.shape[-1]), head)
 
         graph, _ = runner.capture(step)
-        return _time(graph.replay)
+        seconds = _time(graph.replay)
+        decoder._kept.give_back(model, runner)
+        return seconds
     if context:
         runner.extend([[0] * context] * rows, [0] * rows)
 

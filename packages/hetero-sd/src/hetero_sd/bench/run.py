@@ -17,7 +17,7 @@ from fourfold_common import Results, seed_everything
 from .._files import write_atomically
 from ..decoder import HeteroSpeculativeDecoder
 from ..pairs import Pair
-from .contenders import COMPILED, EAGER, PLAIN, Contender, find_contenders, wait
+from .contenders import COMPILED, EAGER, PLAIN, Contender, Decoders, find_contenders, wait
 from .costs import Costs
 from .exactness import judge_greedy, judge_sampled, openest
 from .plots import draw
@@ -84,7 +84,8 @@ def run_bench(
 
     Each decodes untimed first; then they take turns prompt by prompt, `repeats` times. Speeds are
     medians over the repeats of tokens by seconds, both summed over prompts; the prompt's own pass
-    and its tokens count in the end-to-end speed alone.
+    and its tokens count in the end-to-end speed alone. Our decoders stay from setting to setting,
+    as a user's would, so that `auto` comes to a set of prompts with what it learnt from others.
 
     Args:
         pair: The models.
@@ -121,6 +122,7 @@ def run_bench(
     seed_everything(seed)
     results = Results("hetero-sd", command=command, seed=seed)
     plain = HeteroSpeculativeDecoder(*pair.parts, method="tli" if "tli" in methods else "slem")
+    known: Decoders = {("costs", 0): plain}
     for batch in batches:
         for name, texts in prompts.items():
             groups = _groups(texts, batch, pair)
@@ -134,6 +136,7 @@ def run_bench(
                     sampled=decoding.temperature > 0,
                     peers=peers and batch == 1,
                     compiled=compiled,
+                    known=known,
                 )
                 for contender in contenders:
                     contender.repeats = repeats if contender.ours else peer_repeats

@@ -89,9 +89,7 @@ def held_out_acceptance(
 
 @click.command()
 @click.option("--gguf", type=click.Path(dir_okay=False, path_type=Path), required=True)
-@click.option(
-    "--texts", multiple=True, type=click.Path(dir_okay=False, path_type=Path), required=True
-)
+@click.option("--texts", multiple=True, type=click.Path(exists=True, path_type=Path), required=True)
 @click.option(
     "--drafter", multiple=True, type=click.Path(file_okay=False, path_type=Path), required=True
 )
@@ -104,13 +102,16 @@ def main(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     target, tokenizer = smollm2.load(gguf)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target.to(device)
     held = split(read_texts(texts), seed)[1][:limit]
     rows = [as_ids(tokenizer, text) for text in held]
     for folder in drafter:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float().eval()
+        model.to(device)
         own = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         found = held_out_acceptance(target, tokenizer, model, own, rows)
-        click.echo(json.dumps({"drafter": folder.name, "texts": len(rows), **found}))
+        click.echo(json.dumps({"drafter": str(folder), "texts": len(rows), **found}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Text written by the target in big batches: what the drafter learns from.
+"""Text written by the target in big batches: what drafters learn from.
 
-Run as `python -m hetero_sd.demo.sampling --gguf FILE --data FOLDER --output texts.jsonl.gz` on a
-machine without a GPU, where it takes hours rather than minutes.
+Run as `python -m hetero_sd.demo.sampling --gguf FILE --data FOLDER --output FOLDER`: millions of
+tokens in two minutes on a GPU; on a CPU, with `--rows 64`, in hours. Run again, it goes on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,107 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._files import write_atomically
 from . import smollm2
+from .prompts import ASSISTANT, USER, Prompts, json_lines
 
 _logger = logging.getLogger(__name__)
-SYSTEM = (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    "<|im_end|>\n"
-)
-USER, ASSISTANT = "<|im_start|>user\n", "<|im_start|>assistant\n"
-_TOPICS = """photosynthesis|the water cycle|black holes|volcanoes|the French Revolution|bicycles|
-cooking rice|the human heart|vaccines|gravity|honey bees|the Roman Empire|electricity|the moon|
-climate change|computer viruses|chess|jazz music|impressionist painting|the stock market|inflation|
-sleep|coffee|the printing press|earthquakes|dinosaurs|the Silk Road|recycling|solar panels|whales|
-prime numbers|fractions|the Pythagorean theorem|machine learning|databases|the internet|batteries|
-healthy eating|running a marathon|learning a language|writing a letter|public speaking|gardening|
-a lighthouse keeper|a lost dog|a young inventor|a rainy afternoon|an old clock|a robot|a dragon|
-a journey by train|two friends|a secret garden|winter in the mountains|a small village|the sea|
-time management|job interviews|saving money|friendship|courage|kindness|teamwork|patience|
-Paris|Tokyo|Egypt|Brazil|Antarctica|the Amazon rainforest|the Great Wall of China|Shakespeare|
-Marie Curie|Isaac Newton|Leonardo da Vinci|the Olympic Games|democracy|the United Nations|tea|
-bread|elephants|penguins|oak trees|glaciers|rainbows|thunderstorms|the speed of light|atoms|DNA|
-antibiotics|the steam engine|airplanes|bridges|poetry|the piano|photography|museums|libraries"""
-_REQUESTS = """Explain {} in simple terms.|Write a short story about {}.|Tell me about {}.|
-What are the most important facts about {}?|Write a poem about {}.|Give me three tips about {}.|
-Why does {} matter?|Describe {} to a child.|What is the history of {}?|List five ideas about {}.|
-Write an email to a friend about {}.|What are the advantages and disadvantages of {}?|
-How would you teach a class about {}?|Write a paragraph about {}.|Ask me a question about {}.|
-Write a dialogue between two people about {}.|What should I know about {}?|Summarize {}.|
-Write a title and an introduction for an article about {}.|Compare {} with something similar."""
-_TASKS = """Summarize this text:\n\n{}|Continue this text:\n\n{}|What is this text about?\n\n{}|
-Rewrite this text in simple words:\n\n{}|Write three questions about this text:\n\n{}|
-Who is mentioned in this text?\n\n{}|{}"""
-_CODE = """Explain what this Python code does:\n\n{}|Complete this Python code:\n\n{}|
-Write a test for this Python code:\n\n{}|Add comments to this Python code:\n\n{}"""
-
-
-def _choices(packed: str) -> list[str]:
-    return [entry.strip("\n") for entry in packed.replace("|\n", "|").split("|")]
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
-
-
-class Prompts:
-    """An endless, seeded mix of prompts: corpora, our own requests, and turns left to the model.
-
-    Args:
-        folder: Folder with `text/gsm8k_train.jsonl.gz`, `books_train`, `us_speeches` and
-            `python_stdlib`.
-        seed: Seed of the mix.
-
-    Raises:
-        FileNotFoundError: A corpus is missing.
-    """
-
-    def __init__(self, folder: Path, seed: int) -> None:
-        text = folder / "text"
-        self._draw = random.Random(seed)
-        self._problems = list(_rows(text / "gsm8k_train.jsonl.gz"))
-        self._questions = [row["question"] for row in self._problems]
-        prose = [row["text"] for row in _rows(text / "books_train.jsonl.gz")]
-        speeches = [row["text"] for row in _rows(text / "us_speeches.jsonl.gz")]
-        paragraphs = [" ".join(p.split()) for book in prose for p in book.split("\n\n")]
-        paragraphs += [p.strip() for speech in speeches for p in speech.split("\n")]
-        self._passages = [p for p in paragraphs if 120 <= len(p) <= 700]
-        self._code = [
-            chunk
-            for row in _rows(text / "python_stdlib.jsonl.gz")
-            for chunk in row["text"].split("\n\n\n")
-            if 80 <= len(chunk) <= 600
-        ]
-
-    def corpora(self) -> list[str]:
-        """Return all that the corpora hold, problems with their answers as chats."""
-        chats = [
-            f"<s>user\n{row['question']}</s>\n<s>assistant\n{row.get('answer', '')}</s>\n"
-            for row in self._problems
-        ]
-        return [*chats, *self._passages, *self._code]
-
-    def __call__(self) -> tuple[str, bool]:
-        """Return the text to start from, and whether the user's turn comes next."""
-        draw = self._draw
-        kind = draw.random()
-        if kind < 0.30:
-            return SYSTEM + USER, True
-        if kind < 0.38:
-            source = self._passages if draw.random() < 0.8 else self._code
-            words = draw.choice(source).split(" ")
-            return " ".join(words[: draw.randint(8, 40)]), False
-        if kind < 0.53:
-            request = draw.choice(self._questions)
-        elif kind < 0.75:
-            request = draw.choice(_choices(_REQUESTS)).format(draw.choice(_choices(_TOPICS)))
-        elif kind < 0.92:
-            request = draw.choice(_choices(_TASKS)).format(draw.choice(self._passages))
-        else:
-            request = draw.choice(_choices(_CODE)).format(draw.choice(self._code))
-        return f"{SYSTEM}{USER}{request}<|im_end|>\n{ASSISTANT}", False
 
 
 class BatchSampler:
@@ -281,64 +185,89 @@ def as_text(tokenizer: Any, rows: Tensor | list[list[int]]) -> list[str]:
     return cleaned
 
 
-def sample_text(
+def read_texts(paths: Iterable[Path]) -> list[str]:
+    """Return the texts of files of JSON lines, and of all such files in folders."""
+    files = [f for p in paths for f in (sorted(p.glob("*.jsonl.gz")) if p.is_dir() else [p])]
+    return [row["text"] for file in files for row in json_lines(file)]
+
+
+def write_texts(path: Path, texts: Iterable[str]) -> None:
+    """Write texts to a gzipped file of JSON lines, one object with `text` a line."""
+
+    def write(temporary: str) -> None:
+        with gzip.open(temporary, "wt", encoding="utf-8", compresslevel=6) as file:
+            for text in texts:
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+
+    write_atomically(path, write)
+
+
+def sample_texts(
     model: Any,
     tokenizer: Any,
     prompts: Prompts,
+    folder: Path,
     *,
     seconds: float,
     rows: int,
     length: int,
     seed: int,
-) -> tuple[list[str], Tensor]:
-    """Return the texts, and the token ids of the last batch, whose texts are held out."""
+) -> int:
+    """Let the target write until the time is over, at least one batch; return the batches there.
+
+    Each batch is a file of its own, drawn with a seed of its own: a call that finds files goes on
+    after them, and writes what one longer call would have written.
+
+    Args:
+        model: The target, a `LlamaForCausalLM`.
+        tokenizer: Its tokenizer, with ChatML's turn marks as tokens 1 and 2.
+        prompts: What to ask it.
+        folder: Where the files go; it is made if missing.
+        seconds: Time to use.
+        rows: Texts a batch.
+        length: Tokens a text, prompt included.
+        seed: Seed of all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
     device = model.device
     sampler = BatchSampler(model, rows, length, compiled=device.type == "cuda")
     turns = [tokenizer(text).input_ids for text in ("\n" + ASSISTANT, "\n" + USER)]
-    draw = random.Random(seed)
-    started, tokens = time.perf_counter(), 0
-    futures: list[Future[list[str]]] = []
-    held = torch.empty(0)
-    slowest = 0.0
+    number = first = len(list(folder.glob("batch-*.jsonl.gz")))
+    longest = 0.0
+    futures: list[Future[None]] = []
+
+    def store(path: Path, ids: Tensor) -> None:
+        write_texts(path, as_text(tokenizer, ids))
+
     with ThreadPoolExecutor(1) as pool:
-        while True:
+        while not futures or time.perf_counter() - started + longest < seconds:
             begun = time.perf_counter()
+            own = 10_000 * seed + number
+            prompts.seed(own)
+            torch.manual_seed(own)
+            draw = random.Random(own)
             chosen = [prompts() for _ in range(rows)]
             ids = [e.ids for e in tokenizer.backend_tokenizer.encode_batch([c[0] for c in chosen])]
             heat = torch.tensor([draw.choice((0.0, 0.0, 0.7, 1.0, 1.0)) for _ in range(rows)])
             out = sampler.sample(ids, torch.tensor([c[1] for c in chosen]), heat, turns).cpu()
-            tokens += out.numel()
-            elapsed = time.perf_counter() - started
-            if len(futures) > 0:  # The first batch includes compilation.
-                slowest = max(slowest, time.perf_counter() - begun)
-            _logger.info("sampled %.1f M tokens, %.0f/s", tokens / 1e6, tokens / elapsed)
-            last = elapsed + slowest > seconds
-            if not (last and futures):
-                futures.append(pool.submit(as_text, tokenizer, out))
-            if last:
-                held = out
-                break
-        texts = [text for future in futures for text in future.result()]
-    return texts, held
-
-
-def write_texts(path: Path, texts: Iterable[str]) -> None:
-    """Append texts to a gzipped file of JSON lines, one object with `text` a line."""
-    with gzip.open(path, "at", encoding="utf-8") as file:
-        for text in texts:
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-
-
-def read_texts(paths: Iterable[Path]) -> list[str]:
-    """Return the texts of files that `write_texts` wrote."""
-    return [row["text"] for path in paths for row in _rows(path)]
+            futures.append(pool.submit(store, folder / f"batch-{number:04d}.jsonl.gz", out))
+            number += 1
+            ended = time.perf_counter()
+            if len(futures) > 1:  # The first batch includes compilation.
+                longest = max(longest, ended - begun)
+            tokens = (number - first) * rows * length
+            _logger.info("sampled %.1f M tokens, %.0f/s", tokens / 1e6, tokens / (ended - started))
+        for future in futures:
+            future.result()
+    return number
 
 
 def split(texts: list[str], seed: int) -> tuple[list[str], list[str]]:
-    """Return texts to learn from, and a twentieth that is held out."""
+    """Return texts to learn from, and those that are held out: a twentieth, at most 1,024."""
     shuffled = list(texts)
     random.Random(seed).shuffle(shuffled)
-    count = max(len(shuffled) // 20, 1)
+    count = min(max(len(shuffled) // 20, 1), 1024)
     return shuffled[count:], shuffled[:count]
 
 
@@ -350,29 +279,49 @@ def as_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 @click.command()
-@click.option("--gguf", type=click.Path(dir_okay=False, path_type=Path), required=True)
-@click.option("--data", type=click.Path(file_okay=False, path_type=Path), required=True)
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), required=True)
-@click.option("--minutes", type=float, default=60.0, help="Time in all, about.")
-@click.option("--rows", type=int, default=192, help="Rows sampled at once.")
-@click.option("--length", type=int, default=384, help="Tokens a row.")
-@click.option("--seed", type=int, default=0)
+@click.option(
+    "--gguf",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help="SmolLM2's GGUF file.",
+)
+@click.option(
+    "--data",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="Folder of the corpora that prompts are made of.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder of the texts; sampling goes on after those that are there.",
+)
+@click.option("--minutes", type=float, default=2.0, show_default=True, help="Time, about.")
+@click.option(
+    "--rows", type=click.IntRange(1), default=4096, show_default=True, help="Texts a batch."
+)
+@click.option(
+    "--length", type=click.IntRange(2), default=448, show_default=True, help="Tokens a text."
+)
+@click.option("--seed", type=int, default=0, show_default=True)
 def main(
     gguf: Path, data: Path, output: Path, minutes: float, rows: int, length: int, seed: int
 ) -> None:
-    """Let SmolLM2 write chats, and append them to a file, batch by batch."""
+    """Let SmolLM2 write chats, batch by batch, each to a file of its own."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    torch.manual_seed(seed)
     target, tokenizer = smollm2.load(gguf, torch.bfloat16)
     target.to("cuda" if torch.cuda.is_available() else "cpu")
-    begun, batch = time.perf_counter(), 0
-    prompts = Prompts(data, seed)
-    while time.perf_counter() - begun < 60 * minutes:
-        _, ids = sample_text(
-            target, tokenizer, prompts, seconds=0, rows=rows, length=length, seed=seed + batch
-        )
-        write_texts(output, as_text(tokenizer, ids))
-        batch += 1
+    sample_texts(
+        target,
+        tokenizer,
+        Prompts(data, seed),
+        output,
+        seconds=60 * minutes,
+        rows=rows,
+        length=length,
+        seed=seed,
+    )
 
 
 if __name__ == "__main__":

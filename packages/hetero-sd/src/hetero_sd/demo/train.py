@@ -5,10 +5,11 @@ minutes on one H200. `--size 4m`, the smallest, makes the drafter that ships and
 `assets.tar` in the output folder is unpacked into `hetero_sd/demo/assets`. Larger ones suit a GPU;
 unpacked anywhere, they are given to the command line as `--drafter FOLDER/drafter`.
 
-Where the machine with the GPU has no target, `--texts FILE` takes what `demo.sampling` wrote
-elsewhere. If that is little, `--more FOLDER` adds text of a drafter trained before, and the corpora
-are read too: training begins with these and ends with the target's own text, of which a part is
-held out. The state that knows this part best is kept.
+What the target writes is kept in `OUTPUT/texts`, and a later run goes on from there. `--texts`
+takes such a folder instead, for one drafter after another or where the machine has no target; if it
+is little, `--more FOLDER` adds text of a drafter trained before. `--start FOLDER` goes on with a
+drafter trained before. The corpora are read too: training begins with all text and ends with the
+target's own, of which a part is held out. The state that knows this part best is kept.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ import random
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ from torch.nn import functional as F
 from .._files import write_atomically
 from . import smollm2
 from .held_out import held_out_acceptance
-from .sampling import Prompts, read_texts, sample_text, split
+from .prompts import Prompts
+from .sampling import as_ids, read_texts, sample_texts, split
 from .vocabularies import CONTEXT, train_drafter_tokenizer, train_target_tokenizer
 
 _logger = logging.getLogger(__name__)
+_CHECKS = 6  # Training ends where so many looks at held-out text in a row brought nothing.
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,10 @@ def fit(
         log: Where to note losses.
         save: Called now and then.
         seed: Seed of the windows.
-        more: Ids of other text, which windows are taken from at first; the stream's share grows.
-        held: Ids of text like the stream's, which says when to stop: the best state is kept.
+        more: Ids of other text. At first windows are taken from all text alike; by three quarters
+            of the time the share of this one has fallen to nothing.
+        held: Ids of text like the stream's, which says when to stop: the state that knows it best
+            is kept, and training ends once it is known worse and worse.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
@@ -166,6 +170,7 @@ def fit(
 
     cuda = device.type == "cuda"
     best: tuple[float, dict[str, Tensor]] | None = None
+    since = 0
     step_loss = torch.compile(loss_of) if cuda else loss_of
     steps, used, saved, started = 0, 0.0, 0.0, time.perf_counter()
     running = torch.zeros((), device=device)
@@ -176,7 +181,7 @@ def fit(
         spot = torch.rand(2, batch, 1, generator=generator, device=device)
         offsets = other + (spot[0] * (len(stream) - other - window)).long()
         if other:
-            early = spot[1] > min(1.0, 0.1 + 1.2 * used)
+            early = spot[1] < other / len(stream) * (1.0 - used / 0.75)
             offsets = torch.where(early, (spot[0] * (other - window)).long(), offsets)
         ids = stream[offsets + places].long()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cuda):
@@ -207,8 +212,13 @@ def fit(
                 loss_held = held_loss()
                 log[-1]["held"] = round(loss_held, 4)
                 _logger.info("%s held out %.4f", name, loss_held)
+                since += 1
                 if best is None or loss_held < best[0]:
                     best = loss_held, {k: v.clone() for k, v in model.state_dict().items()}
+                    since = 0
+                elif since == _CHECKS:
+                    _logger.info("%s learns its text by heart: stopped", name)
+                    break
             if elapsed - saved > 60:
                 saved = elapsed
                 save()
@@ -272,12 +282,9 @@ def write_like(folder: Path, beginnings: list[str], *, seconds: float, rows: int
         seconds: Time to write, at least one batch.
         rows: Texts a batch.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     cuda = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    model = model.to("cuda", torch.bfloat16) if cuda else model
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model, tokenizer = _load_drafter(folder)
+    model = model.eval().to("cuda", torch.bfloat16) if cuda else model.eval()
     draw, begun = random.Random(0), time.perf_counter()
     texts: list[str] = []
     known = [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(beginnings)]
@@ -300,74 +307,49 @@ def write_like(folder: Path, beginnings: list[str], *, seconds: float, rows: int
     return texts
 
 
-@dataclass
-class _Sources:
-    """What a drafter learns from, and what it is judged by.
-
-    Attributes:
-        texts: Text of the target.
-        other: Other text, to begin with.
-        held: Text of the target that is held out.
-        judge: Returns a drafter's held-out acceptance, where the target is at hand.
-        name: What wrote the texts.
-    """
-
-    texts: list[str]
-    name: str
-    other: list[str] = field(default_factory=list)
-    held: list[str] = field(default_factory=list)
-    judge: Callable[[Any, Any], dict[str, float]] | None = None
-
-
-def _sampled(gguf: Path | None, data: Path, seconds: float, **batches: int) -> _Sources:
-    """Let the target write."""
+def _load_target(gguf: Path | None, data: Path) -> tuple[Any, Any]:
+    """Return the target, or one of its shape with random weights, and its tokenizer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if gguf is None:
-        from transformers import AutoTokenizer, LlamaForCausalLM
-
-        target = LlamaForCausalLM(smollm2.config()).to(dtype).eval()
-        tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "smollm2")
-    else:
+    if gguf is not None:
         target, tokenizer = smollm2.load(gguf, dtype)
-    target.to(device)
-    prompts = Prompts(data, batches["seed"])
-    texts, held = sample_text(target, tokenizer, prompts, seconds=seconds, **batches)
-    held = held[: 256 if device.type == "cuda" else 4]
+        return target.to(device), tokenizer
+    from transformers import AutoTokenizer, LlamaForCausalLM
 
-    def judge(drafter: Any, drafter_tokenizer: Any) -> dict[str, float]:
-        return held_out_acceptance(target, tokenizer, drafter, drafter_tokenizer, held)
-
-    name = smollm2.NAME if gguf is not None else "random weights"
-    return _Sources(texts, name, judge=judge)
+    target = LlamaForCausalLM(smollm2.config()).to(device, dtype).eval()
+    return target, AutoTokenizer.from_pretrained(data / "tokenizers" / "smollm2")
 
 
-def _read(
-    paths: Sequence[Path], data: Path, more: Path | None, seconds: float, rows: int, seed: int
-) -> _Sources:
-    """Take what the target wrote elsewhere, and other text beside."""
-    texts, held = split(read_texts(paths), seed)
-    other = Prompts(data, seed).corpora()
-    if more is not None:
-        other += write_like(more, texts, seconds=seconds, rows=rows)
-    return _Sources(texts, smollm2.NAME, other, held)
+def _load_drafter(folder: Path) -> tuple[Any, Any]:
+    """Return a drafter trained before, with weights of float32, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float()
+    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 # ------------------------------------------------------------------------------- command
 @click.command()
 @click.option(
-    "--gguf", type=click.Path(dir_okay=False, path_type=Path), help="SmolLM2's GGUF file."
+    "--gguf",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="SmolLM2's GGUF file: it writes the texts if there are none, and judges the drafter.",
 )
 @click.option(
     "--texts",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="What SmolLM2 wrote elsewhere, by `python -m hetero_sd.demo.sampling`; may be repeated.",
+    type=click.Path(exists=True, path_type=Path),
+    help="What SmolLM2 wrote before, by `hetero_sd.demo.sampling`; may be repeated.",
 )
 @click.option(
     "--more",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="With --texts: a drafter trained before, whose text is added.",
+)
+@click.option(
+    "--start",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A drafter trained before, to go on with; it keeps its vocabulary and size.",
 )
 @click.option("--random-target", is_flag=True, help="Pilot: a target of the same shape, untrained.")
 @click.option(
@@ -388,6 +370,7 @@ def main(
     gguf: Path | None,
     texts: tuple[Path, ...],
     more: Path | None,
+    start: Path | None,
     random_target: bool,
     size: str,
     data: Path,
@@ -401,8 +384,12 @@ def main(
     """Sample text from SmolLM2 and train a drafter on it, with the smallest the small target."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     started = time.perf_counter()
-    if sum([gguf is not None, bool(texts), random_target]) != 1:
-        raise click.UsageError("give exactly one of `--gguf`, `--texts` and `--random-target`")
+    if not (gguf or texts or random_target) or (gguf and random_target):
+        raise click.UsageError(
+            "give `--gguf` or `--random-target`, or `--texts`, with one or alone"
+        )
+    if more and not texts:
+        raise click.UsageError("`--more` goes with `--texts`")
     from transformers.utils import logging as transformers_logging
 
     from fourfold_common import seed_everything
@@ -411,46 +398,55 @@ def main(
     seed_everything(seed)
     torch.set_float32_matmul_precision("high")
     total = 60 * minutes
-    if texts:
-        given = _read(texts, data, more, 0.15 * total, min(rows, 2048), seed)
-    else:
-        given = _sampled(gguf, data, 0.42 * total, rows=rows, length=length, seed=seed)
-    written = sum(map(len, given.texts))
+    prompts = Prompts(data, seed)
+    target = _load_target(gguf, data) if gguf or random_target else None
+    if target is not None and not texts:
+        texts = (output / "texts",)
+        batches: dict[str, Any] = {"rows": rows, "length": length, "seed": seed}
+        sample_texts(*target, prompts, texts[0], seconds=0.42 * total, **batches)
+        torch.cuda.empty_cache()
+    ours, held = split(read_texts(texts), seed)
+    other = prompts.corpora()
+    if more is not None:
+        other += write_like(more, ours, seconds=0.15 * total, rows=min(rows, 2048))
+    written = sum(map(len, ours))
     seconds = time.perf_counter() - started
-    _logger.info("%d texts, %.1f M characters, %.0f s", len(given.texts), written / 1e6, seconds)
+    _logger.info("%d texts, %.1f M characters, %.0f s", len(ours), written / 1e6, seconds)
 
     draw = random.Random(seed)
-    some = draw.sample(given.texts, min(len(given.texts), 20_000))
+    some = draw.sample(ours, min(len(ours), 20_000))
     unmarked = [text.replace("</s>", "\n").replace("<s>", "\n") for text in some]
     chosen = SIZES[size]
-    drafter_tokenizer = train_drafter_tokenizer(unmarked, chosen.shape.vocab)
-    drafter = build(chosen.shape, drafter_tokenizer)
+    if start is None:
+        drafter_tokenizer = train_drafter_tokenizer(unmarked, chosen.shape.vocab)
+        drafter = build(chosen.shape, drafter_tokenizer)
+    else:
+        drafter, drafter_tokenizer = _load_drafter(start)
     models = {"drafter": (drafter, drafter_tokenizer)}
-    streams = {"drafter": _stream(drafter_tokenizer, given.texts)}
-    if chosen.ships:
+    lines = {"drafter": ours, "more": other, "held": held}
+    streams = {name: _stream(drafter_tokenizer, part) for name, part in lines.items()}
+    both = chosen.ships and start is None
+    if both:
         small_tokenizer = train_target_tokenizer(unmarked[:5_000], SMALL_TARGET.vocab)
         models["target"] = build(SMALL_TARGET, small_tokenizer), small_tokenizer
         streams["target"] = _stream(small_tokenizer, some)
-    beside = {
-        name: _stream(drafter_tokenizer, lines)
-        for name, lines in (("more", given.other), ("held", given.held))
-        if lines
-    }
-    for name, stream in {**streams, **beside}.items():
+    for name, stream in streams.items():
         _logger.info("%s: %.2f M tokens to read", name, len(stream) / 1e6)
     record: dict[str, Any] = {
-        "source": given.name,
+        "source": "random weights" if random_target else smollm2.NAME,
         "seed": seed,
         "minutes": minutes,
-        "sampled_rows": len(given.texts),
+        "sampled_rows": len(ours),
         "sampled_characters": written,
-        "stream_tokens": {name: len(stream) for name, stream in {**streams, **beside}.items()},
+        "stream_tokens": {name: len(stream) for name, stream in streams.items()},
         "parameters": {n: sum(p.numel() for p in m.parameters()) for n, (m, _) in models.items()},
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+    if start is not None and (start.parent / "training.json").is_file():
+        record["start"] = json.loads((start.parent / "training.json").read_text())
     log: list[dict[str, Any]] = []
-    sample = draw.sample(given.texts, min(60, len(given.texts)))
+    sample = draw.sample(ours, min(60, len(ours)))
 
     def save() -> None:
         save_assets(output, models, record, log, sample)
@@ -459,7 +455,7 @@ def main(
     spare = total - (time.perf_counter() - started) - 0.05 * total
     common: dict[str, Any] = {"batch": batch, "log": log, "save": save, "seed": seed}
     seen = {}
-    if chosen.ships:
+    if both:
         seen["target"] = fit(
             models["target"][0],
             streams["target"],
@@ -473,10 +469,10 @@ def main(
         drafter,
         streams["drafter"],
         name="drafter",
-        seconds=max((0.8 if chosen.ships else 0.94) * spare, 2.0),
-        rate=chosen.rate,
-        more=beside.get("more"),
-        held=beside.get("held"),
+        seconds=max((0.8 if both else 0.94) * spare, 2.0),
+        rate=chosen.rate if start is None else chosen.rate / 2,
+        more=streams["more"],
+        held=streams["held"],
         **common,
     )
     record["trained_tokens"] = seen
@@ -484,8 +480,11 @@ def main(
         model.eval()
     save()
     try:
-        if given.judge is not None:
-            record["held_out_acceptance"] = given.judge(drafter, drafter_tokenizer)
+        if target is not None:
+            some_held = [as_ids(target[1], text) for text in held[:256]]
+            record["held_out_acceptance"] = held_out_acceptance(
+                *target, drafter, drafter_tokenizer, some_held
+            )
             _logger.info("acceptance %s", record["held_out_acceptance"])
     finally:
         record["seconds"] = round(time.perf_counter() - started, 1)
