@@ -174,10 +174,11 @@ class Decoder:
         self.leased = cached and self.store.capacity >= self.batch
         size = (self.batch, self.store.meta.row_stride)
         self.landing = torch.zeros(size, dtype=torch.uint8, pin_memory=cuda)
-        self.slots = torch.zeros(self.batch, dtype=torch.long, pin_memory=cuda)
-        self.landed = torch.zeros(self.batch, dtype=torch.long, pin_memory=cuda)
+        # Every sequence's slot in the table, and its place in the landing.
+        self.told = torch.zeros(2, self.batch, dtype=torch.long, pin_memory=cuda)
+        self.known = torch.zeros(2, self.batch, dtype=torch.long, device=self.device)
         self.table = self.store.table if self.leased else self.staging
-        self._slots, self._landed = self.slots.numpy(), self.landed.numpy()
+        self._told = self.told.numpy()
         self._answer(None)
         self.seen = torch.zeros(self.batch, dtype=torch.long, pin_memory=cuda)
         self.copied = torch.cuda.Event() if cuda else None
@@ -214,12 +215,12 @@ class Decoder:
             self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):  # does nothing without a stream
             if self.hosted and self.ahead:
-                hold(self.ready, self.turn)
+                hold(self.ready, self.turn, self.told, self.known)
             for number, parts in self.spans.items():
                 for part in parts:
                     if self.hosted:
-                        places = self.slots, self.landing, self.landed
-                        admit(self.table, *places, self.staging, *part)
+                        slots, landed = self.known
+                        admit(self.table, slots, self.landing, landed, self.staging, *part)
                     else:
                         gather(self.store.table, self.ids, self.staging, self.flag, *part)
                 if self.side is not None:
@@ -340,6 +341,7 @@ class Decoder:
                 if self.ahead:
                     self._ready[0] = self.turns  # whatever happened: the device waits for it
             if not self.ahead:
+                self.known.copy_(self.told, non_blocking=True)
                 self._run()
 
     def _read(self, wanted: list[int], landing: Tensor) -> tuple[list[int], list[int]]:
@@ -350,7 +352,7 @@ class Decoder:
     def _answer(self, found: tuple[list[int], list[int]] | None) -> None:
         """Tell the step where its rows are; without an answer it takes any and keeps none."""
         slots, landed = found or ([-1] * self.batch, list(range(self.batch)))
-        self._slots[:], self._landed[:] = slots, landed
+        self._told[:] = slots, landed
 
     def _run(self) -> None:
         """Run a step, or replay it; it is captured when it comes for the first time."""
@@ -368,10 +370,9 @@ class Decoder:
     def _capture(self) -> Any:
         """Return a step as a graph; what the rehearsals changed is put back."""
         changed = [self.ids, self.position, self.history]
-        if self.hosted:
-            self._answer(None)
         if self.ahead:
             changed.append(self.turn)
+            self._answer(None)
             self._ready[0] = _NO_WAIT
         kept = [tensor.clone() for tensor in changed]
         rehearsal = torch.cuda.Stream(self.device)
