@@ -134,11 +134,12 @@ class DiskStore(LutStore):
                     continue
             for start in range(0, len(view), _PIECE):
                 pieces.append((view[start : start + _PIECE], first + start))
-        if waiting and self._aio is not None and self._aio.lock.acquire(blocking=False):
+        aio = self._aio if waiting and len(pieces) > 1 else None
+        if aio is not None and aio.lock.acquire(blocking=False):
             try:
-                pieces = self._read_aside(self._aio, pieces)
+                pieces = self._read_aside(aio, pieces)
             finally:
-                self._aio.lock.release()
+                aio.lock.release()
         own = pieces.pop() if waiting and pieces else None
         futures = [self._pool.submit(self._fill, *piece) for piece in pieces]
 
