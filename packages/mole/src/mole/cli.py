@@ -13,6 +13,7 @@ _logger = logging.getLogger(__name__)
 
 _FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "nf4", "nf3")
 _STORES = ("mmap", "disk", "pinned", "device")
+_EXISTING = click.Path(path_type=Path, exists=True)
 _ORIGIN = (
     "independent implementation of Mixture of Lookup Experts (arXiv 2503.15798); "
     "not the PyPI project 'mole'"
@@ -238,14 +239,13 @@ def generate(
         raise ValueError("`PROMPT` must hold at least one character; got an empty text.")
     _quiet()
     import torch
-    from transformers import AutoTokenizer
 
     from fourfold_common import seed_everything
 
     from .demo import ASSETS
 
     loaded = _place(_load(ASSETS / "mole" if model is None else model), store, cache, device)
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tokenizer" if model is None else model)
+    tokenizer = _tokenizer(ASSETS / "tokenizer" if model is None else model)
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(loaded.device)
     limit = loaded.config.max_position_embeddings
     if ids.shape[1] + new_tokens > limit:
@@ -268,17 +268,20 @@ def generate(
 
 
 @main.command()
-@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.argument("data", nargs=-1, required=True, type=_EXISTING)
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--model", type=click.Path(path_type=Path), help="Model to train further.")
-@click.option("--config", type=click.Path(path_type=Path), help="config.json of a new model.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder; else the model's.")
+@click.option("--model", type=_EXISTING, help="Model to train further.")
+@click.option("--config", type=_EXISTING, help="config.json of a new model.")
+@click.option("--tokenizer", type=_EXISTING, help="Folder; else the model's.")
 @click.option("--steps", default=1000, show_default=True, help="Optimiser steps.")
 @click.option("--batch", default=64, show_default=True, help="Sequences in a step, in all.")
 @click.option("--micro-batch", default=8, show_default=True, help="Sequences in a forward pass.")
 @click.option("--context", default=512, show_default=True, help="Tokens in a sequence.")
 @click.option("--lr", default=6e-4, show_default=True, help="Peak learning rate.")
 @click.option("--expert-lr", type=float, help="That of routers and experts, if it is another.")
+@click.option("--warmup", default=0.01, show_default=True, help="Share of the steps that warm up.")
+@click.option("--weight-decay", default=0.1, show_default=True, help="Decay of matrices.")
+@click.option("--clip", default=1.0, show_default=True, help="Largest norm of the gradient.")
 @click.option("--seed", default=0, show_default=True, help="Seed of weights and data order.")
 @click.option(
     "--dedup",
@@ -356,8 +359,8 @@ def train(
 
 
 @main.command("eval")
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.argument("model", type=_EXISTING)
+@click.argument("data", nargs=-1, required=True, type=_EXISTING)
 @click.option(
     "--task",
     type=click.Choice(["perplexity", "cloze"]),
@@ -382,7 +385,7 @@ def evaluate(
     from dataclasses import asdict
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from .evaluation import last_word_cloze, summarise, token_bytes, window_losses
     from .modeling import register
@@ -391,7 +394,7 @@ def evaluate(
     register()
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     loaded = _place(loaded, store, cache, device)
-    words = AutoTokenizer.from_pretrained(model)
+    words = _tokenizer(model)
     if task == "cloze":
         passages = [text for path in data for text in texts(path)]
         figures = asdict(last_word_cloze(loaded, words, passages))
@@ -406,7 +409,7 @@ def evaluate(
 
 
 @main.command()
-@click.argument("base", type=click.Path(path_type=Path, exists=True))
+@click.argument("base", type=_EXISTING)
 @click.argument("output", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--gguf", help="Name of a GGUF file in BASE to load (needs the package gguf).")
 @click.option("--experts", default=4, show_default=True, help="Lookup experts in a layer.")
@@ -484,13 +487,37 @@ def _quiet() -> None:
 
 def _load(folder: Path) -> Any:
     """Return the lookup model in a folder, in float32."""
+    import json
+
     import torch
 
     from .modeling import MoleForCausalLM
 
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"`{folder}` must be the folder of a model; it has no config.json.")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(
+            f"`{folder}` must be the folder of a model; it has no config.json."
+        ) from None
+    # Another model's weights would load, with experts as they are before training.
+    if config.get("model_type") != "mole":
+        raise ValueError(
+            f"`{folder}` must hold a lookup model (type 'mole'); its type is "
+            f"{config.get('model_type')!r}. `mole upcycle` adds lookup experts to a dense model."
+        )
     return MoleForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """Return the tokenizer in a folder."""
+    from transformers import AutoTokenizer
+
+    if not any(folder.glob("tokenizer*")):
+        raise ValueError(
+            f"`{folder}` must hold a tokenizer; it has no tokenizer.json. Copy it from the model "
+            "that this one was made from."
+        )
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def _place(model: Any, store: str, cache: int, device: str) -> Any:

@@ -86,9 +86,12 @@ def verify(path: str | Path, model: MoleForCausalLM | None = None) -> LutMeta:
 
     Raises:
         LutError: The table is damaged, or was made from other weights.
+        ValueError: The model is in table form.
     """
     meta = verify_lut(path)
     if model is not None:
+        if model.config.lookup_form != "experts":
+            raise ValueError("`model` must be in expert form; a table's origin is not in a table.")
         meta.check_fits(model.config)
         found = fingerprint(model)
         if found != meta.fingerprint:
