@@ -124,7 +124,10 @@ def env(as_json: bool) -> None:
 def demo(
     output: Path, fmt: str, prompt: str | None, new_tokens: int, seed: int, progress: bool
 ) -> None:
-    """Convert the shipped model to a table, generate from it, and compare it with its twins."""
+    """Serve the shipped model from a table, beside its twins.
+
+    It is converted, generates text, and is compared with its expert form and the dense model.
+    """
     _quiet()
     import torch
 
@@ -163,7 +166,9 @@ def demo(
 def convert(
     model: Path, output: Path, fmt: str, chunk: int | None, resume: bool, progress: bool
 ) -> None:
-    """Write MODEL, a folder in expert form, in table form to the folder OUTPUT.
+    """Write a model in table form.
+
+    MODEL is a folder with a model in expert form, OUTPUT the folder to write.
 
     An interrupted conversion goes on where it stopped when the command is given again.
     """
@@ -189,7 +194,10 @@ def convert(
     help="Model in expert form that the table should have been made from.",
 )
 def verify(table: Path, model: Path | None) -> None:
-    """Check every byte of TABLE, the folder of a model in table form or of its `lut`."""
+    """Check every byte of a table.
+
+    TABLE is the folder of a model in table form, or of its `lut`.
+    """
     _quiet()
     from .conversion import verify as verify_table
 
@@ -309,7 +317,9 @@ def train(
     progress: bool,
     **chosen: Any,
 ) -> None:
-    """Train a model on the files DATA: text, .jsonl (also .gz, .xz), or ids in .npy.
+    """Train a model on text, or on ids in .npy files.
+
+    DATA are files: text, .jsonl with a field `text` in every line (both also .gz, .xz), or .npy.
 
     Runs in one process, or in many under `accelerate launch -m mole train ...`.
     """
@@ -379,7 +389,11 @@ def evaluate(
     cache: int,
     device: str,
 ) -> None:
-    """Evaluate MODEL, in any form, on the files DATA: text, .jsonl (also .gz, .xz), or .npy."""
+    """Measure the loss of a model on text.
+
+    MODEL is the folder of a model in any form, DATA are files: text, .jsonl (both also .gz, .xz),
+    or ids in .npy.
+    """
     _quiet()
     import json
     from dataclasses import asdict
@@ -418,7 +432,11 @@ def evaluate(
 def upcycle(
     base: Path, output: Path, gguf: str | None, experts: int, inner: int | None, layers: str | None
 ) -> None:
-    """Add lookup experts to the dense or Llama-type model BASE; its logits stay as they are."""
+    """Add lookup experts to a dense model.
+
+    BASE is the folder of a dense or Llama-type model, OUTPUT the folder to write. The logits stay
+    as they are until the experts are trained.
+    """
     _quiet()
     from .upcycling import load_base
     from .upcycling import upcycle as run
@@ -457,7 +475,9 @@ def upcycle(
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def bench(topic: str, output: Path, shape: str | None, device: str) -> None:
-    """Measure TOPIC, all contenders in one run, after checking results.
+    """Measure a topic, all contenders in one run.
+
+    Results are checked before anything is timed.
 
     `decode`, `prefill`, `train` and `hw` take random weights of a shape; `quant` and `cache` the
     shipped model.
