@@ -208,7 +208,10 @@ class HeteroSpeculativeDecoder:
         if self._same:
             return ["standard"]
         shared = ["tli"] if len(self.mapping.keep) else []
-        # A greedy proposal needs no law: the whole vocabulary by SLEM, or shared tokens.
+        # A greedy proposal needs no law: the whole vocabulary by SLEM, or shared tokens, which save
+        # a wait for a GPU; without one they save work only where they are few.
+        if greedy and not self._graphs and 2 * len(self.mapping.keep) > self._sizes[1]:
+            shared = []
         return ["slem", *shared] if greedy else [*shared, "slrs", "slem"]
 
     def _policy(self, greedy: bool, rows: int) -> Fixed | Bandit:
