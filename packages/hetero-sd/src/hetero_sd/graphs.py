@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chance import Chance
 from .devices import on
 from .llama import LlamaBody
-from .processors import Processors
 from .runners import best_of
 
 _logger = logging.getLogger(__name__)
@@ -68,7 +66,6 @@ class GraphRunner:
         self._given = torch.zeros(2, rows, WIDTHS[-1], dtype=torch.long, device=self.device)
         self._last = torch.zeros(rows, dtype=torch.long, device=self.device)
         self._graphs: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
-        self._drawing: dict[tuple[Any, ...], Tensor] = {}  # Laws of drawn ids, and noise for them.
         self.reset()
 
     def reset(self) -> None:
@@ -160,37 +157,6 @@ class GraphRunner:
         steps: int = 0,
     ) -> list[list[int]]:
         """See `Chooser`."""
-        return self._write(feeds, counts, among, steps, None)
-
-    def draw(
-        self,
-        feeds: Sequence[Sequence[int]],
-        counts: Sequence[int],
-        among: Tensor,
-        process: Processors,
-        chance: Chance,
-        steps: int = 0,
-    ) -> tuple[list[list[int]], Tensor]:
-        """See `Chooser`."""
-        key, steps = ("laws", among.data_ptr()), max(steps, *counts)
-        if key not in self._drawing:
-            wide = torch.promote_types(self.body.weight.dtype, torch.float32)
-            shape = 2, self.rows, WIDTHS[-1], len(among)
-            self._drawing[key] = torch.ones(shape, dtype=wide, device=self.device)
-        laws, noise = self._drawing[key]
-        chance.fill(noise[:, :steps], "exponential")
-        places = self._write(feeds, counts, among, steps, process)
-        lines = torch.tensor(self.slots).to(self.device)
-        return places, laws[lines, :steps]
-
-    def _write(
-        self,
-        feeds: Sequence[Sequence[int]],
-        counts: Sequence[int],
-        among: Tensor | None,
-        steps: int,
-        process: Processors | None,
-    ) -> list[list[int]]:
         if max(map(len, feeds)) > WIDTHS[-1]:  # A prompt: all but its end in one pass.
             self.extend([feed[:-1] for feed in feeds], [0] * len(feeds))
             feeds = [feed[-1:] for feed in feeds]
@@ -200,7 +166,7 @@ class GraphRunner:
         for slot, feed in zip(self.slots, feeds, strict=True):
             last[slot] = max(len(feed), 1) - 1
         self._last.copy_(pinned(last, self.device), non_blocking=True)
-        written = self._replay_draft(given, max(steps, *counts), among, process).tolist()
+        written = self._replay_draft(given, max(steps, *counts), among).tolist()
         for row, (feed, count) in enumerate(zip(feeds, counts, strict=True)):
             self.lengths[row] += len(feed) + max(count - 1, 0)
         return [written[slot][:count] for slot, count in zip(self.slots, counts, strict=True)]
@@ -235,15 +201,8 @@ class GraphRunner:
         kind = "best" if best else "logits", 0 if head is None else head.data_ptr()
         return self._result(kind, given, WIDTHS, run)
 
-    def _replay_draft(
-        self, given: Tensor, steps: int, among: Tensor | None, process: Processors | None
-    ) -> Tensor:
-        """Return the ids after each row's last, or where drawn their places, by a graph.
-
-        The shape is `(rows, steps)`.
-        """
-        chosen_from = 0 if among is None else among.data_ptr()
-        laws, noise = self._drawing.get(("laws", chosen_from), (None, None))
+    def _replay_draft(self, given: Tensor, steps: int, among: Tensor | None) -> Tensor:
+        """Return the ids after each row's last by a graph, shape `(rows, steps)`."""
 
         def run(ids: Tensor, places: Tensor) -> Tensor:
             line = torch.arange(self.rows, device=self.device)
@@ -258,14 +217,11 @@ class GraphRunner:
                     state = self.forward(before[:, None], place[:, None])[:, 0]
                 logits = self.body.logits(state)
                 logits = logits if among is None else logits[:, among]
-                if process is not None and laws is not None and noise is not None:
-                    laws[:, step] = process.scores_only(logits).softmax(dim=1)
-                    logits = laws[:, step] / noise[:, step]
                 written.append(logits.argmax(dim=1))
             out = torch.stack(written, dim=1)
-            return out if among is None or process is not None else among[out]
+            return out if among is None else among[out]
 
-        kind = "draft", steps, chosen_from, process and process.key
+        kind = "draft", steps, 0 if among is None else among.data_ptr()
         return self._result(kind, given, DRAFT_WIDTHS, run)
 
     def _result(
