@@ -107,9 +107,6 @@ def test_likeliest_ids_are_taken_on_the_device(among):
             feeds = [ids[-1:] if step < len(ids) else [] for ids in wanted]
         assert written == wanted
         assert runner.lengths == plain.lengths
-    feeds, keep = [[1, 2, 3], [4], []], [2, 1, 0]
-    best = best_of(plain.extend(feeds, keep))
-    assert runner.choose(feeds, keep) == best
     assert best_of([torch.tensor([[0.0, 2.0], [1.0, torch.nan]]), torch.ones(0, 2)]) == [
         [1, -1],
         [],

@@ -210,10 +210,8 @@ class Rounds:
     def _run(self) -> Iterator[list[tuple[Row, list[int]]]]:
         clock, policy = self._request.clock, self._policy
         policy.begin()
-        # The prompt goes through the target alone: it says nothing about any arm, and once the
-        # target holds it, the device does whole rounds.
-        alone = isinstance(policy, Bandit) or self._whole is not None
-        arm = PLAIN if alone else policy.choose()
+        # The prompt goes through the target alone: it says nothing about any arm.
+        arm = PLAIN if isinstance(policy, Bandit) else policy.choose()
         before: Arm | None = None
         while self.rows:
             begun, setup, readied = clock(), self._setup_seconds(), 0.0
@@ -256,6 +254,10 @@ class Rounds:
     def _round(self, arm: Arm, ahead: bool = False) -> list[tuple[Row, list[int]]]:
         name = f"{arm.method} {arm.lookahead}"
         self.stats.arms[name] = self.stats.arms.get(name, 0) + 1
+        if self._whole is not None and arm.lookahead and not self._in_step():
+            with self._timed("verify"):  # All of a prompt but its end, so that the device does
+                held = zip(self.rows, self._target.lengths, strict=True)  # the round as a whole.
+                self._target.extend([row.ids[n:-1] for row, n in held], [0 for _ in self.rows])
         if self._fits(arm):
             new = self._play(arm, ahead)
         else:
@@ -369,11 +371,7 @@ class Rounds:
                 for row, held, draft in zip(self.rows, self._target.lengths, drafts, strict=True)
             ]
             keeps = [len(draft.tokens) + 1 for draft in drafts]
-            process = self._request.processors
-            if process.greedy and process.empty and isinstance(self._target, Chooser):
-                settled = _agree(self._target.choose(feeds, keeps), drafts)
-            else:
-                settled = self._settle(self._target.extend(feeds, keeps), drafts)
+            settled = self._settle(self._target.extend(feeds, keeps), drafts)
             kept = zip(self.rows, settled, strict=True)
             keep = [len(row.ids) + accepted for row, (accepted, _) in kept]
             new = self._take(drafts, settled)

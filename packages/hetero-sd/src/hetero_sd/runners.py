@@ -59,10 +59,6 @@ class Chooser(Protocol):
 
     device: torch.device
 
-    def choose(self, feeds: Sequence[Sequence[int]], keep: Sequence[int]) -> list[list[int]]:
-        """Feed ids and return the likeliest id after each of a row's last few; see `best_of`."""
-        ...
-
     def write(
         self,
         feeds: Sequence[Sequence[int]],

@@ -13,43 +13,16 @@ from torch import Tensor
 from .chance import Chance
 from .devices import on
 from .drafting import Table
-from .graphs import DRAFT_WIDTHS, WIDTHS, GraphRunner, pinned
+from .graphs import DRAFT_WIDTHS, WIDTHS, Answer, GraphRunner, pinned
 from .kernels.judge import COLUMNS, DENSE, Law, pick_rules
 from .kernels.judge.reference import combine
 from .processors import Processors
 
 MOST = WIDTHS[-1] - 1  # Proposals of a row.
-_TOLD = 6 + MOST  # Where the host's proposals begin in what it says of a row, after what is fed.
+_ROW = 3 + MOST  # Of what the host says of a row: the target's length, its one id, the limit.
+_TOLD = _ROW + 3  # The host's proposals.
 _SAID = _TOLD + MOST
 _IDLE = np.array([0, 1] + [0] * (_SAID - 2))  # What it says of a row that has ended.
-
-
-class _Answer:
-    """Where the result of a round is read, once it is there.
-
-    Args:
-        rows: Rows of the result.
-        numbers: Numbers of each.
-        device: Where it comes from.
-    """
-
-    def __init__(self, rows: int, numbers: int, device: torch.device) -> None:
-        self._numbers = pinned(torch.zeros(rows, numbers, dtype=torch.long), device)
-        self._device = device
-        self._done = torch.cuda.Event() if device.type == "cuda" else None
-
-    def ask(self, result: Tensor) -> None:
-        """Have the result copied when it is there."""
-        self._numbers.copy_(result, non_blocking=True)
-        if self._done is not None:
-            self._done.record(torch.cuda.current_stream(self._device))
-
-    def read(self) -> list[list[int]]:
-        """Wait for the result and return it."""
-        if self._done is not None:
-            self._done.synchronize()
-        numbers: list[list[int]] = self._numbers.tolist()
-        return numbers
 
 
 @dataclass(frozen=True)
@@ -104,8 +77,8 @@ class GraphRound:
         self._result = whole(rows, 3 + 2 * MOST)
         self._tokens = self._result[:, 3 : 3 + MOST]
         self._columns = self._result[:, 3 + MOST :]
-        self._answers = [_Answer(rows, self._result.shape[1], device) for _ in range(2)]
-        self._flying: _Answer | None = None  # Of a plain round that was begun ahead.
+        self._answers = [Answer(rows, self._result.shape[1], device) for _ in range(2)]
+        self._flying: Answer | None = None  # Of a plain round that was begun ahead.
         self._next, self._origin, self._state = whole(rows), whole(rows, MOST), whole(2)
         self._certain = Law.certain(device)
         self._scores: dict[str, tuple[Tensor, Tensor]] = {}
@@ -193,14 +166,14 @@ class GraphRound:
             lines[:] = _IDLE
         for row, slot in enumerate(target.slots):
             feed, line = feeds[row], lines[slot]
-            numbers = drafter.lengths[row], max(len(feed), 1), target.lengths[row]
-            line[:5] = *numbers, pending[row], limits[row]
-            line[5 : 5 + len(feed)] = feed
+            line[:2] = drafter.lengths[row], max(len(feed), 1)
+            line[2 : 2 + len(feed)] = feed
+            line[_ROW : _ROW + 3] = target.lengths[row], pending[row], limits[row]
             if proposals:
                 line[_TOLD : _TOLD + len(proposals[row])] = proposals[row]
         self._said.copy_(self._host, non_blocking=True)
 
-    def _fly(self, method: str, lookahead: int) -> _Answer:
+    def _fly(self, method: str, lookahead: int) -> Answer:
         """Begin a verification, and return what its result will be read from."""
         key = method, lookahead
         if key not in self._verify_graphs:
@@ -261,16 +234,8 @@ class GraphRound:
 
     def _run_draft(self, method: str, width: int, lookahead: int) -> None:
         said, drafter, table = self._said, self._drafter, self._tables[method]
-        start, length = said[:, :1], said[:, 1:2]
-        end = drafter.capacity - 1
-        steps = torch.arange(width, device=said.device)
-        states = drafter.forward(said[:, 5 : 5 + width], (start + steps).clamp(max=end))
-        line = torch.arange(len(said), device=said.device)
-        state = states[line, (length[:, 0] - 1).clamp(max=width - 1)]
-        for step in range(lookahead):
-            if step:
-                place = (start + length + step - 1).clamp(max=end)
-                state = drafter.forward(self._next[:, None], place)[:, 0]
+
+        def choose(step: int, state: Tensor) -> Tensor:
             logits = drafter.body.raw_logits(state, table.head)
             among, temperature = table.among, self._process.temperature
             if temperature is None:
@@ -280,6 +245,9 @@ class GraphRound:
                 scores, norms = self._laws(method)
                 draws = scores[:, step], norms[:, step], self._state, temperature or 1.0, step
             self._rules.pick(logits, among, table.forth, self._columns[:, step], self._next, draws)
+            return self._next
+
+        drafter.go_on(said[:, : 2 + width], lookahead, choose)
 
     def _laws(self, method: str) -> tuple[Tensor, Tensor]:
         """Return scores and their logarithmic sums for each step of a draft."""
@@ -295,7 +263,7 @@ class GraphRound:
         count = lookahead
         if table is not None and table.runs.shape[1] > 1:  # Room for runs of several tokens.
             count = next(w for w in WIDTHS if w > min(lookahead * 3 // 2, MOST)) - 1
-        tokens, total, limits = self._tokens[:, :count], self._result[:, 2], said[:, 4]
+        tokens, total, limits = self._tokens[:, :count], self._result[:, 2], said[:, _ROW + 2]
         if table is not None:
             self._rules.pack(
                 self._columns, table.runs, tokens, self._origin[:, :count], total, lookahead
@@ -304,9 +272,9 @@ class GraphRound:
         else:
             tokens.copy_(said[:, _TOLD : _TOLD + count])
             total.copy_(limits)
-        ids = torch.cat([said[:, 3:4], tokens], dim=1)
+        ids = torch.cat([said[:, _ROW + 1, None], tokens], dim=1)
         steps = torch.arange(count + 1, device=said.device)
-        places = (said[:, 2:3] + steps).clamp(max=target.capacity - 1)
+        places = (said[:, _ROW, None] + steps).clamp(max=target.capacity - 1)
         states = target.forward(ids, places)
         logits = target.body.raw_logits(states.reshape(-1, states.shape[-1]))
         temperature = self._process.temperature
@@ -324,8 +292,8 @@ class GraphRound:
             table is not None and table.block,
         )
         if method == "plain":  # What the next round needs to know, if it is plain too.
-            said[:, 2] += 1
-            said[:, 3] = self._result[:, 1]
+            said[:, _ROW] += 1
+            said[:, _ROW + 1] = self._result[:, 1]
 
     def _law(self, method: str, tokens: Tensor, vocab: int) -> Law:
         """Return the law of what was drafted; where it is spread over runs, compute it."""

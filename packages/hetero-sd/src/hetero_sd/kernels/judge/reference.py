@@ -113,7 +113,7 @@ def pick(
         z = softer(z, temperature, cut)
         scores.copy_(z)
         norms.copy_(z.logsumexp(dim=1))
-        z = z - exponential(state, DRAFT + step, *z.shape, z.dtype).log()
+        z = z - exponential(state, DRAFT + step, z.shape[0], z.shape[1], z.dtype).log()
     best = z.argmax(dim=1)
     columns.copy_(best)
     following.copy_(forth[best])
