@@ -6,8 +6,8 @@ beside FlexAttention (compiled) and what torch's SDPA can do of it. Output and g
 are compared with float64 first; softmax outputs with the same scores in float64, but for dropout,
 whose random words are each backend's own.
 
-On a GPU replays of CUDA graphs are timed, from a cold L2 cache; what has to be compiled is compiled
-by one process for each option, side by side.
+On a GPU replays of CUDA graphs are timed, from a cold L2 cache. A process for every option compiles
+and checks, side by side; then they are timed one after the other.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import inspect
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from bench_attention import BUDGET, peak_of, runs_of
+from bench_attention import BACKENDS, BUDGET, METRICS, blocks_of, peak_of, runs_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -34,12 +35,6 @@ from adasplash import adasplash
 from adasplash.testing import clustered_inputs, relative_error
 from fourfold_common import Results, pick_device, time_call
 
-BACKENDS = {
-    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "SDPA flash": SDPBackend.FLASH_ATTENTION,
-    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "SDPA math": SDPBackend.MATH,
-}
 SHARES = (16, 8, 2, 12, 4, 1, 14, 7)  # lengths of the packed sequences, in 64ths of the tokens
 GROUP = 8  # query heads that share a key head, where they do
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -94,13 +89,16 @@ class Peers:
 
     def plain(self, **options: object) -> dict[str, Attend]:
         """SDPA's fast backends."""
-        names = ("SDPA cuDNN", "SDPA flash") if self.gpu else ("SDPA math",)
-        return {n: partial(softmax, BACKENDS[n], {"is_causal": True, **options}) for n in names}
+        return self.by_backend(("SDPA cuDNN", "SDPA flash"), {"is_causal": True, **options})
 
     def masked(self, mask: Tensor) -> dict[str, Attend]:
         """SDPA's backends that take a mask or bias, which is stored whole."""
-        names = ("SDPA cuDNN", "SDPA efficient") if self.gpu else ("SDPA math",)
-        return {n: partial(softmax, BACKENDS[n], {"attn_mask": mask}) for n in names}
+        return self.by_backend(("SDPA cuDNN", "SDPA efficient"), {"attn_mask": mask})
+
+    def by_backend(self, names: tuple[str, ...], options: dict[str, object]) -> dict[str, Attend]:
+        if not self.gpu:
+            return {"SDPA math": partial(softmax, SDPBackend.MATH, options)}
+        return {name: partial(softmax, BACKENDS[name], options) for name in names}
 
     def flex(
         self, score: Mod | None, visible: Mod = causal, wide: bool = False, **options: object
@@ -119,25 +117,14 @@ def no_option(peers: Peers) -> Option:
 
 def blocks(peers: Peers, heads: tuple[Tensor, ...]) -> Option:
     """Softmax over the blocks that hold our weight: what sparse softmax could reach at best."""
-    active = blocks_of(*heads)
-    if active is None:
+    if not peers.gpu:
         return Option({}, {})
+    active = blocks_of(*heads, True)
 
     def visible(batch, head, row, key):
         return (row >= key) & active[batch, head, row // 64, key // 64]
 
     return Option({}, peers.flex(None, visible, wide=True), visible=visible)
-
-
-def blocks_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-    """Return where 64x64 blocks hold weight, as the kernels record it; None without a GPU."""
-    if not q.is_cuda:
-        return None
-    found = torch.ops.adasplash.attention_forward(
-        q, k, v, None, None, q.shape[-1] ** -0.5, True, -1, -1
-    )[2].bool()
-    rows = -(-q.shape[2] // 64)
-    return found.repeat_interleave(-(-rows // found.shape[2]), 2)[:, :, :rows]
 
 
 def dropout(peers: Peers) -> Option:
@@ -159,8 +146,9 @@ def alibi(peers: Peers) -> Option:
         return s - slopes[head] * (row - key)
 
     far = (peers.places[:, None] - peers.places).float()
-    bias = (-slopes[:, None, None] * far).masked_fill(far < 0, -torch.inf).to(peers.q.dtype)
-    return Option({"alibi_slopes": slopes}, peers.masked(bias[None]) | peers.flex(score),
+    rows = [(-slope * far).masked_fill(far < 0, -torch.inf).to(peers.q.dtype) for slope in slopes]
+    return Option({"alibi_slopes": slopes}, peers.masked(torch.stack(rows)[None])
+                  | peers.flex(score),
                   {"alibi_slopes": slopes[:1]}, score)  # fmt: skip
 
 
@@ -276,13 +264,21 @@ def our_error(chosen: Option, leaves: list[Tensor], grad: Tensor, found: list[Te
     return max(errors) if all(e == e for e in errors) else float("nan")
 
 
+class Checked(NamedTuple):
+    """A contender whose outputs are right, ready to be timed."""
+
+    provider: str
+    case: dict[str, object]
+    error: float | None
+    peaks: list[float | None]
+    calls: list[Callable[[], object]]
+
+
 class Bench:
-    """Measures one option after the other into one file, until the time is up."""
+    """Checks and times one option after the other into one file."""
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
         self.arguments, self.device = arguments, device
-        self.end = time.monotonic() + (arguments.budget or float("inf"))
-        self.path = arguments.output / "options.json"
         self.results = Results("adasplash", command="bench_options.py", seed=0)
         self.failed: list[str] = []
 
@@ -307,31 +303,20 @@ class Bench:
             if (name, provider) != ("blocks", "adasplash"):  # that is the plain case
                 yield provider, call, chosen, [q, k, v], case
 
-    def warm(self, name: str) -> None:
-        """Compile what an option needs: ours, and FlexAttention's."""
-        for provider, call, _, heads, _ in self.cases(name):
-            if provider in ("adasplash", "FlexAttention"):
-                with torch.no_grad():
-                    call(*heads)
-                call(*(x.requires_grad_() for x in heads)).sum().backward()
-        torch.cuda.synchronize()
-
-    def measure(self, name: str) -> None:
-        """Check and time all contenders of an option."""
-        torch.compiler.reset()  # else every option counts as one more recompilation
+    def checked(self, name: str) -> list[Checked]:
+        """Return the contenders of an option that can run and are right."""
+        found = []
         for provider, call, chosen, heads, case in self.cases(name):
-            if time.monotonic() > self.end:
-                return
             try:
-                self.contend(provider, call, chosen, heads, case)
+                found.append(self.check(provider, call, chosen, heads, case))
             except (RuntimeError, TypeError) as reason:
                 print(f"{provider}, {case} cannot run: {str(reason)[:300]}", flush=True)
-            self.results.save(self.path)
+        return [one for one in found if one is not None]
 
-    def contend(
+    def check(
         self, provider: str, call: Attend, chosen: Option, heads: list[Tensor], case: dict
-    ) -> None:
-        """Check and time one contender."""
+    ) -> Checked | None:
+        """Compare a contender with float64; None if it is wrong."""
         leaves = [x.clone().requires_grad_() for x in heads]
         alpha = chosen.ours.get("alpha")
         learned = [alpha] if provider == "adasplash" and isinstance(alpha, Tensor) else []
@@ -357,21 +342,27 @@ class Bench:
         if error is not None and not error <= BUDGET[heads[0].dtype]:
             self.failed.append(f"{provider}, {case}: error {error:.2e}")
             print(self.failed[-1], flush=True)
-            return
-        shown = []
-        for metric, timed in (("forward", forward), ("forward + backward", both)):
-            peak = peak_of(timed, self.device)
-            if self.device.type == "cuda":
-                from _gpu import graphed
+            return None
+        calls: list[Callable[[], object]] = [forward, both]
+        peaks = [peak_of(timed, self.device) for timed in calls]
+        if self.device.type == "cuda":
+            from _gpu import graphed
 
-                timed = graphed(timed)
-            timing = time_call(timed, self.device, 10, self.arguments.rep)
-            self.results.add(provider, metric, timing.median_ms, "ms", p20=timing.p20_ms,
-                             p80=timing.p80_ms, n=timing.n, peak_mib=peak, error=error,
-                             **case)  # fmt: skip
-            shown.append(f"{timing.median_ms:.3f} ms")
-        print(f"{provider}, {case}: {' / '.join(shown)}, error "
-              f"{'not compared' if error is None else f'{error:.1e}'}", flush=True)  # fmt: skip
+            calls = [graphed(timed) for timed in calls]
+        return Checked(provider, dict(case), error, peaks, calls)
+
+    def time(self, found: list[Checked]) -> None:
+        """Time contenders and add their figures to the results."""
+        for one in found:
+            shown = []
+            for metric, call, peak in zip(METRICS, one.calls, one.peaks, strict=True):
+                timing = time_call(call, self.device, 10, self.arguments.rep)
+                self.results.add(one.provider, metric, timing.median_ms, "ms", p20=timing.p20_ms,
+                                 p80=timing.p80_ms, n=timing.n, peak_mib=peak, error=one.error,
+                                 **one.case)  # fmt: skip
+                shown.append(f"{timing.median_ms:.3f} ms")
+            error = "not compared" if one.error is None else f"{one.error:.1e}"
+            print(f"{one.provider}, {one.case}: {' / '.join(shown)}, error {error}", flush=True)
 
     @staticmethod
     def density(chosen: Option, heads: list[Tensor]) -> float:
@@ -386,6 +377,70 @@ class Bench:
         return ((shares[:, 0] * blocks).sum() / blocks.sum()).item()
 
 
+def work(bench: Bench, name: str, folder: Path) -> None:
+    """Check an option, wait until nobody else works on the device, and time it."""
+    found = bench.checked(name)
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()  # others need the room
+    Path(folder, f"{name}.ready").touch()
+    while not Path(folder, f"{name}.go").exists():
+        time.sleep(0.02)
+    bench.time(found)
+    bench.results.save(folder / f"{name}.json")
+    if bench.failed:
+        raise SystemExit(1)
+
+
+def side_by_side(bench: Bench, arguments: list[str], budget: float | None) -> list[str]:
+    """Let a process for every option compile and check; then time them one by one.
+
+    Returns:
+        The options that were not timed.
+    """
+    end = time.monotonic() + (budget or float("inf"))
+    path = bench.arguments.output / "options.json"
+    missing = []
+    with tempfile.TemporaryDirectory() as work_folder:
+        folder = Path(work_folder)
+        workers = {
+            name: subprocess.Popen(
+                [sys.executable, __file__, *arguments, "--options", name, "--worker", work_folder],
+                env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"},
+            )
+            for name in bench.arguments.options
+        }
+
+        def wait_for(name: str, limit: float) -> bool:
+            while not Path(folder, f"{name}.ready").exists():
+                if workers[name].poll() is not None or time.monotonic() > limit:
+                    return False
+                time.sleep(0.05)
+            return True
+
+        try:
+            # All have to be quiet before the first is timed; what is late is left out.
+            limit = end - (budget or 0) / 3
+            ready = {name: wait_for(name, limit) for name in workers}
+            for name, worker in workers.items():
+                if not ready[name]:
+                    worker.kill()
+            for name, worker in workers.items():
+                Path(folder, f"{name}.go").touch()
+                try:
+                    worker.wait(None if budget is None else max(0.1, end - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    worker.kill()
+                if Path(folder, f"{name}.json").exists():
+                    bench.results.cases += Results.load(folder / f"{name}.json").cases
+                    bench.results.save(path)
+                if worker.returncode != 0 or not ready[name]:
+                    missing.append(name)
+        finally:
+            for worker in workers.values():
+                worker.kill()
+    return missing
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
@@ -395,30 +450,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gain", type=float, default=1.0, help="strength of a block's topic")
     parser.add_argument("--budget", type=float, help="stop after so many seconds")
     parser.add_argument("--rep", type=float, default=50, help="ms of timed runs for a figure")
-    parser.add_argument("--warm", action="store_true", help="compile only, measure nothing")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
     bench = Bench(options, pick_device(options.device)[0])
-    if options.warm:
-        for name in options.options:
-            bench.warm(name)
+    if options.worker:
+        work(bench, options.options[0], options.worker)
         return
     if bench.device.type == "cuda":
-        command = [sys.executable, __file__, "--warm", "--length", str(options.length),
-                   "--tokens", str(options.tokens), "--options"]  # fmt: skip
-        few = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        helpers = [subprocess.Popen([*command, name], env=few) for name in options.options]
-        limit = None if options.budget is None else options.budget / 2
-        for helper in helpers:
-            try:
-                helper.wait(limit and max(0.1, bench.end - limit - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                helper.kill()
-    for name in options.options:
-        bench.measure(name)
+        same = [
+            f"--{name}={getattr(options, name)}" for name in ("length", "tokens", "gain", "rep")
+        ]
+        missing = side_by_side(bench, same, options.budget)
+    else:
+        for name in options.options:
+            bench.time(bench.checked(name))
+        bench.results.save(options.output / "options.json")
+        missing = bench.failed
     print(bench.results.to_markdown())
-    if bench.failed:
-        raise SystemExit("errors over the budget, not timed:\n" + "\n".join(bench.failed))
+    if missing:
+        raise SystemExit(f"not all was timed: {', '.join(missing)}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ Timed are its second version (causal) and its first (not causal), forward and wi
 low block density and at 1; the first call of a shape with nothing compiled before; and the dense
 map. Both call by call, host work included, and as replays of CUDA graphs where the package can be
 captured. The package tries dozens of configurations of its kernels at every new length: the first
-length shows how long that takes, for others they are compiled in advance, side by side. Outputs and
-gradients of both are compared with float64 first.
+length shows how long that takes, for others they are compiled in advance, side by side; with
+`--compiled` for the first, too. Outputs and gradients of both are compared with float64 first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ from pathlib import Path
 
 import torch
 from _gpu import graphed, soft
-from bench_attention import BUDGET, density_of, oracle_softmax, sampled_grad, worst_error
+from bench_attention import (
+    BUDGET,
+    METRICS,
+    blocks_of,
+    oracle_softmax,
+    sampled_grad,
+    share,
+    worst_error,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -38,7 +46,6 @@ from fourfold_common import Results, time_call
 
 WORKER = Path(__file__).with_name("_upstream.py")
 THEIRS = "adasplash 0.2.2"
-KINDS = ("forward", "forward + backward")
 
 
 class Upstream:
@@ -169,7 +176,7 @@ class Bench:
             seen.add((causal, gain))
             *heads, grad = self.tensors[job["file"]]
             case = {"length": length, "heads": heads[0].shape[1], "causal": causal, "gain": gain}
-            case["density"] = round(density_of(*heads, causal), 4)
+            case["density"] = round(share(blocks_of(*heads, causal), causal), 4)
             cudnn = partial(soft, backend=SDPBackend.CUDNN_ATTENTION, is_causal=causal)
             for name, attend, oracle in (
                 ("adasplash", partial(adasplash, is_causal=causal), oracle_attention),
@@ -184,6 +191,7 @@ class Bench:
     ) -> None:  # fmt: skip
         """Check and time one contender."""
         leaves = [x.clone().requires_grad_() for x in heads]
+        incoming = grad.clone()
 
         def forward() -> Tensor:
             with torch.no_grad():
@@ -191,12 +199,13 @@ class Bench:
 
         def both() -> list[Tensor]:
             output = attend(*leaves)
-            return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+            return [output.detach(), *torch.autograd.grad(output, leaves, incoming)]
 
         error = worst_error(*heads, grad, both(), case["causal"], oracle)
         if not error <= BUDGET[torch.bfloat16]:
             raise SystemExit(f"{name}, {case}: error {error:.2e}")
-        for metric, call in zip(KINDS, (forward, both), strict=True):
+        incoming.normal_()  # it was zero outside the rows that were checked
+        for metric, call in zip(METRICS, (forward, both), strict=True):
             for how, timed in (("calls", call), ("graph", graphed(call))):
                 ms = time_call(timed, "cuda", 10).median_ms
                 self.add(name, metric, ms, "ms", how=how, error=error, **case)
@@ -217,13 +226,15 @@ class Bench:
         torch.save(x, job["file"])
         self.tensors[job["file"]] = [want]
 
-    def compile(self, jobs: list[dict], length: int) -> None:
-        """Compile what the package would try for a length, while nothing is timed."""
+    def compile(self, jobs: dict[int, list[dict]]) -> None:
+        """Compile what the package would try for some lengths, while nothing is timed."""
         shares = range(self.options.workers)
-        for helper in [
-            self.upstream.start(jobs, f"compile-{length}", "compiled", f"{i}/{len(shares)}")
+        helpers = [
+            self.upstream.start(its[:1], f"compile-{length}", "compiled", f"{i}/{len(shares)}")
+            for length, its in jobs.items()
             for i in shares
-        ]:
+        ]
+        for helper in helpers:
             try:
                 helper.wait(self.left())
             except subprocess.TimeoutExpired:
@@ -234,17 +245,22 @@ class Bench:
         self.first_calls()
         dense = {"file": str(self.upstream.work / "dense.pt"), "dense": True}
         self.dense(dense)
-        jobs = {length: self.jobs(length) for length in self.options.lengths}
-        for length in self.options.lengths:
+        lengths = self.options.lengths
+        jobs = {length: self.jobs(length) for length in lengths}
+        for length in lengths:
             self.ours(length, jobs[length])
-        for place, length in enumerate(self.options.lengths):
-            if place:
-                self.compile(jobs[length][:1], length)
-                # The first version at a density of 1 takes seconds a call on long sequences.
-                its = [job for job in jobs[length] if (job["version"], job["gain"]) != (1, 0)]
-                self.theirs(length, "compiled", its)
-            else:
-                self.theirs(length, "new", [*jobs[length], dense])
+        cold = 0 if self.options.compiled else 1
+        if cold:
+            self.theirs(lengths[0], "new", [*jobs[lengths[0]], dense])
+        self.compile({length: jobs[length] for length in lengths[cold:]})
+        for length in lengths[cold:]:
+            # The first version at a density of 1 takes seconds a call on long sequences.
+            its = [
+                j
+                for j in jobs[length]
+                if length == lengths[0] or (j["version"], j["gain"]) != (1, 0)
+            ]
+            self.theirs(length, "compiled", [*its, dense] if length == lengths[0] else its)
 
 
 def install(folder: Path) -> Path:
@@ -261,7 +277,10 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768],
                         help="powers of two")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=262144, help="heads x length")
-    parser.add_argument("--workers", type=int, default=10, help="processes that compile")
+    parser.add_argument("--workers", type=int, default=6, help="processes that compile a length")
+    parser.add_argument("--compiled", action="store_true",
+                        help="compile for the first length in advance, too: saves a minute, but "
+                             "does not show how long the package takes for it")  # fmt: skip
     parser.add_argument("--budget", type=float, help="stop after so many seconds")
     options = parser.parse_args()
     if not torch.cuda.is_available():

@@ -277,15 +277,17 @@ def draw(results: Results, path: Path) -> None:
     metrics = ("accuracy", "nDCG@10", "step", "empty 64x64 blocks")
     titles = ("author, held-out books", "retrieval, held-out books", "time of a step",
               "empty 64x64 blocks, all layers")  # fmt: skip
+    names = list(dict.fromkeys(case["provider"] for case in results.cases))
     for axis, metric, title in zip(axes, metrics, titles, strict=True):
-        for name in dict.fromkeys(case["provider"] for case in results.cases):
+        for color, name in enumerate(names):
             points: dict[int, list[float]] = {}
             for case in results.cases:
                 if case["provider"] == name and case["metric"] == metric:
                     points.setdefault(case["parameters"]["length"], []).append(case["median"])
             means = {length: sum(x) / len(x) for length, x in sorted(points.items())}
             if means:
-                axis.plot(list(means), list(means.values()), marker="o", label=name)
+                axis.plot(list(means), list(means.values()), marker="o", label=name,
+                          color=f"C{color}")  # fmt: skip
         axis.set_xscale("log", base=2)
         axis.set(xlabel="tokens", ylabel="s" if metric == "step" else metric, title=title)
         axis.legend()

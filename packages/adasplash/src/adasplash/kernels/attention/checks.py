@@ -130,10 +130,14 @@ def check_options(q: Tensor, k: Tensor, alpha: float | Tensor, options: Options)
             )
         if mask.device != q.device:
             raise ValueError(f"`key_padding_mask` must be on {q.device}; got {mask.device}.")
-    if window is not None and not isinstance(window, tuple | list):
-        raise TypeError(f"`window` must be two lengths, as in (128, 0); got {window!r}.")
-    if window is not None and (len(window) != 2 or min(window) < -1):
-        raise ValueError(f"`window` must be two lengths, at least 0, or -1 for all; got {window}.")
+    if window is not None and not (
+        isinstance(window, tuple | list)
+        and len(window) == 2
+        and all(isinstance(side, int) and side >= -1 for side in window)
+    ):
+        raise ValueError(
+            f"`window` must be two whole numbers, at least 0, or -1 for all; got {window!r}."
+        )
     if slopes is not None and tuple(slopes.shape) not in (heads[1:], heads):
         raise ValueError(
             f"`alibi_slopes` must have shape {heads[1:]} or {heads}; got {tuple(slopes.shape)}."
