@@ -113,8 +113,9 @@ def test_entmax_names_what_is_wrong():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"alpha": "1.5"}, TypeError, "`alpha` must be a number or a tensor; got '1.5'"),
-        ({"alpha": None}, TypeError, "`alpha` must be a number or a tensor; got None"),
+        ({"alpha": "1.5"}, TypeError, "`alpha` must be a number; got '1.5'"),
+        ({"alpha": None}, TypeError, "`alpha` must be a number; got None"),
+        ({"scale": "a"}, TypeError, "`scale` must be a number; got 'a'"),
         ({"softcap": "x"}, TypeError, "`softcap` must be a number; got 'x'"),
         ({"window": 3}, ValueError, "`window` must be two whole numbers.*got 3"),
         ({"window": (1.5, 0)}, ValueError, r"`window` must be two whole numbers.*got \(1.5, 0\)"),

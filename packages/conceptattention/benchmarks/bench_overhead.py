@@ -4,11 +4,11 @@
     python benchmarks/bench_overhead.py --shapes tiny --device cpu --runs 3    # smoke run
 
 Contenders alternate within every round: the plain model, the observer by torch, the observer by
-Triton, the same without the second stream, and keeping every layer's vectors as the reference
-implementation does. A sample is a number of passes one after the other, launched without waiting as
-pipelines do, and its time divided by that number. Before timing, the model's output must be the
-same bits under each contender, and the kernels' maps those of torch. Shapes that end in "-cfg" are
-guided steps as pipelines make them, two rows of which the conditional one is observed.
+Triton, and keeping every layer's vectors as the reference implementation does. A sample is a number
+of passes one after the other, launched without waiting as pipelines do; its time is divided by that
+number. Before timing, the model's output must be the same bits under each contender, and the
+kernels' maps those of torch. Shapes that end in "-cfg" are guided steps as pipelines make them, two
+rows of which the conditional one is observed.
 """
 
 import argparse
@@ -17,14 +17,13 @@ import json
 import math
 import statistics
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from conceptattention import ConceptAttention
-from conceptattention.ahead import Ahead
 from fourfold_common import environment_report
 
 
@@ -97,7 +96,6 @@ SHAPES = {
 }  # fmt: skip
 PLAIN = "plain"
 KEEP = "keep everything"
-ONE = "triton, one stream"
 
 
 def to_device(value, device, dtype):
@@ -148,24 +146,6 @@ def build_arguments(name, device):
     return {**arguments, "return_dict": False}
 
 
-@contextmanager
-def one_stream():
-    """Keep the concepts in the model's own stream."""
-    following = Ahead.following
-    Ahead.following = lambda *_: None
-    try:
-        yield
-    finally:
-        Ahead.following = following
-
-
-@contextmanager
-def both(first, second):
-    """Enter two contexts, and give what the second gives."""
-    with first, second as given:
-        yield given
-
-
 def contenders(pipe, width, concepts, device):
     """Return a context for each contender, by name."""
     embeds = torch.randn(concepts, width, device=device)
@@ -179,11 +159,10 @@ def contenders(pipe, width, concepts, device):
         PLAIN: nullcontext,
         "torch": observer(kernels="torch"),
         "triton": observer(kernels="triton"),
-        ONE: lambda: both(one_stream(), observer(kernels="triton")()),
         KEEP: observer(kernels="torch", layers="all", vectors=vectors),
     }
     if device != "cuda":
-        del found["triton"], found[ONE]
+        del found["triton"]
     return found
 
 
@@ -195,7 +174,7 @@ def measure(name, concepts, runs, passes, device, *, built, details):
     )
     ways = contenders(pipe, arguments["encoder_hidden_states"].shape[-1], concepts, device)
     if not details:
-        ways = {key: make for key, make in ways.items() if key not in (ONE, KEEP)}
+        ways = {key: make for key, make in ways.items() if key != KEEP}
     gpu = device == "cuda"
 
     def call():

@@ -49,8 +49,9 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
 
 @click.command()
 @click.option("--tokens", default=24, show_default=True, help="New tokens of each row.")
+@click.option("--only", default="", help="Placements whose names hold this text.")
 @click.option("--output", type=click.Path(path_type=Path), required=True)
-def main(tokens: int, output: Path) -> None:
+def main(tokens: int, only: str, output: Path) -> None:
     """Compare every placement with transformers; figures are written after each."""
     small, tokenizer = load_model("target")
     drafter, drafter_tokenizer = load_model("drafter")
@@ -63,12 +64,14 @@ def main(tokens: int, output: Path) -> None:
     placements = {
         "target on the first, drafter on the second": (large, second),
         "target on the second, drafter on the first": (other, first),
-        "both on the second": (other, second),
         "target spread, drafter on the second": (wide, second),
-        "both spread": (wide, spread(copy.deepcopy(drafter).float(), layers)),
+        "target and drafter spread": (wide, spread(copy.deepcopy(drafter).float(), layers)),
+        "both on the second": (other, second),
     }
     results = Results("hetero-sd devices", command=f"bench_devices.py --tokens {tokens}")
     for name, (target, helper) in placements.items():
+        if only not in name:
+            continue
         for prompts in (texts[:1], texts):
             rows = [tokenizer(text).input_ids for text in prompts]
             width = max(map(len, rows))

@@ -18,6 +18,7 @@ import torch
 
 from fourfold_common import Results
 from hetero_sd import HeteroSpeculativeDecoder
+from hetero_sd.bench.exactness import judge_greedy
 
 VOCAB, PROMPT, NEW = 128_256, 128, 64
 
@@ -105,19 +106,26 @@ def main(output: Path) -> None:
     results = Results("hetero-sd plain decoding", command="bench_plain.py")
     where = {"parameters": sum(p.numel() for p in target.parameters()), "prompt": PROMPT}
     ways: dict[str, Callable[[int], Any]] = {
-        "plain": lambda new: decoder.generate(input_ids=ids, max_new_tokens=new),
+        "plain": lambda new: decoder.generate(input_ids=ids, max_new_tokens=new).sequences,
         "transformers": library,
         "transformers, static and compiled": lambda new: library(
             new, cache_implementation="static"
         ),
     }
     times: dict[str, float] = {}
+    texts: dict[str, list[int]] = {}
     for name, run in ways.items():
-        run(4), run(NEW)
+        begun = time.perf_counter()
+        for _ in range(2):  # The longest first: transformers compiles anew for a longer cache.
+            texts[name] = run(NEW)[0, PROMPT:].tolist()
+        results.add(name, "warm-up", time.perf_counter() - begun, "s", **where)
         times[name], each = seconds_a_token(run)
         spread = {"p20": 1e3 * min(each), "p80": 1e3 * max(each), "n": len(each)}
         results.add(name, "time a token", 1e3 * times[name], "ms", **spread, **where)
         results.add(name, "plain over it", times[name] / times["plain"], "x", **where)
+        for other in {"transformers": ["plain"], "plain": []}.get(name, [name]):
+            verdict, _ = judge_greedy(target, [ids], [texts[other]], [texts["transformers"]])
+            results.add(other, "verdict", verdict, "", **where)
         results.save(output)
     click.echo(results.to_markdown())
 

@@ -305,6 +305,7 @@ BAD = [
     ({"model": "tiny", "prompt": "a", "temperature": -1}, 400, "`temperature`: Input should be"),
     (b'{"model": "tiny", "prompt": "a", "top_p": NaN}', 400, "`top_p`: Input should be"),
     ({"model": "tiny", "prompt": "a", "stop": ""}, 400, "`stop"),
+    ({"model": "tiny", "prompt": "a", "stop": [""]}, 400, "`stop`: Value should have at least 1"),
     ({"model": "tiny", "prompt": "a", "logit_bias": {"99999": 1}}, 400, "`logit_bias`: tokens mu"),
     ({"model": "tiny", "prompt": "a", "logprobs": 3}, 400, "`logprobs` is not supported; leave it"),
     ({"model": "tiny", "prompt": "a", "temprature": 1}, 400, "`temprature`: Extra inputs"),

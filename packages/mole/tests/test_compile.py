@@ -39,10 +39,11 @@ for form, block_size in (
     build(kernel._combine_kernel.fn, form, {"FORMAT": form, "BLOCK_N": 4, "BLOCK_D": 512}, 4)
     sizes = {"DIM": 1024, "BLOCK_SIZE": block_size, "FORMAT": form, "BLOCK_N": 4, "BLOCK_D": block}
     build(kernel._combine_norm_kernel, form, sizes, kernel._warps(4 * block, form))
-WORDS = dict.fromkeys(("table_ptr", "slots_ptr", "landing_ptr", "landed_ptr", "out_ptr"), "*i64")
+WORDS = dict.fromkeys(("table_ptr", "slots_ptr", "landing_ptr", "landed_ptr", "out_ptr",
+                       "told_ptr", "known_ptr"), "*i64")
 TYPES |= {**WORDS, "ready_ptr": "*i32", "turn_ptr": "*i32"}
 build(rows._admit_kernel, "float", {"BLOCK": rows._BLOCK}, 8)
-build(rows._hold_kernel, "float", {}, 1)
+build(rows._hold_kernel, "float", {"BLOCK": 64}, 1)
 """
 
 

@@ -33,6 +33,7 @@ from mole.lut import (
     LutVersionError,
     MmapStore,
     cached,
+    disk,
 )
 
 
@@ -348,8 +349,62 @@ def test_what_the_page_cache_lacks_is_read_by_threads(fp16, monkeypatch):
     store.close()
 
 
-def test_a_file_that_shrinks_while_open_is_noticed(fp16):
+def test_rows_that_are_waited_for_need_no_threads_where_the_system_reads_aside(fp16, monkeypatch):
+    table = open_lut(fp16).read(torch.arange(60))
+    ids = torch.tensor([59, 3, 3, 0, 21])
+    store = DiskStore(fp16, threads=2)  # fewer at a time than rows
+    if store._aio is None:
+        pytest.skip("this system does not read aside")
+    assert torch.equal(store.read(ids), table[ids])
+    assert not store._pool._threads
+    store.close()
+
+    def refuse(*arguments):
+        raise OSError("not here")
+
+    monkeypatch.setattr(disk, "AsyncReads", refuse)
+    store = DiskStore(fp16, threads=2)
+    assert torch.equal(store.read(ids), table[ids])
+    assert store._pool._threads
+    store.close()
+
+
+def test_an_interrupted_read_does_not_answer_the_next(fp16, monkeypatch):
+    table = open_lut(fp16).read(torch.arange(60))
     store = DiskStore(fp16)
+    if store._aio is None:
+        pytest.skip("this system does not read aside")
+    call = store._aio._call
+
+    def interrupt(number, *arguments):
+        if number == store._aio._reap:
+            raise KeyboardInterrupt
+        return call(number, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._aio, "_call", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.read(torch.tensor([5, 6, 7]))
+    for _ in range(3):
+        ids = torch.tensor([40, 2])
+        assert torch.equal(store.read(ids), table[ids])
+    store.close()
+
+
+def test_a_read_that_fails_is_an_error(fp16):
+    store = DiskStore(fp16)
+    if store._aio is None:
+        pytest.skip("this system does not read aside")
+    with pytest.raises(OSError, match=r"Bad address|Invalid argument"):
+        store._aio.read([(4096, 4096, 0)])  # no memory of ours
+    assert len(store.read(torch.tensor([1]))) == 1
+    store.close()
+
+
+@pytest.mark.parametrize("aside", [True, False])
+def test_a_file_that_shrinks_while_open_is_noticed(fp16, aside):
+    store = DiskStore(fp16)
+    store._aio = store._aio if aside else None
     with open(fp16 / "lut.safetensors", "r+b") as file:
         file.truncate(8192)
     with pytest.raises(LutTruncatedError, match="truncated while open"):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from .adapters import Adapter, Block, Call
-from .ahead import Ahead
 from .concepts import PromptWords
-from .selection import Selection, resolve
+from .selection import Selection, noise_range, resolve
 from .stream import ConceptStream, Record, Recording
 
 
@@ -29,6 +28,7 @@ class Run(Record):
         step: Number of the present step.
         call: The latest conditional forward pass.
         index: What the scheduler counted at that pass.
+        chosen: Steps within the selected noise levels, once they were looked for.
     """
 
     timesteps: Any = None
@@ -36,6 +36,7 @@ class Run(Record):
     step: int = 0
     call: Call | None = None
     index: int | None = None
+    chosen: set[int] | None = None
     _places: tuple[Tensor, tuple[int, ...]] | None = None
 
     def places(self, adapter: Adapter) -> tuple[Tensor, tuple[int, ...]]:
@@ -67,7 +68,6 @@ class Router:
         steps: Which steps count.
         recording: What is recorded.
         prompt: Where the concepts stand in the prompt, for `PROMPT_SPACES`.
-        blocks: The observed layers.
     """
 
     def __init__(
@@ -78,7 +78,6 @@ class Router:
         steps: Selection,
         recording: Recording,
         prompt: PromptWords | None,
-        blocks: Sequence[Block],
     ) -> None:
         self.pipe, self.model, self.adapter = pipe, model, adapter
         self.steps, self.recording, self.prompt = steps, recording, prompt
@@ -87,7 +86,6 @@ class Router:
         self.direct = False  # the transformer is called by us, not by the pipeline
         self.stop_early = False
         self._stream: ConceptStream | None = None
-        self._ahead = Ahead(blocks)
 
     @property
     def listening(self) -> bool:
@@ -102,7 +100,7 @@ class Router:
         run = self.runs[-1]
         self._stream = ConceptStream(
             self.model, self.adapter, call, run.images, self.embeds, self.prompt,
-            self.recording, run, run.step, self._ahead,
+            self.recording, run, run.step,
         )  # fmt: skip
 
     def start(self, inputs: Tensor, text: Tensor) -> None:
@@ -122,7 +120,6 @@ class Router:
     def end(self) -> None:
         """Forget the forward pass."""
         self._stream = None
-        self._ahead.join()
 
     def _counts(self, call: Call) -> bool:
         scheduler = getattr(self.pipe, "scheduler", None)
@@ -137,7 +134,6 @@ class Router:
             rows = self.adapter.rows(call)
             run = Run(timesteps=timesteps, images=rows // 2 if guided else rows)
             self.runs.append(run)
-            self._ahead.forget()
         elif (
             index == run.index
             and run.call is not None
@@ -147,10 +143,26 @@ class Router:
         else:
             run.step += 1
         run.call, run.index = call, index
-        if run.step not in resolve("steps", self.steps, self._length(run)):
+        if run.step not in self._chosen(run):
             return False
         run.steps.add(run.step)
         return True
+
+    def _chosen(self, run: Run) -> set[int]:
+        """Return the selected steps of a run; noise levels are read from the device once a run."""
+        bounds, length = noise_range(self.steps), self._length(run)
+        if bounds is None:
+            return resolve("steps", self.steps, length)
+        if run.chosen is None:
+            if run.timesteps is None:
+                raise ValueError("`steps` as noise levels needs a pipeline with a scheduler.")
+            most = self.pipe.scheduler.config.num_train_timesteps
+            levels = [float(time) / most for time in run.timesteps][-length:]
+            run.chosen = {i for i, t in enumerate(levels) if bounds[0] <= t <= bounds[1]}
+            if not run.chosen:
+                made = ", ".join(f"{t:.2f}" for t in levels)
+                raise ValueError(f"`steps` {self.steps!r} holds none of this run's levels: {made}.")
+        return run.chosen
 
     def _length(self, run: Run) -> int:
         """Return the number of steps of a run.

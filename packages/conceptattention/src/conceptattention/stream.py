@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,16 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter, Block, Call, ImageSide, Normed
-from .ahead import Ahead
 from .concepts import PromptWords
 from .kernels.concept import concept_attention, halved, reference, usable
 from .scores import Normalize, RunningMean, Temperature, heat_map
 
+_logger = logging.getLogger(__name__)
+_logger.addHandler(logging.NullHandler())
 Space = Literal["output", "cross_attention", "prompt_attention", "value", "daam"]
 PROMPT_SPACES = ("prompt_attention", "daam")  # read from the words inside the prompt
 Store = Literal["mean", "layers", "steps", "all"]
 Vector = Literal["concept_output", "image_output", "concept_query", "image_key", "concept_value"]
 Kernels = Literal["auto", "torch", "triton"]
+MANY_BYTES = 10**9  # of kept vectors, from which on a run warns
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Recording:
     temperature: Temperature
     self_attention: bool
     vectors: tuple[Vector, ...]
+    vector_dtype: torch.dtype | None
     kernels: Kernels
 
 
@@ -50,6 +54,7 @@ class Record:
     seen: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     means: dict[tuple[str, int, int], RunningMean] = field(default_factory=dict)
     vectors: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    vector_bytes: int = 0
 
 
 class ConceptStream:
@@ -65,7 +70,6 @@ class ConceptStream:
         recording: What is recorded.
         record: Where to.
         step: Number of the step.
-        ahead: Where the concepts move on from layer to layer.
     """
 
     def __init__(
@@ -79,18 +83,16 @@ class ConceptStream:
         recording: Recording,
         record: Record,
         step: int,
-        ahead: Ahead,
     ) -> None:
         self.model, self.adapter, self.call, self.images = model, adapter, call, images
         self.embeds, self.prompt = embeds, prompt
-        self.recording, self.record, self.step, self.ahead = recording, record, step, ahead
+        self.recording, self.record, self.step = recording, record, step
         self.busy = False  # modules run for the concepts: taps on them must not listen
         self._next = 0
         self._rows, self._part = slice(0, None), False  # of the batch, and whether not all
         self._text = 0
         self._concepts: Tensor | None = None
         self._temb: Tensor | None = None
-        self._prepared: tuple[Any, Any] | None = None  # what `pre` returns for the next layer
         self._shares: Tensor | None = None
         self._fits: tuple[Any, ...] | None = None
         self._tables: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
@@ -175,8 +177,8 @@ class ConceptStream:
             }  # fmt: skip
             image = self.adapter.image_side(block, taps, given)
             self.adapter.kernels = triton = self._use_triton(image, concepts.shape[1])
-            self.ahead.join()
-            normed, state = self._prepared or self.adapter.pre(block, concepts, temb)
+            self.adapter.heard = taps.get("modulation")
+            normed, state = self.adapter.pre(block, concepts, temb)
             q, k, v = self.adapter.qkv(block, normed, given)
             q, out = self._attend(q, k, v, image, triton)
             outputs = out.transpose(1, 2).flatten(2)  # [batch, concepts, dim]
@@ -190,20 +192,7 @@ class ConceptStream:
                 self._score(block.index, image, q, v, outputs, asked, heat, triton)
                 self._keep_vectors(block.index, image, q, v, outputs)
             if block.index < self.recording.layers[-1]:
-                self._move_on(block, concepts, temb, outputs, state)
-
-    def _move_on(
-        self, block: Block, concepts: Tensor, temb: Tensor, outputs: Tensor, state: Any
-    ) -> None:
-        """Bring the concepts to the next layer, beside the model where the kernels do it."""
-        following = self.ahead.following(block) if self.adapter.kernels else None
-        self._prepared = None
-        if following is None:
-            self._concepts = self.adapter.post(block, concepts, outputs, state)
-            return
-        with self.ahead.beside(outputs.device, concepts, temb, outputs, state):
-            self._concepts = self.adapter.post(block, concepts, outputs, state)
-            self._prepared = self.adapter.pre(following, self._concepts, temb)
+                self._concepts = self.adapter.post(block, concepts, outputs, state)
 
     def _attend(
         self, q: Tensor | Normed, k: Tensor | Normed, v: Tensor, image: ImageSide, triton: bool
@@ -287,7 +276,19 @@ class ConceptStream:
         }  # fmt: skip
         for name in self.recording.vectors:
             vector = image.rotated if name == "image_key" else known[name]
-            self.record.vectors[name, layer, self.step] = vector.detach().clone()
+            dtype = self.recording.vector_dtype or vector.dtype
+            self._keep((name, layer, self.step), vector.detach().to(dtype, copy=True))
+
+    def _keep(self, key: tuple[str, int, int], vector: Tensor) -> None:
+        record, before = self.record, self.record.vector_bytes
+        record.vectors[key] = vector
+        record.vector_bytes += vector.nbytes
+        if before <= MANY_BYTES < record.vector_bytes:
+            _logger.warning(
+                "kept vectors take more than %.0f GB of %s after step %d, layer %d; choose fewer "
+                "`layers` or `steps`, or a narrower `vector_dtype`",
+                MANY_BYTES / 1e9, vector.device, self.step, key[1],
+            )  # fmt: skip
 
     def _use_triton(self, image: ImageSide, concepts: int) -> bool:
         """Return whether the kernels run; "auto" means on CUDA wherever they can.

@@ -171,7 +171,7 @@ class Taps:
                 complete = len(heard) == self._expected[block.index]
                 self.listener.layer(block, heard if complete else None, kwargs)
 
-        return tap(report)
+        return report
 
     def _after_model(self, model: nn.Module, args: Any, output: Any) -> None:
         self._heard.clear()

@@ -157,6 +157,20 @@ def prompt_ids(tokenizer: Any, text: str, chat: bool, most: int | None = None) -
     return torch.tensor([tokenizer(text)["input_ids"]])
 
 
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file, plain or .gz, that are not empty.
+
+    Raises:
+        ValueError: It is no such file, or not in UTF-8.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            return [line.rstrip("\n") for line in file if line.strip()]
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path.name} is no text in UTF-8, plain or gzipped: {error}.") from None
+
+
 _FIELDS = ("prompt", "turns", "question", "text")
 
 
@@ -174,13 +188,10 @@ def read_prompts(path: Path, limit: int | None = None, categories: Sequence[str]
     Raises:
         ValueError: There is none, or a line has none of these fields.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        lines = [line for line in file if line.strip()]
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         if ".jsonl" not in path.name:
-            prompts.append(line.rstrip("\n"))
+            prompts.append(line)
             continue
         try:
             entry = json.loads(line)

@@ -27,6 +27,7 @@ from .modeling import MoleForCausalLM
 
 _LUT_FOLDER = "lut"
 _JOURNAL = "journal"
+_WAITING = 3  # chunks that are being written and checked
 
 
 def convert(
@@ -47,7 +48,7 @@ def convert(
         output: Folder to write; made if missing.
         fmt: Format of the table, one of `mole.lut.FORMATS`: `"fp32"`, `"fp16"`, `"bf16"`, `"int8"`,
             `"fp8"`, `"nf4"` or `"nf3"`.
-        chunk: Ids to compute at a time; if None up to 1,024 that need up to 64 MiB.
+        chunk: Ids to compute at a time; if None up to 1,024 that need up to 128 MiB.
         resume: Go on with an interrupted conversion of the same weights, and keep a table that is
             complete already; else start from the beginning.
         progress: Show a progress bar.
@@ -85,9 +86,12 @@ def verify(path: str | Path, model: MoleForCausalLM | None = None) -> LutMeta:
 
     Raises:
         LutError: The table is damaged, or was made from other weights.
+        ValueError: The model is in table form.
     """
     meta = verify_lut(path)
     if model is not None:
+        if model.config.lookup_form != "experts":
+            raise ValueError("`model` must be in expert form; a table's origin is not in a table.")
         meta.check_fits(model.config)
         found = fingerprint(model)
         if found != meta.fingerprint:
@@ -218,14 +222,15 @@ def _write_chunks(
             journal.flush()
             bar.update(count)
 
-        # While a chunk is written and checked, the next one is computed.
-        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as checker:
+        # While a chunk is written and checked, the next one is computed. To write is quicker than
+        # to check.
+        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(_WAITING) as checker:
             try:
                 for start in range(first, meta.vocab, meta.chunk):
                     ids = slice(start, min(start + meta.chunk, meta.vocab))
                     rows = LutRows.encode(expert_values(model, ids), meta).to_bytes(meta)
                     chunk: Any = rows.cpu().numpy()
-                    if len(waiting) == 2:
+                    if len(waiting) == _WAITING:
                         note()
                     checked = checker.submit(zlib.crc32, chunk)
                     waiting.append((ids.stop - ids.start, writer.submit(write, chunk), checked))

@@ -50,12 +50,6 @@ class FluxAdapter(SingleStreamAdapter):
             times.append(call.arguments["guidance"].to(dtype) * 1000)
         return embed(*times, pooled)  # type: ignore[no-any-return]
 
-    def encode_image(self, pipe: Any, image: Tensor) -> Tensor:
-        latents = pipe.vae.encode(image).latent_dist.mode()
-        config = pipe.vae.config
-        latents = (latents - config.shift_factor) * config.scaling_factor
-        return pipe._pack_latents(latents, *latents.shape)  # type: ignore[no-any-return]
-
     def arguments(
         self, pipe: Any, latents: Tensor, grid: tuple[int, int], prompt: list[str], t: float
     ) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from .evaluate import (
 )
 from .model import PIXELS, DemoPipeline, build_pipeline, load_pipeline
 from .scenes import patchify, sample_scenes
-from .training import Recipe, Trainer, digest, fit, prepare_device, write_report
+from .training import Recipe, Trainer, fit, prepare_device, write_report
 
 _logger = logging.getLogger(__name__)
 SMALL_PIXELS = 32
@@ -195,9 +195,6 @@ def pack(folder: Path) -> None:
 @click.option("--small-share", default=0.65, help="Share of the run with small pictures.")
 @click.option("--evaluation-scenes", default=200, help="Held-out scenes of the evaluation.")
 @click.option("--resume", is_flag=True, help="Continue from OUTPUT's checkpoint.")
-@click.option(
-    "--start", type=click.Path(path_type=Path), help="Start from the weights in a folder."
-)
 def main(
     output: Path,
     minutes: float,
@@ -210,7 +207,6 @@ def main(
     small_share: float,
     evaluation_scenes: int,
     resume: bool,
-    start: Path | None,
 ) -> None:
     """Train the demo model and write its assets and figures."""
     logging.basicConfig(
@@ -225,8 +221,6 @@ def main(
     recipe = Recipe(batch, rate, seed)
     source = SceneSource(batch, small_share)
     trainer = Trainer(build_pipeline, source, place, recipe, compiled=compiled)
-    if start is not None:
-        trainer.start_from(load_pipeline(start))
     _logger.info("%s (%s)", place.type, reason)
     probes = [held_out_scenes(128, size) for size in (PIXELS, SMALL_PIXELS)]
 
@@ -238,7 +232,6 @@ def main(
         "settings": {
             "scenes": scene_module.VERSION, **asdict(recipe), "minutes": minutes,
             "compiled": compiled, "small_share": small_share,
-            **({} if start is None else {"started_from": digest(start / "weights.safetensors")}),
         },
         **fit(
             trainer, output, minutes=minutes, steps=steps, resume=resume, probe=probe,

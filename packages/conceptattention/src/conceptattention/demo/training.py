@@ -158,14 +158,6 @@ class Trainer:
         self.scenes += len(clean)
         return loss.detach()
 
-    def start_from(self, pipe: DemoPipeline) -> None:
-        """Take over the weights of a trained model of the same shape."""
-        given = [*pipe.transformer.parameters(), *pipe.text_encoder_2.parameters()]
-        with torch.no_grad():
-            for mine, average, theirs in zip(self.weights, self.averages, given, strict=True):
-                mine.copy_(theirs)
-                average.copy_(theirs)
-
     def save(self, path: Path, seconds: float) -> None:
         """Write everything that resuming needs, whole or not at all."""
         state = {
@@ -286,14 +278,9 @@ def fit(
         "seconds": round(seconds, 1),
         "seconds_before_second_step": round(setting_up or 0.0, 1),
         "final_loss": rows[-1]["loss"] if rows else None,
-        "sha256": digest(weights),
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "environment": environment_report(),
     }
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:

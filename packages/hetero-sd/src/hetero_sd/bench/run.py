@@ -141,6 +141,8 @@ def run_bench(
                 for contender in contenders:
                     contender.repeats = repeats if contender.ours else peer_repeats
                     contender.warm_ups = contender.warm_ups if warm_ups is None else warm_ups
+                    if contender.name == EAGER and results.cases:
+                        contender.warm_ups = 0  # It prepares nothing, and takes longest.
                 total = len(groups) * sum(c.warm_ups + c.repeats for c in contenders)
                 options = {**decoding.options, "max_new_tokens": tokens}
                 title = f"{name}, {decoding}, batch {batch}"

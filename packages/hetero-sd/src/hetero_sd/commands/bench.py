@@ -7,7 +7,17 @@ from pathlib import Path
 
 import click
 
-from .options import TEMPLATE, decodings, json_option, load, models, names, numbers, prompts_of
+from .options import (
+    TEMPLATE,
+    decodings,
+    json_option,
+    load,
+    models,
+    names,
+    numbers,
+    prompts_of,
+    seed_option,
+)
 
 
 @click.command()
@@ -22,7 +32,8 @@ from .options import TEMPLATE, decodings, json_option, load, models, names, numb
     "--prompts",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="As for `verify`; may be repeated. The demo's if missing.",
+    help="File of JSON lines with `prompt`, `turns`, `question` or `text`, or of text lines, plain "
+    "or gzipped; may be repeated. The demo's if missing.",
 )
 @click.option("--category", multiple=True, help="Of prompts with a category, only these.")
 @click.option(
@@ -31,8 +42,20 @@ from .options import TEMPLATE, decodings, json_option, load, models, names, numb
 @click.option(
     "--prompt-tokens", type=click.IntRange(min=1), help="Tokens of a prompt to keep, the first."
 )
-@click.option("--methods", callback=names, default="tli,slem,slrs,auto", show_default=True)
-@click.option("--lookaheads", callback=numbers(int, 1), default="2,4", show_default=True)
+@click.option(
+    "--methods",
+    callback=names,
+    default="tli,slem,slrs,auto",
+    show_default=True,
+    help="Methods of ours to time.",
+)
+@click.option(
+    "--lookaheads",
+    callback=numbers(int, 1),
+    default="2,4",
+    show_default=True,
+    help="Lookaheads to time each with; auto chooses its own.",
+)
 @click.option(
     "--temperatures",
     callback=decodings,
@@ -48,8 +71,20 @@ from .options import TEMPLATE, decodings, json_option, load, models, names, numb
     show_default=True,
     help="Rows decoded together, such as 1,4,8.",
 )
-@click.option("--tokens", type=click.IntRange(min=2), default=48, show_default=True)
-@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=2),
+    default=48,
+    show_default=True,
+    help="New tokens a prompt.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Timed passes over the prompts.",
+)
 @click.option(
     "--draws",
     type=click.IntRange(min=0),
@@ -78,7 +113,7 @@ from .options import TEMPLATE, decodings, json_option, load, models, names, numb
     show_default=True,
     help="Folder for bench.json, bench.md, bench.png and speedup.png.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@seed_option
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 @json_option
 def bench(

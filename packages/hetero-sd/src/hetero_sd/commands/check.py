@@ -7,18 +7,51 @@ from pathlib import Path
 
 import click
 
-from .options import json_option, load, models, names, numbers, prompts_of, prompts_option
+from .options import (
+    json_option,
+    load,
+    models,
+    names,
+    numbers,
+    prompts_of,
+    prompts_option,
+    seed_option,
+)
 
 
 @click.command()
 @models
 @prompts_option
 @click.option("--limit", type=click.IntRange(min=1), default=3, show_default=True, help="Prompts.")
-@click.option("--methods", callback=names, default="tli,slem,slrs", show_default=True)
-@click.option("--lookaheads", callback=numbers(int, 1), default="1,4", show_default=True)
-@click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--draws", type=click.IntRange(min=0), default=400, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--methods",
+    callback=names,
+    default="tli,slem,slrs",
+    show_default=True,
+    help="Methods to check.",
+)
+@click.option(
+    "--lookaheads",
+    callback=numbers(int, 1),
+    default="1,4",
+    show_default=True,
+    help="Lookaheads to check each with.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Tokens of each greedy text.",
+)
+@click.option(
+    "--draws",
+    type=click.IntRange(min=0),
+    default=400,
+    show_default=True,
+    help="Sampled tokens to compare with the target's law; 0 for greedy checks alone.",
+)
+@seed_option
 @json_option
 def verify(
     target: Path | None,
@@ -82,10 +115,10 @@ def inspect_vocab_command(
     """Report what two tokenizers share."""
     from dataclasses import asdict
 
-    from ..pairs import load_tokenizer
+    from ..pairs import load_tokenizer, read_lines
     from ..vocab import inspect_vocab
 
-    texts = None if corpus is None else corpus.read_text(encoding="utf-8").splitlines()
+    texts = None if corpus is None else read_lines(corpus)
     if target is not None and drafter is not None:
         both = load_tokenizer(target), load_tokenizer(drafter)
     else:

@@ -8,25 +8,41 @@ from typing import Any
 
 import click
 
-from ..control import METHODS
-from .options import Lookahead, json_option, load, models
+from .options import json_option, load, lookahead_option, method_option, models, seed_option
 
 
 @click.command()
 @models
 @click.option("--prompt", required=True, help="Text to continue, or question with --chat.")
 @click.option("--chat", is_flag=True, help="Ask the prompt in the target's chat template.")
-@click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True)
-@click.option("--lookahead", type=Lookahead(), default="auto", show_default=True)
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@method_option
+@lookahead_option
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Most tokens to write.",
+)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="0 is all.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="1 is all.")
-@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    help="Above 1, tokens that are there come less often.",
+)
 @click.option("--stop", multiple=True, help="Text that ends the output; may be repeated.")
-@click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--sequences",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Texts to write, when sampling.",
+)
 @click.option("--stream", is_flag=True, help="Print the text while it is written.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@seed_option
 @json_option
 def generate(
     target: Path | None,
@@ -50,6 +66,8 @@ def generate(
     as_json: bool,
 ) -> None:
     """Continue a text, or answer a question."""
+    if not prompt:
+        raise click.UsageError("--prompt must not be empty.")
     if stream and (as_json or sequences > 1):
         raise click.UsageError("--stream writes one text; leave out --json and --sequences.")
     if sequences > 1 and temperature == 0:

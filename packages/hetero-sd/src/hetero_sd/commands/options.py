@@ -37,13 +37,18 @@ class Lookahead(click.ParamType):  # type: ignore[type-arg]
 def models(command: Any) -> Any:
     """Add the options that name a pair of models."""
     place = click.Path(exists=True, path_type=Path)
-    missing = " The demo's if missing."
-    for decorate in (
-        click.option("--target", type=place, help=f"Folder or GGUF file of the target.{missing}"),
-        click.option("--drafter", type=place, help=f"The same of the drafter.{missing}"),
-        click.option("--dtype", default="auto", show_default=True, help="Type of the weights."),
+    here = "as `save_pretrained` writes it, or GGUF file. The demo's if missing."
+    for decorate in (  # The last is shown first.
+        click.option("--small-target", is_flag=True, help="The demo's small target, not SmolLM2."),
         click.option("--device", default="auto", show_default=True, help="Such as cpu or cuda:1."),
-        click.option("--small-target", is_flag=True, help="Of the demo's, the small target."),
+        click.option(
+            "--dtype",
+            default="auto",
+            show_default=True,
+            help="Type of the weights, such as bfloat16.",
+        ),
+        click.option("--drafter", type=place, help=f"Folder of the drafter, {here}"),
+        click.option("--target", type=place, help=f"Folder of the target, {here}"),
     ):
         command = decorate(command)
     return command
@@ -58,6 +63,8 @@ def load(
     size: float | None = None,
 ) -> Any:
     """Return the pair that the options of `models` name, and print its notes."""
+    if small_target and target is not None:
+        raise click.UsageError("--small-target is a target itself; leave out --target.")
     yield_while_waiting()
     from ..pairs import load_pair
 
@@ -90,6 +97,23 @@ prompts_option = click.option(
     "--prompts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="File of JSON lines with `prompt`, `turns`, `question` or `text`, or of text lines.",
+)
+method_option = click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="auto",
+    show_default=True,
+    help="Way to draft; auto measures which is fastest.",
+)
+lookahead_option = click.option(
+    "--lookahead",
+    type=Lookahead(),
+    default="auto",
+    show_default=True,
+    help="Tokens drafted a round; 0 is the target alone.",
+)
+seed_option = click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of sampling."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 

@@ -6,18 +6,25 @@ from pathlib import Path
 
 import click
 
-from ..control import METHODS
-from .options import Lookahead, load, models, yield_while_waiting
+from .options import load, lookahead_option, method_option, models, yield_while_waiting
 
 
 @click.command()
 @models
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 is any."
+)
 @click.option("--name", help="What clients call the model; the target's own name if missing.")
-@click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True)
-@click.option("--lookahead", type=Lookahead(), default="auto", show_default=True)
-@click.option("--rows", type=click.IntRange(min=1), default=8, show_default=True, help="In work.")
+@method_option
+@lookahead_option
+@click.option(
+    "--rows",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Texts in work at a time.",
+)
 @click.option(
     "--window",
     type=click.FloatRange(min=0),
@@ -25,7 +32,13 @@ from .options import Lookahead, load, models, yield_while_waiting
     show_default=True,
     help="Milliseconds that an idle server waits for a second request, to write both together.",
 )
-@click.option("--queue", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option(
+    "--queue",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Texts that may wait; more are refused.",
+)
 @click.option("--api-key", envvar="HETERO_SD_API_KEY", help="Key that clients must send.")
 def serve(
     target: Path | None,
@@ -44,6 +57,8 @@ def serve(
     api_key: str | None,
 ) -> None:
     """Serve OpenAI's completions and chat API over HTTP."""
+    if api_key == "":
+        raise click.UsageError("--api-key must not be empty; leave it out to serve all clients.")
     yield_while_waiting()
     try:
         import uvicorn

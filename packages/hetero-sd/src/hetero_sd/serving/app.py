@@ -150,7 +150,10 @@ def _parse(data: bytes, kind: type[_Body]) -> _Body:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
+        found = error.errors()
+        # Of a union's types, the one that went wrong deepest is the one that was meant.
+        same = [e for e in found if e["loc"][:1] == found[0]["loc"][:1]]
+        first = max(same, key=lambda e: len(e["loc"]))
         # What pydantic says of a union ends with the names of its types.
         parts = itertools.takewhile(lambda part: not _NO_FIELD.search(str(part)), first["loc"])
         place = ".".join(map(str, parts))

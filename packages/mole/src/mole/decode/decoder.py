@@ -1,10 +1,11 @@
 """Fast decoding: one token at a time for a whole batch, as one CUDA graph.
 
-A dense model and a lookup model in table form run the same code. The router's weights ride in the
-up-projection, and one kernel ends a layer: softmax, dequantisation, weighted sum, residual, and the
-next layer's norm. A lookup model therefore launches as many kernels as its dense twin; the rows of
-all layers are fetched on a second stream while earlier layers compute. Where the host finds the
-rows, the step is launched before it knows them: only the second stream waits for its answer.
+Dense models, mixtures of experts and lookup models in table form run the same code. A lookup
+model's router rides in the up-projection, and one kernel ends a layer: softmax, dequantisation,
+weighted sum, residual, and the next layer's norm. It therefore launches as many kernels as its
+dense twin; the rows of all layers are fetched on a second stream while earlier layers compute.
+Where the host finds the rows, the step is launched before it knows them: only the second stream
+waits for its answer.
 """
 
 from contextlib import nullcontext
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from ..kernels.admit import admit, hold
 from ..kernels.gather import gather
 from ..lut import CachedStore, DeviceStore, DiskStore, LutRows, MmapStore, PinnedStore
-from ..modeling import DenseForCausalLM, MoleForCausalLM
+from ..modeling import DenseForCausalLM, MoeForCausalLM, MoleForCausalLM
+from ..modeling.feedforward import SparseMlp
 from .layer import Layer, compute, end, fused
 from .sampling import Sampling, choose
 
@@ -30,8 +32,9 @@ class Decoder:
     """Decoding of one batch of prompts of equal length, greedy or sampled.
 
     Args:
-        model: A `DenseForCausalLM`, or a `MoleForCausalLM` in table form whose table is open. Its
-            weights are used where they are; those of one input are laid beside each other first.
+        model: A `MoleForCausalLM` in table form whose table is open, or one of its twins, a
+            `DenseForCausalLM` or a `MoeForCausalLM`. Its weights are used where they are; those of
+            one input are laid beside each other first.
         batch: Number of sequences.
         length: Longest sequence, prompt included.
         compiled: Compile the layers with Inductor.
@@ -47,15 +50,15 @@ class Decoder:
 
     def __init__(
         self,
-        model: DenseForCausalLM | MoleForCausalLM,
+        model: DenseForCausalLM | MoeForCausalLM | MoleForCausalLM,
         batch: int,
         length: int,
         compiled: bool | None = None,
         captured: bool | None = None,
     ) -> None:
-        if not isinstance(model, (DenseForCausalLM, MoleForCausalLM)):
+        if not isinstance(model, (DenseForCausalLM, MoeForCausalLM, MoleForCausalLM)):
             raise TypeError(
-                "`model` must be a DenseForCausalLM or a MoleForCausalLM; "
+                "`model` must be a MoleForCausalLM, DenseForCausalLM or MoeForCausalLM; "
                 f"got {type(model).__name__}."
             )
         lookup = isinstance(model, MoleForCausalLM)
@@ -94,7 +97,14 @@ class Decoder:
         norms = [layer.input_layernorm.weight for layer in model.layers[1:]] + [model.norm.weight]
         self.layers = []
         for layer, following in zip(model.layers, norms, strict=True):
-            attention, up = layer.self_attn, layer.mlp.up_proj.weight
+            attention, mlp = layer.self_attn, layer.mlp
+            up: Any
+            mixed: dict[str, Any] = {}
+            if isinstance(mlp, SparseMlp):
+                mixed = {"router": mlp.router.weight.detach(), "top_k": mlp.top_k}
+                up, down = mlp.up, mlp.down_t
+            else:
+                up, down = mlp.up_proj.weight, mlp.down_proj.weight
             if layer.lookup is not None:
                 router = layer.lookup.router.weight
                 extra = -(-len(router) // _ROUTER_ROWS) * _ROUTER_ROWS
@@ -107,10 +117,11 @@ class Decoder:
                     out=attention.o_proj.weight.detach(),
                     post=layer.post_attention_layernorm.weight.detach(),
                     up=up.detach(),
-                    down=layer.mlp.down_proj.weight.detach(),
+                    down=down.detach(),
                     next=following.detach(),
                     keys=torch.zeros(size, dtype=self.dtype, device=self.device),
                     values=torch.zeros(size, dtype=self.dtype, device=self.device),
+                    **mixed,
                 )
             )
         positions = torch.arange(self.length, device=self.device)
@@ -163,10 +174,11 @@ class Decoder:
         self.leased = cached and self.store.capacity >= self.batch
         size = (self.batch, self.store.meta.row_stride)
         self.landing = torch.zeros(size, dtype=torch.uint8, pin_memory=cuda)
-        self.slots = torch.zeros(self.batch, dtype=torch.long, pin_memory=cuda)
-        self.landed = torch.zeros(self.batch, dtype=torch.long, pin_memory=cuda)
+        # Every sequence's slot in the table, and its place in the landing.
+        self.told = torch.zeros(2, self.batch, dtype=torch.long, pin_memory=cuda)
+        self.known = torch.zeros(2, self.batch, dtype=torch.long, device=self.device)
         self.table = self.store.table if self.leased else self.staging
-        self._slots, self._landed = self.slots.numpy(), self.landed.numpy()
+        self._told = self.told.numpy()
         self._answer(None)
         self.seen = torch.zeros(self.batch, dtype=torch.long, pin_memory=cuda)
         self.copied = torch.cuda.Event() if cuda else None
@@ -203,12 +215,12 @@ class Decoder:
             self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):  # does nothing without a stream
             if self.hosted and self.ahead:
-                hold(self.ready, self.turn)
+                hold(self.ready, self.turn, self.told, self.known)
             for number, parts in self.spans.items():
                 for part in parts:
                     if self.hosted:
-                        places = self.slots, self.landing, self.landed
-                        admit(self.table, *places, self.staging, *part)
+                        slots, landed = self.known
+                        admit(self.table, slots, self.landing, landed, self.staging, *part)
                     else:
                         gather(self.store.table, self.ids, self.staging, self.flag, *part)
                 if self.side is not None:
@@ -329,6 +341,7 @@ class Decoder:
                 if self.ahead:
                     self._ready[0] = self.turns  # whatever happened: the device waits for it
             if not self.ahead:
+                self.known.copy_(self.told, non_blocking=True)
                 self._run()
 
     def _read(self, wanted: list[int], landing: Tensor) -> tuple[list[int], list[int]]:
@@ -339,7 +352,7 @@ class Decoder:
     def _answer(self, found: tuple[list[int], list[int]] | None) -> None:
         """Tell the step where its rows are; without an answer it takes any and keeps none."""
         slots, landed = found or ([-1] * self.batch, list(range(self.batch)))
-        self._slots[:], self._landed[:] = slots, landed
+        self._told[:] = slots, landed
 
     def _run(self) -> None:
         """Run a step, or replay it; it is captured when it comes for the first time."""
@@ -357,10 +370,9 @@ class Decoder:
     def _capture(self) -> Any:
         """Return a step as a graph; what the rehearsals changed is put back."""
         changed = [self.ids, self.position, self.history]
-        if self.hosted:
-            self._answer(None)
         if self.ahead:
             changed.append(self.turn)
+            self._answer(None)
             self._ready[0] = _NO_WAIT
         kept = [tensor.clone() for tensor in changed]
         rehearsal = torch.cuda.Stream(self.device)

@@ -70,30 +70,35 @@ class CachedStore(LutStore):
         missing: list[int] = []
 
         def find(wanted: list[int], landing: Tensor) -> tuple[list[int], list[int]]:
-            slot = self._slot
+            if done is not None:
+                done.synchronize()  # what others put into slots is there
+            slot, used = self._slot, self._used
+            slots: list[Any] = list(map(slot.get, wanted))
             distinct = dict.fromkeys(wanted)
             if len(distinct) > self.capacity:
                 raise ValueError(
                     f"`wanted` must have at most {self.capacity} distinct ids, the cache's slots; "
                     f"got {len(distinct)}."
                 )
-            fresh = [row for row in distinct if row not in slot]
-            held = {slot[row] for row in distinct if row in slot}
-            for place in held:
-                self._used[place] = 1
-            if fresh:
-                self.store.read_into(fresh, list(landing[: len(fresh)]))
-                for row in fresh:
-                    held.add(self._claim(row, held))
-                missing.extend(fresh)
+            for place in slots:
+                if place is not None:
+                    used[place] = 1
+            fresh = [row for row in distinct if row not in slot] if None in slots else []
             self.hits += len(distinct) - len(fresh)
             self.misses += len(fresh)
+            if not fresh:
+                return slots, [-1] * len(wanted)
+            self.store.read_into(fresh, list(landing[: len(fresh)]))
+            held = {place for place in slots if place is not None}
+            for row in fresh:
+                held.add(self._claim(row, held))
+            missing.extend(fresh)
             landed = {row: place for place, row in enumerate(fresh)}
             return [slot[row] for row in wanted], [landed.get(row, -1) for row in wanted]
 
         with self._lock:
-            if self._done is not None:
-                self._done.synchronize()  # what others put into slots is there
+            # Not waited for here, before the caller has queued his own work.
+            done = self._done
             try:
                 yield find
             except BaseException:

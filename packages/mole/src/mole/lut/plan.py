@@ -1,6 +1,5 @@
 """What a model's table is to hold: its description, its origin and its values."""
 
-import copy
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from .format import FORMATS, LutMeta
 
-_CHUNK_IDS, _CHUNK_BYTES = 1024, 64 * 2**20
+_CHUNK_IDS, _CHUNK_BYTES = 1024, 128 * 2**20
 _HASHERS = 8
 
 
@@ -20,7 +19,7 @@ def plan(model: Any, fmt: str, chunk: int | None = None) -> LutMeta:
     Args:
         model: A `MoleForCausalLM` in expert form.
         fmt: Format of the table.
-        chunk: Ids to compute at a time; if None up to 1,024 that need up to 64 MiB.
+        chunk: Ids to compute at a time; if None up to 1,024 that need up to 128 MiB.
 
     Raises:
         ValueError: The model or the format is none that a table can be made for.
@@ -98,10 +97,7 @@ def expert_values(model: Any, ids: slice | Tensor) -> Tensor:
     """
     weight = model.model.embed_tokens.weight
     embeddings = weight[ids.to(weight.device) if isinstance(ids, Tensor) else ids].float()
-    layers = []
-    for lookup in _lookups(model):
-        wide = lookup if lookup.up.dtype == torch.float32 else copy.deepcopy(lookup).float()
-        layers.append(wide.values(embeddings))
+    layers = [lookup.values(embeddings, wide=True) for lookup in _lookups(model)]
     return torch.stack(layers, dim=1)
 
 

@@ -93,11 +93,20 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
         )
 
 
+def check_number(name: str, x: object) -> None:
+    """Refuse what is not a number."""
+    if not torch.compiler.is_compiling() and not hasattr(x, "__float__"):
+        raise TypeError(f"`{name}` must be a number; got {x!r}.")
+
+
 def check_options(q: Tensor, k: Tensor, alpha: float | Tensor, options: Options) -> None:
     """Refuse options that do not fit q and k."""
     mask, window, softcap = options.key_mask, options.window, options.softcap
     slopes, bias, scale, dropout = options.slopes, options.bias, options.scale, options.dropout
     heads = tuple(q.shape[:2])
+    check_number("alpha", alpha)
+    check_number("softcap", 1.0 if softcap is None else softcap)
+    check_number("dropout_p", dropout)
     if isinstance(alpha, Tensor):
         if tuple(alpha.shape) not in ((), heads[1:], heads):
             raise ValueError(
@@ -107,8 +116,6 @@ def check_options(q: Tensor, k: Tensor, alpha: float | Tensor, options: Options)
         visible = alpha.device.type == "cpu" and not torch.compiler.is_compiling()
         if visible and not bool(((alpha > 1) & (alpha <= 2)).all()):
             raise ValueError(f"`alpha` must be above 1 and at most 2; got {alpha.tolist()}.")
-    elif alpha is None or isinstance(alpha, str):
-        raise TypeError(f"`alpha` must be a number or a tensor; got {alpha!r}.")
     elif not 1 <= alpha <= 2:
         raise ValueError(f"`alpha` must be between 1 and 2; got {alpha}.")
     if not -math.inf < scale < math.inf:
@@ -142,8 +149,6 @@ def check_options(q: Tensor, k: Tensor, alpha: float | Tensor, options: Options)
         sizes = zip(reversed(bias.shape), reversed(shape), strict=False)
         if bias.ndim > 4 or any(size not in (1, full) for size, full in sizes):
             raise ValueError(f"`attn_bias` must broadcast to {shape}; got {tuple(bias.shape)}.")
-    if isinstance(softcap, str):
-        raise TypeError(f"`softcap` must be a number; got {softcap!r}.")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"`softcap` must be positive and finite; got {softcap}.")
     if not 0 <= dropout < 1:

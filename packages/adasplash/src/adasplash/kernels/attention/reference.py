@@ -29,7 +29,7 @@ class Options(NamedTuple):
     window: tuple[int, int] | None = None
     softcap: float | None = None
     slopes: Tensor | None = None  # [heads] or [batch, heads]
-    bias: Tensor | None = None  # broadcasts to [batch, heads, seq_q, seq_k]
+    bias: Tensor | None = None  # to [batch, heads, seq_q, seq_k]; -inf and finfo.min hide keys
     dropout: float = 0.0
     seed: Tensor | None = None  # of the dropout, int64 [1]
     bounds_q: Tensor | None = None  # of packed sequences, int [sequences + 1]
@@ -93,6 +93,7 @@ def widen(
     if slopes is not None:
         slopes = slopes.to(q.device, wide).expand(q.shape[:2])[..., None, None]
     if bias is not None:
+        bias = bias.masked_fill(bias <= torch.finfo(bias.dtype).min, -torch.inf)
         bias = bias.to(q.device, wide).expand(*q.shape[:3], k.shape[2])
     return keys, alpha, options._replace(slopes=slopes, bias=bias)
 

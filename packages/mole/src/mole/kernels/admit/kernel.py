@@ -4,13 +4,13 @@
                          table[slots[t], first:last]      elsewhere
     table[slots[t], first:last] = out[t, first:last]      where landed[t] >= 0 and slots[t] >= 0
 
-Layout: rows of 64-bit words with unit stride; `first` and `last` count words. `landing`, `slots`
-and `landed` lie in pinned host memory, which the device reads over its bus; `table` and `out` are
-on the device. A token that is there twice writes the same bytes to its slot twice.
+Layout: rows of 64-bit words with unit stride; `first` and `last` count words. `landing` lies in
+pinned host memory, which the device reads over its bus; all else is on the device. A token that is
+there twice writes the same bytes to its slot twice.
 
-`hold` waits until a counter in pinned host memory is past the device's own, and counts that up: a
-graph can be launched before the host knows what its rows are. The host writes the rows first and
-the counter last. Source: own.
+`hold` waits until a counter in pinned host memory is past the device's own, counts that up, and
+copies what the host tells: a graph can be launched before the host knows what its rows are. The
+host writes rows and places first and the counter last. Source: own.
 """
 
 from typing import no_type_check
@@ -45,8 +45,8 @@ def _admit_kernel(
         token = tile // blocks
         words = first + (tile % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
         inside = words < last
-        slot = tl.load(slots_ptr + token, volatile=True)
-        place = tl.load(landed_ptr + token, volatile=True)
+        slot = tl.load(slots_ptr + token)
+        place = tl.load(landed_ptr + token)
         kept = tl.load(table_ptr + slot * stride_table + words, mask=inside & (place < 0), other=0)
         fresh = tl.load(
             landing_ptr + place * stride_landing + words, mask=inside & (place >= 0), other=0
@@ -59,13 +59,26 @@ def _admit_kernel(
 
 @triton.jit
 @no_type_check  # a runtime type checker would hide the helpers from the interpreter
-def _hold_kernel(ready_ptr, turn_ptr):
+def _hold_kernel(ready_ptr, turn_ptr, told_ptr, known_ptr, count, BLOCK: tl.constexpr):
     """One program asks over the bus until the host has answered."""
     turn = tl.load(turn_ptr) + 1
     answered = tl.load(ready_ptr, volatile=True)
     while answered < turn:
         answered = tl.load(ready_ptr, volatile=True)
     tl.store(turn_ptr, turn)
+    n = tl.arange(0, BLOCK)  # [BLOCK]
+    told = tl.load(told_ptr + n, mask=n < count, other=0, volatile=True)
+    tl.store(known_ptr + n, told, mask=n < count)
+
+
+def _launch_hold(
+    ready: torch.Tensor, turn: torch.Tensor, told: torch.Tensor, known: torch.Tensor
+) -> None:
+    """Wait and copy; shapes were checked by the caller."""
+    count = told.numel()
+    _hold_kernel[(1,)](
+        ready, turn, told, known, count, BLOCK=triton.next_power_of_2(count), num_warps=1
+    )
 
 
 def _launch(

@@ -25,9 +25,10 @@ def admit(
 
     Args:
         table: Rows that are kept, on the device of `out`.
-        slots: A token's place in `table`; below 0 where its row is not to be kept.
+        slots: A token's place in `table`; below 0 where its row is not to be kept. On the device.
         landing: Rows that are new, in pinned host memory.
-        landed: A token's place in `landing`; below 0 where its row is in `table` already.
+        landed: A token's place in `landing`; below 0 where its row is in `table` already. On the
+            device.
         out: Where the rows go.
         first: First byte of a row to copy, a multiple of 8.
         last: Byte after the last, a multiple of 8; the whole row if None.
@@ -60,18 +61,25 @@ def admit(
     kernel._launch(table, slots, landing, landed, out, first, last)
 
 
-def hold(ready: Int32[Tensor, " one"], turn: Int32[Tensor, " one"]) -> None:
-    """Let the current stream wait until `ready` is above `turn`, then add one to `turn`.
+def hold(
+    ready: Int32[Tensor, " one"],
+    turn: Int32[Tensor, " one"],
+    told: Int64[Tensor, "two tokens"],
+    known: Int64[Tensor, "two tokens"],
+) -> None:
+    """Let the current stream wait until `ready` is above `turn`; add one to `turn`, copy `told`.
 
     Whoever launches this must raise `ready` later, whatever happens: the stream waits forever else.
 
     Args:
         ready: A counter in pinned host memory.
         turn: A counter on the device.
+        told: What the host writes before it raises `ready`, in pinned host memory.
+        known: Where that goes, on the device.
 
     Source: own.
     """
-    import_module(".kernel", __package__)._hold_kernel[(1,)](ready, turn, num_warps=1)
+    import_module(".kernel", __package__)._launch_hold(ready, turn, told, known)
 
 
 __all__ = ["admit", "hold"]
