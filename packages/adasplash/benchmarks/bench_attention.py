@@ -1,28 +1,24 @@
-"""Our attention beside softmax attention and the paper's package on one GPU: errors, time, memory.
+"""Our attention beside softmax attention on one GPU, over lengths, head sizes and block densities.
 
-Run as `python packages/adasplash/benchmarks/bench_attention.py --output FOLDER`. With `--upstream
-DIR`, where `pip install --no-deps --target DIR adasplash==0.2.2` has put the paper's own package,
-that is timed on the same tensors in a process of its own; it tunes itself for a minute or more at
-every new length. `--budget SECONDS` stops in time; the cases that matter most come first. Every
-figure is stored at once in `attention_grid.json`; run again, the script leaves out what is there.
+Run as `python packages/adasplash/benchmarks/bench_attention.py --output FOLDER`. `--budget SECONDS`
+stops in time; the cases that matter most come first. Every figure is stored at once in
+`attention_grid.json`; run again, the script leaves out what is there.
 
-On a GPU replays of CUDA graphs are timed, so that no host work counts, from a cold L2 cache; the
-paper's package is timed call by call. A case is checked, then timed: output and gradients of
-sampled rows are compared with float64. As the gradient that comes in is zero in all other rows, all
-of dK and dV is compared.
+On a GPU replays of CUDA graphs are timed, so that no host work counts, from a cold L2 cache. A case
+is checked, then timed: output and gradients of sampled rows are compared with float64. As the
+gradient that comes in is zero in all other rows, all of dK and dV is compared. Inputs are searched
+for a share of 64x64 blocks that hold weight; what was found is stored, with the share of 128x128
+blocks and of weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
@@ -43,15 +39,16 @@ from adasplash.testing import (
 from fourfold_common import Results, pick_device, time_call
 
 COMMAND = "bench_attention.py"
-WORKER = Path(__file__).with_name("_upstream.py")
 BUDGET = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 LENGTHS = (8192, 32768, 2048, 131072, 1024, 4096, 16384, 65536)  # the most important first
-GAINS = (4.0, 1.0, 0.0, 0.5, 0.3, 0.15)  # of a block's topic: the higher, the emptier
+DENSITIES = (0.05, 1.0, 0.1, 0.25, 0.02, 0.5)
+GAIN = (0.05, 4.0)  # of a block's topic: the higher, the emptier are the blocks
 BACKENDS = {
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+METRICS = ("forward", "forward + backward")
 ROWS = 16  # a run of rows that is compared with float64
 Attend = Callable[..., Tensor]
 
@@ -144,20 +141,44 @@ def worst_error(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, found: list, caus
     return max(errors) if all(e == e for e in errors) else float("nan")
 
 
-def density_of(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> float:
-    """Return the share of the blocks that causality leaves which hold any weight."""
-    if q.is_cuda:
+def blocks_of(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Return where 64x64 blocks hold any weight, bool `[batch, heads, rows, blocks]`."""
+    if q.is_cuda:  # as the kernels recorded it: their tiles are 64x64 up to a head size of 128
         op = torch.ops.adasplash.attention_forward
-        active = op(q, k, v, None, None, q.shape[-1] ** -0.5, causal, -1, -1)[2]
-    else:
-        weights = torch.nn.functional.pad(
-            oracle_weights(q, k, causal), (0, -k.shape[2] % 64, 0, -q.shape[2] % 64)
-        )
-        active = (weights.unflatten(-1, (-1, 64)).unflatten(-3, (-1, 64)) > 0).any(-1).any(-2)
-    rows, blocks = active.shape[-2:]
+        return op(q, k, v, None, None, q.shape[-1] ** -0.5, causal, -1, -1)[2].bool()
+    weights = torch.nn.functional.pad(
+        oracle_weights(q, k, causal), (0, -k.shape[2] % 64, 0, -q.shape[2] % 64)
+    )
+    return (weights.unflatten(-1, (-1, 64)).unflatten(-3, (-1, 64)) > 0).any(-1).any(-2)
+
+
+def share(active: Tensor, causal: bool, merged: int = 1) -> float:
+    """Return the share of the blocks that causality leaves which are active.
+
+    Args:
+        active: From `blocks_of`.
+        causal: Whether blocks above the diagonal are out of sight.
+        merged: So many blocks a side count as one, active if any of them is.
+    """
+    rows, blocks = (-size % merged for size in active.shape[-2:])
+    whole = torch.nn.functional.pad(active, (0, blocks, 0, rows))
+    whole = whole.unflatten(3, (-1, merged)).unflatten(2, (-1, merged)).any(5).any(3)
+    rows, blocks = whole.shape[-2:]
     ends = -(-(torch.arange(rows) + 1) * blocks // rows)  # the tile of the diagonal belongs to it
-    whole = int(ends.sum()) if causal else rows * blocks
-    return int(active.count_nonzero()) / (whole * active.shape[0] * active.shape[1])
+    visible = int(ends.sum()) if causal else rows * blocks
+    return int(whole.count_nonzero()) / (visible * whole.shape[0] * whole.shape[1])
+
+
+def weights_above_zero(q: Tensor, k: Tensor, causal: bool) -> float:
+    """Return the share of visible weights above zero, in sampled rows of the first head."""
+    q, k = q[:1, :1], k[:1, :1]
+    held = seen = 0
+    for rows in runs_of(q.shape[2]):
+        end = rows.stop if causal else k.shape[2]
+        held += int((oracle_weights(q[:, :, rows], k[:, :, :end], causal) > 0).sum())
+        many = rows.stop - rows.start
+        seen += many * end - (many * (many - 1) // 2 if causal else 0)
+    return held / seen
 
 
 def peak_of(call: Callable[[], object], device: torch.device) -> float | None:
@@ -196,18 +217,38 @@ class Bench:
             for c in self.results.cases
         )
 
-    def inputs(self, grid: Grid, gain: float) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, grid: Grid, gain: float, heads: int | None = None) -> tuple[Tensor, ...]:
         """Return q, k and v in bfloat16: fewer heads the longer they are, at least one."""
-        heads = max(1, self.options.tokens // grid.length)
+        heads = heads or max(1, self.options.tokens // grid.length)
         batch = 2 if heads % 2 == 0 else 1
         return clustered_inputs(batch, heads // batch, grid.length, grid.dim_head, gain,
                                 dtype=torch.bfloat16, device=self.device)  # fmt: skip
 
-    def contend(self, name: str, attend: Attend, grid: Grid, gain: float) -> None:
+    def gain(self, grid: Grid, density: float) -> float:
+        """Return the strength of topics that leaves a share of blocks active, found by halving.
+
+        It stays within `GAIN`: a short sequence has no topic to spare, so its blocks empty less.
+        """
+        if density >= 1:
+            return 0.0
+        low, high = (math.log(gain) for gain in GAIN)
+        for _ in range(7):
+            middle = (low + high) / 2
+            q, k, v = self.inputs(grid, math.exp(middle), heads=1)
+            if share(blocks_of(q, k, v, grid.causal), grid.causal) > density:
+                low = middle
+            else:
+                high = middle
+        return round(math.exp(high), 3)
+
+    def contend(self, name: str, attend: Attend, grid: Grid, density: float = 1.0) -> None:
         """Check and time one contender on one input, unless that is stored."""
-        case = {**grid._asdict(), "gain": gain}
+        case: dict[str, object] = {**grid._asdict(), "asked": density}
         if self.has(name, case) or self.left() < 3:
             return
+        gain = self.gain(grid, density)
+        if gain == GAIN[1] and self.has(name, {**grid._asdict(), "gain": gain}):
+            return  # fewer blocks than in a case before cannot be had
         q, k, v = self.inputs(grid, gain)
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         grad = sampled_grad(v)
@@ -234,11 +275,15 @@ class Bench:
             print(self.failed[-1], flush=True)
             return
         grad.normal_()
-        if ours:
-            case["density"] = round(density_of(q, k, v, grid.causal), 4)
         case |= {"batch": q.shape[0], "heads": q.shape[1]}
+        if ours:
+            active = blocks_of(q, k, v, grid.causal)
+            case |= {"gain": gain, "density": round(share(active, grid.causal), 4),
+                     "density_128": round(share(active, grid.causal, 2), 4),
+                     "weights": round(weights_above_zero(q, k, grid.causal), 5),
+                     "saved_mib": self.saved(attend, leaves)}  # fmt: skip
         shown = []
-        for metric, call in (("forward", forward), ("forward + backward", both)):
+        for metric, call in zip(METRICS, (forward, both), strict=True):
             peak = peak_of(call, self.device)
             if self.device.type == "cuda":
                 from _gpu import graphed
@@ -252,44 +297,14 @@ class Bench:
         self.results.save(self.path)
         print(f"{name}, {case}: {' / '.join(shown)}, error {error:.1e}", flush=True)
 
-    def upstream(self, length: int) -> None:
-        """Let the paper's package tune itself for a length, then time it on two densities."""
-        grid, name = Grid(64, length, True), "adasplash 0.2.2"
-        cases = [{**grid._asdict(), "gain": gain} for gain in GAINS[:3:2]]
-        if self.has(name, cases[-1]) or self.left() < 30:
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            files = []
-            for case in cases:
-                q, k, v = self.inputs(grid, case["gain"])
-                files.append((Path(folder, f"{case['gain']}.pt"), [q, k, v, sampled_grad(v)]))
-                torch.save(files[-1][1], files[-1][0])
-            try:
-                done = subprocess.run(
-                    [sys.executable, str(WORKER), *(str(file) for file, _ in files)],
-                    env={**os.environ, "PYTHONPATH": str(self.options.upstream.resolve())},
-                    capture_output=True, text=True, check=True,
-                    timeout=None if self.options.budget is None else self.left(),
-                )  # fmt: skip
-            except subprocess.TimeoutExpired:
-                print(f"{name}, {length} tokens: no time left to tune it", flush=True)
-                return
-            except subprocess.CalledProcessError as reason:
-                print(f"{name}, {length} tokens failed: {reason.stderr[-500:]}", flush=True)
-                return
-            lines = done.stdout.splitlines()[-len(files) :]
-            for case, line, (file, tensors) in zip(cases, lines, files, strict=True):
-                found = torch.load(file)
-                error = worst_error(*tensors, found, True, oracle_attention)
-                batch, heads = tensors[0].shape[:2]
-                for metric, value in json.loads(line).items():
-                    if metric.startswith("dense"):
-                        continue
-                    unit = "s" if "first call" in metric else "ms"
-                    self.results.add(name, metric, value, unit, error=error, batch=batch,
-                                     heads=heads, **case)  # fmt: skip
-                print(f"{name}, {case}: {line}, error {error:.1e}", flush=True)
-        self.results.save(self.path)
+    def saved(self, attend: Attend, leaves: list[Tensor]) -> float | None:
+        """Return the MiB that wait for the backward, beyond q, k, v and the output."""
+        if self.device.type != "cuda":
+            return None
+        before = torch.cuda.memory_allocated(self.device)
+        output = attend(*leaves)
+        held = torch.cuda.memory_allocated(self.device) - before
+        return (held - output.numel() * output.element_size()) / 2**20
 
 
 def grids(options: argparse.Namespace) -> Iterator[Grid]:
@@ -297,24 +312,20 @@ def grids(options: argparse.Namespace) -> Iterator[Grid]:
     ranks = [
         (rank + 4 * (not causal), rank, options.dims.index(dim), Grid(dim, length, causal))
         for (rank, length), dim, causal in product(
-            enumerate(options.lengths), options.dims, (True, False)
+            enumerate(options.lengths), options.dims, options.causal
         )
     ]
     return (grid for *_, grid in sorted(ranks))
 
 
 def measure(bench: Bench) -> None:
-    """Measure the grid in its order, upstream behind the first shapes of every length."""
-    options, waiting = bench.options, list(bench.options.upstream_lengths)
+    """Measure the grid in its order."""
+    options = bench.options
     for grid in grids(options):
-        for name, backend in BACKENDS.items():  # their time does not depend on the data
-            bench.contend(name, partial(softmax, backend, grid.causal), grid, 0.0)
-        for gain in options.gains:
-            bench.contend("adasplash", partial(adasplash, is_causal=grid.causal), grid, gain)
-        if options.upstream and not grid.causal and waiting:
-            bench.upstream(waiting.pop(0))
-    for length in waiting if options.upstream else ():
-        bench.upstream(length)
+        for name in options.backends:  # their time does not depend on the data
+            bench.contend(name, partial(softmax, BACKENDS[name], grid.causal), grid)
+        for density in options.densities:
+            bench.contend("adasplash", partial(adasplash, is_causal=grid.causal), grid, density)
 
 
 def ratios(results: Results, metric: str) -> dict[Grid, list[tuple[float, float]]]:
@@ -322,7 +333,7 @@ def ratios(results: Results, metric: str) -> dict[Grid, list[tuple[float, float]
     fastest: dict[Grid, float] = {}
     ours: dict[Grid, list[tuple[float, float]]] = {}
     for case in results.cases:
-        if case["metric"] != metric or case["provider"] == "adasplash 0.2.2":
+        if case["metric"] != metric:
             continue
         parameters, time_ms = case["parameters"], case["median"]
         grid = Grid(*(parameters[name] for name in Grid._fields))
@@ -346,39 +357,46 @@ def crossover(points: list[tuple[float, float]]) -> float | None:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Write the speed over block density, forward and backward, one panel for each head size."""
+    """Write the speed over block density: a panel for each head size, the backward below."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
 
-    found = ratios(results, "forward + backward")
-    dims = sorted({grid.dim_head for grid in found})
-    lengths = sorted({grid.length for grid in found})
-    if not found:
+    both = [ratios(results, metric) for metric in METRICS]
+    grids = sorted({grid for found in both for grid in found})
+    if not grids:
         return
+    dims = sorted({grid.dim_head for grid in grids})
+    lengths = sorted({grid.length for grid in grids})
     shades = mpl.colormaps["cividis"](torch.linspace(0, 0.9, len(lengths)).numpy())
-    figure, axes = plt.subplots(1, len(dims), figsize=(1 + 5 * len(dims), 4.2), sharey=True,
-                                squeeze=False, layout="constrained")  # fmt: skip
-    for axis, dim in zip(axes[0], dims, strict=True):
-        for grid, points in sorted(found.items()):
-            if grid.dim_head == dim:
-                axis.plot(*zip(*points, strict=True), color=shades[lengths.index(grid.length)],
-                          linestyle="-" if grid.causal else "--",
-                          marker="o" if grid.causal else "s", markersize=4)  # fmt: skip
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", xlabel="share of blocks that hold weight",
-                 title=f"head size {dim}")  # fmt: skip
-        axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}x")
-        axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("times as fast as the best softmax\n(forward + backward)")
+    figure, panels = plt.subplots(2, len(dims), figsize=(1 + 5 * len(dims), 7.4), sharex=True,
+                                  squeeze=False, layout="constrained")  # fmt: skip
+    for found, axes, metric in zip(both, panels, METRICS, strict=True):
+        for axis, dim in zip(axes, dims, strict=True):
+            for grid, points in sorted(found.items()):
+                if grid.dim_head == dim:
+                    axis.plot(*zip(*points, strict=True), color=shades[lengths.index(grid.length)],
+                              linestyle="-" if grid.causal else "--",
+                              marker="o" if grid.causal else "s", markersize=4)  # fmt: skip
+            axis.axhline(1, color="black", linewidth=0.8)
+            axis.set(xscale="log", yscale="log", title=f"{metric}, head size {dim}")
+            axis.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}x")
+            axis.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+            axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("times as fast as the best softmax")
+    for axis in panels[-1]:
+        axis.set_xlabel("share of 64x64 blocks that hold weight")
     keys = [Line2D([], [], color=c, label=f"{n:,}") for n, c in zip(lengths, shades, strict=True)]
-    keys.append(Line2D([], [], color="grey", marker="o", label="causal"))
-    keys.append(Line2D([], [], color="grey", marker="s", linestyle="--", label="not causal"))
-    axes[0, -1].legend(handles=keys, title="tokens", fontsize=8)
+    if {grid.causal for grid in grids} == {True, False}:
+        keys.append(Line2D([], [], color="grey", marker="o", label="causal"))
+        keys.append(Line2D([], [], color="grey", marker="s", linestyle="--", label="not causal"))
+    panels[0, -1].legend(handles=keys, title="tokens", fontsize=8)
     part = path.with_suffix(".part")
     figure.savefig(part, dpi=110, format="png")
     part.replace(path)
@@ -392,19 +410,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS),
                         help="the most important first")  # fmt: skip
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="head sizes")
-    parser.add_argument("--gains", type=float, nargs="+", default=list(GAINS),
-                        help="strengths of the blocks' topics: several densities")  # fmt: skip
+    parser.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES),
+                        help="shares of blocks that hold weight")  # fmt: skip
+    parser.add_argument("--causal", type=int, nargs="+", default=[1, 0], choices=[0, 1],
+                        help="1: with a causal mask; 0: without")  # fmt: skip
+    parser.add_argument("--backends", nargs="*", default=list(BACKENDS), choices=list(BACKENDS),
+                        help="of softmax attention")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=262144,
                         help="batch x heads x length, as far as one head allows")  # fmt: skip
     parser.add_argument("--dtypes", nargs="*", default=["float32", "float16", "bfloat16"],
                         help="dtypes of the check of small shapes; none leaves it out")  # fmt: skip
-    parser.add_argument("--upstream", type=Path, help="folder with adasplash 0.2.2")
-    parser.add_argument("--upstream-lengths", type=int, nargs="+", default=[8192],
-                        help="powers of two")  # fmt: skip
     parser.add_argument("--budget", type=float, help="stop after so many seconds")
     parser.add_argument("--rep", type=float, default=50, help="ms of timed runs for a figure")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
+    options.causal = [bool(causal) for causal in options.causal]
     device = pick_device(options.device)[0]
     torch.manual_seed(0)
     bench = Bench(options, device)
@@ -415,9 +435,10 @@ def main(arguments: list[str] | None = None) -> None:
         if not good:
             raise SystemExit("an error is over its budget: nothing is timed")
     measure(bench)
-    draw(bench.results, options.output / f"{options.name}_crossover.png")
+    if find_spec("matplotlib"):
+        draw(bench.results, options.output / f"{options.name}_crossover.png")
     print(bench.results.to_markdown())
-    for metric in ("forward", "forward + backward"):
+    for metric in METRICS:
         for grid, points in ratios(bench.results, metric).items():
             falls = crossover(points)
             print(f"{metric}, {grid}: {max(r for _, r in points):.2f} at best; as fast as softmax "

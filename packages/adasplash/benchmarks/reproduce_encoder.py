@@ -10,15 +10,18 @@ passages of the batch as negatives: the inverse cloze task of arXiv 1906.00300).
 author is held out; accuracy and nDCG@10 are of passages from those. Alpha begins at 1.01 and
 reaches its value after half of the steps. No attention dropout, for softmax neither.
 
-The output folder gets `log.csv`, `results.json` and `results.png`.
+The output folder gets `log.csv`, `results.json` and `results.png`. The JSON names the environment
+of the last run, and under `earlier` those of the runs that it went on from.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -274,15 +277,17 @@ def draw(results: Results, path: Path) -> None:
     metrics = ("accuracy", "nDCG@10", "step", "empty 64x64 blocks")
     titles = ("author, held-out books", "retrieval, held-out books", "time of a step",
               "empty 64x64 blocks, all layers")  # fmt: skip
+    names = list(dict.fromkeys(case["provider"] for case in results.cases))
     for axis, metric, title in zip(axes, metrics, titles, strict=True):
-        for name in dict.fromkeys(case["provider"] for case in results.cases):
+        for color, name in enumerate(names):
             points: dict[int, list[float]] = {}
             for case in results.cases:
                 if case["provider"] == name and case["metric"] == metric:
                     points.setdefault(case["parameters"]["length"], []).append(case["median"])
             means = {length: sum(x) / len(x) for length, x in sorted(points.items())}
             if means:
-                axis.plot(list(means), list(means.values()), marker="o", label=name)
+                axis.plot(list(means), list(means.values()), marker="o", label=name,
+                          color=f"C{color}")  # fmt: skip
         axis.set_xscale("log", base=2)
         axis.set(xlabel="tokens", ylabel="s" if metric == "step" else metric, title=title)
         axis.legend()
@@ -355,6 +360,13 @@ def measure(
                   f"measured in {seconds_now(device) - trained:.1f} s", flush=True)  # fmt: skip
 
 
+def earlier_runs(path: Path, stored: Results) -> list[dict[str, object]]:
+    """Return the environments that stored cases were measured in, and how many cases in each."""
+    earlier = json.loads(path.read_text(encoding="utf-8")).get("earlier", [])
+    cases = len(stored.cases) - sum(run["cases"] for run in earlier)
+    return [*earlier, {"cases": cases, "environment": stored.environment}] if cases else earlier
+
+
 def run(options: argparse.Namespace) -> None:
     """Fine-tune and measure every length and alpha that `results.json` does not hold yet."""
     register_with_transformers()
@@ -369,6 +381,7 @@ def run(options: argparse.Namespace) -> None:
         if (stored.command, stored.seed) != (command, options.seed):
             raise SystemExit(f"{path} holds another run: {stored.command}; choose a new folder")
         results.cases = stored.cases
+        results.earlier = earlier_runs(path, stored)
         with log.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -386,7 +399,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         measure(options, tokenizer, books, held, results, rows)
     finally:  # also of a run that was stopped
-        if results.cases:
+        if results.cases and find_spec("matplotlib"):
             draw(results, options.output / "results.png")
 
 

@@ -262,6 +262,18 @@ def test_second_derivatives_of_the_kernels_are_refused(listened, device):
     assert twice("reference")[1][0].isfinite().all()
 
 
+@pytest.mark.parametrize("alpha", [1.5, 2.0, "by head"])
+def test_second_derivatives_of_the_reference(alpha):
+    alphas = torch.tensor([1.4, 1.7], dtype=torch.float64, requires_grad=True)
+    q, k, v = (x.requires_grad_() for x in random_inputs(1, 2, 1, 4, 5, 3, dtype=torch.float64))
+    inputs = (q, k, v, alphas) if alpha == "by head" else (q, k, v)
+
+    def attend(q, k, v, alphas=alpha):
+        return adasplash(q, k, v, alphas, backend="reference")
+
+    assert torch.autograd.gradgradcheck(attend, inputs)
+
+
 def test_tensors_without_memory_have_shapes():
     """As accelerate and transformers make models before they load them."""
     q, k, v = (x.to("meta") for x in random_inputs(1, 2, 1, 20, 20, 16, 24))

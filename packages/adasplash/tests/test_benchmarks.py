@@ -1,4 +1,4 @@
-"""The benchmark of attention runs from end to end on the CPU, and its check can fail."""
+"""The benchmarks run from end to end on the CPU, and their checks can fail."""
 
 import importlib.util
 from pathlib import Path
@@ -13,18 +13,22 @@ from fourfold_common import Results
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("bench_attention", FOLDER / "bench_attention.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+@pytest.fixture
+def script():
+    return load("bench_attention")
+
+
 def test_the_grid_is_measured_once_and_drawn(script, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     tiny = [
-        "--output", str(tmp_path), "--lengths", "256", "--dims", "16", "--gains", "4", "0",
+        "--output", str(tmp_path), "--lengths", "256", "--dims", "16", "--densities", "0.5", "1",
         "--tokens", "256", "--rep", "1", "--device", "cpu",
     ]  # fmt: skip
     script.main([*tiny, "--budget", "0.001"])
@@ -35,9 +39,10 @@ def test_the_grid_is_measured_once_and_drawn(script, tmp_path, capsys):
     assert len(ours) == 2 * 2 * 2  # gains, causal or not, forward and with backward
     assert {c["metric"] for c in ours} == {"forward", "forward + backward"}
     assert all(0 < c["error"] < 1e-2 for c in cases)
-    density = {(c["parameters"]["causal"], c["parameters"]["gain"]): c["parameters"]["density"]
+    density = {(c["parameters"]["causal"], c["parameters"]["asked"]): c["parameters"]["density"]
                for c in ours}  # fmt: skip
-    assert density[True, 4.0] < density[True, 0.0] == 1
+    assert density[True, 0.5] < density[True, 1.0] == 1
+    assert all(c["parameters"]["weights"] < c["parameters"]["density"] for c in ours)
     assert (tmp_path / "attention_crossover.png").stat().st_size > 10_000
     capsys.readouterr()
     script.main(tiny)
@@ -61,18 +66,85 @@ def test_sampled_rows_check_output_and_all_gradients(script, causal):
         assert not script.worst_error(q, k, v, grad, wrong, causal, oracle_attention) < 1
 
 
-def test_density_counts_the_blocks_that_causality_leaves(script):
+def test_shares_count_what_causality_leaves(script):
     q, k, v = random_inputs(1, 2, 2, 150, 150, 16)
-    assert script.density_of(q, k, v, True) == 1
+    assert script.share(script.blocks_of(q, k, v, True), True) == 1
     k[:, :, 64:128] = 0
     q[:, :, 64:], k[:, :, :64] = 20.0, 20.0  # later queries look at the first block only
     weights = oracle_weights(q, k, True)
     assert weights[:, :, 64:, 64:128].abs().max() == 0
     holds = [weights[:, h : h + 1, i : i + 64, j : j + 64].any()
              for h in range(2) for i in (0, 64, 128) for j in range(0, i + 1, 64)]  # fmt: skip
-    assert script.density_of(q, k, v, True) == pytest.approx(sum(map(int, holds)) / 12)
+    active = script.blocks_of(q, k, v, True)
+    assert script.share(active, True) == pytest.approx(sum(map(int, holds)) / 12)
+    assert script.share(active, True, 2) == pytest.approx(2 / 3)  # all but the last on the diagonal
+    assert script.share(active, False) == pytest.approx(sum(map(int, holds)) / 18)
+    rows = torch.cat([torch.arange(part.start, part.stop) for part in script.runs_of(150)])
+    want = (weights[0, 0, rows] > 0).sum() / (rows + 1).sum()
+    assert script.weights_above_zero(q, k, True) == pytest.approx(float(want))
+
+
+def test_inputs_are_searched_for_a_density(script, tmp_path):
+    options = script.argparse.Namespace(budget=None, output=tmp_path, name="x", tokens=512)
+    bench = script.Bench(options, torch.device("cpu"))
+    grid = script.Grid(16, 512, True)
+    gains = [bench.gain(grid, density) for density in (0.01, 0.7, 1.0)]
+    assert gains == sorted(gains, reverse=True)
+    assert (gains[0], gains[-1]) == (script.GAIN[1], 0.0)
+    found = [script.share(script.blocks_of(*bench.inputs(grid, gain), True), True)
+             for gain in gains[1:]]  # fmt: skip
+    assert found == pytest.approx([0.7, 1.0], abs=0.05)
 
 
 def test_crossover_is_interpolated_in_the_logarithms(script):
     assert script.crossover([(0.01, 4.0), (0.1, 2.0), (0.4, 0.5)]) == pytest.approx(0.2)
     assert script.crossover([(0.1, 0.9), (1.0, 0.5)]) is None
+
+
+def test_options_are_checked_and_timed(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    script = load("bench_options")
+    tiny = ["--output", str(tmp_path), "--length", "64", "--tokens", "128", "--device", "cpu"]
+    names = ["none", "dropout", "packed", "padding", "shared keys"]
+    script.main([*tiny, "--rep", "0.1", "--options", *names])
+    cases = Results.load(tmp_path / "options.json").cases
+    ours = {c["parameters"]["option"] for c in cases if c["provider"] == "adasplash"}
+    assert ours == set(names)
+    assert all(c["error"] < 1e-2 for c in cases if c["parameters"]["option"] != "dropout")
+    assert "FlexAttention" in capsys.readouterr().out
+    # The same by a process for every option, as on a GPU.
+    bench = script.Bench(
+        script.argparse.Namespace(output=tmp_path / "more", options=["none"]), "cpu"
+    )
+    few = [*tiny[2:], "--rep", "0.1"]
+    assert script.side_by_side(bench, few, 60.0) == []
+    assert len(bench.results.cases) == len(Results.load(tmp_path / "more/options.json").cases) == 4
+    # A softmax output of another option is told apart, and so is a wrong head of ours.
+    bench = script.Bench(
+        script.argparse.Namespace(
+            budget=None, output=tmp_path, tokens=128, length=64, gain=1.0, rep=1
+        ),
+        torch.device("cpu"),
+    )
+    (_, ours, chosen, heads, _), (_, math, *_), *_ = bench.cases("alibi")
+    plain = next(bench.cases("none"))[2]
+    assert script.soft_error(chosen, *heads, math(*heads)) < 1e-2
+    assert script.soft_error(plain, *heads, math(*heads)) > 1e-2
+    leaves = [x.requires_grad_() for x in heads]
+    output = ours(*leaves)
+    found = [output, *torch.autograd.grad(output.sum(), leaves)]
+    grad = torch.ones_like(output)
+    assert script.our_error(chosen, leaves, grad, found) < 1e-2
+    found[2] = 2 * found[2]
+    assert script.our_error(chosen, leaves, grad, found) > 0.5
+
+
+def test_decoding_is_checked_and_timed(tmp_path):
+    script = load("bench_decode")
+    script.main(["--output", str(tmp_path), "--keys", "128", "--dim", "16", "--rep", "0.1",
+                 "--device", "cpu"])  # fmt: skip
+    cases = Results.load(tmp_path / "decode.json").cases
+    assert len(cases) == len(script.KEYS) * (7 + 2)
+    assert all(c["error"] < 5e-3 for c in cases)
+    by_noise = {c["parameters"]["noise"]: c["parameters"]["near_blocks"] for c in cases}
+    assert 0 < by_noise[0.1] <= 1

@@ -49,7 +49,7 @@ def test_there_must_be_a_key():
         ({"alpha": 2.5}, ValueError, r"`alpha` must be between 1 and 2; got 2.5"),
         ({"alpha": torch.ones(4)}, ValueError, r"`alpha` must be above 1 and at most 2; got \[1"),
         ({"alpha": torch.full((3,), 1.5)}, ValueError, r"`alpha` must have shape \(\), \(4,\) or"),
-        ({"window": (-2, 0)}, ValueError, r"`window` must be two lengths.*got \(-2, 0\)"),
+        ({"window": (-2, 0)}, ValueError, r"`window` must be two whole numbers.*got \(-2, 0\)"),
         ({"alibi_slopes": torch.ones(3)}, ValueError, r"`alibi_slopes` must have shape \(4,\) or"),
         ({"attn_bias": torch.ones(5, 6)}, ValueError, r"`attn_bias` must broadcast to \(2, 4, 6"),
         ({"attn_bias": torch.ones(6).bool()}, TypeError, r"`attn_bias` must be floating point"),
@@ -108,3 +108,19 @@ def test_entmax_names_what_is_wrong():
         entmax15(torch.randn(3), dim=1)
     with pytest.raises(ValueError, match=r"at least one element along `dim` -1; got none"):
         entmax15(torch.randn(3, 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"alpha": "1.5"}, TypeError, "`alpha` must be a number; got '1.5'"),
+        ({"alpha": None}, TypeError, "`alpha` must be a number; got None"),
+        ({"scale": "a"}, TypeError, "`scale` must be a number; got 'a'"),
+        ({"softcap": "x"}, TypeError, "`softcap` must be a number; got 'x'"),
+        ({"window": 3}, ValueError, "`window` must be two whole numbers.*got 3"),
+        ({"window": (1.5, 0)}, ValueError, r"`window` must be two whole numbers.*got \(1.5, 0\)"),
+    ],
+)
+def test_options_of_a_wrong_type(options, error, message, own_checks):
+    with pytest.raises(error, match=message):
+        adasplash(*_inputs(), **options)

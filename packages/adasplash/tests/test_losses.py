@@ -91,3 +91,9 @@ def test_reductions_and_ignored_rows():
 def test_errors(kwargs, message, own_checks):
     with pytest.raises(ValueError, match=message):
         entmax_loss(**{"x": torch.randn(2, 3), "target": torch.tensor([0, 1]), **kwargs})
+
+
+def test_targets_that_are_no_classes(own_checks):
+    for target in (torch.tensor([0.0, 1.0]), torch.tensor([True, False])):
+        with pytest.raises(TypeError, match="`target` must hold numbers of classes, integers; got"):
+            entmax_loss(torch.randn(2, 3), target)

@@ -307,3 +307,18 @@ def test_the_longest_sequence_is_read_from_the_bounds_unless_it_is_told(device, 
     assert len(asked) == 2
     assert torch.equal(told, want)
     assert real(bounds["cu_seqlens_q"]) == 37
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_smallest_number_as_a_bias_hides_a_key(dtype, device):
+    """As models of transformers write their masks; a row of nothing else gives zeros."""
+    q, k, v = _inputs(device)
+    hidden = torch.rand(2, 1, ROWS, KEYS, device=device) < 0.3
+    hidden[0, :, 3] = True
+    zeros = torch.zeros(hidden.shape, dtype=dtype, device=device)
+    found = [
+        _compare(q, k, v, attn_bias=zeros.masked_fill(hidden, low))
+        for low in (torch.finfo(dtype).min, -torch.inf)
+    ]
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][0][0, :, 3].count_nonzero() == found[0][1][0, :, 3].count_nonzero() == 0

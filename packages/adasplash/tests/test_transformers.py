@@ -124,6 +124,54 @@ def test_logits_equal_those_of_dense_attention_in_float64(name, side):
     assert torch.allclose(found[mask.bool()], want[mask.bool()], atol=2e-4)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+def test_alpha_1_is_softmax_by_torch_alone(name, side, monkeypatch):
+    from adasplash import integration
+
+    def refuse(*_, **__):
+        raise AssertionError("softmax needs no kernels of ours")
+
+    model = set_softmax(_build(name))
+    ids, mask = torch.randint(3, 40, (2, 14)), torch.ones(2, 14, dtype=torch.long)
+    if side != "none":
+        mask[1, slice(0, 4) if side == "left" else slice(10, 14)] = 0
+    inputs = {"input_ids": ids * mask, "attention_mask": None if side == "none" else mask}
+    monkeypatch.setattr(integration, "adasplash", refuse)
+    with torch.no_grad():
+        found = model(**inputs).logits
+        tokens = None
+        if name in ("llama", "mistral"):
+            options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+            tokens = model.generate(**inputs, **options)
+        model.set_attn_implementation("sdpa")
+        want = model(**inputs).logits
+        if tokens is not None:
+            assert torch.equal(tokens, model.generate(**inputs, **options))
+    assert torch.allclose(found[mask.bool()], want[mask.bool()], atol=1e-5)
+
+
+def set_softmax(model):
+    assert set_alpha(model, 1.0) == []
+    return model
+
+
+def test_alpha_may_be_set_in_some_layers():
+    model = _build("modernbert")
+    local = [i for i, kind in enumerate(model.config.layer_types) if kind == "sliding_attention"]
+    assert 0 < len(local) < len(model.config.layer_types)
+    set_alpha(model, 1.0, lambda layer: layer.sliding_window is not None)
+    alphas = set_alpha(model, "learned", lambda layer: layer.sliding_window is None)
+    layers = [m for m in model.modules() if type(m).__name__ == "ModernBertAttention"]
+    assert [layer.entmax_alpha == 1.0 for layer in layers] == [
+        i in local for i in range(len(layers))
+    ]
+    assert len(alphas) == len(layers) - len(local)
+    assert model(torch.randint(3, 40, (1, 40))).logits.isfinite().all()
+    with pytest.raises(ValueError, match="`where` must hold for an attention layer"):
+        set_alpha(model, 1.5, lambda layer: False)
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation_with_a_cache_equals_that_of_dense_attention(name, cache):

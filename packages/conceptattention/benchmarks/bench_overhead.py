@@ -1,13 +1,14 @@
-"""What observing costs: time and memory of one forward pass, on random weights of real shapes.
+"""What observing costs: time and memory of forward passes, on random weights of real shapes.
 
     python benchmarks/bench_overhead.py --output results.json                  # one GPU
     python benchmarks/bench_overhead.py --shapes tiny --device cpu --runs 3    # smoke run
 
 Contenders alternate within every round: the plain model, the observer by torch, the observer by
-Triton, and keeping every layer's vectors as the reference implementation does. Before timing, the
-model's output must be the same bits under each of them, and the kernels' maps those of torch.
-Shapes that end in "-cfg" are a guided step as pipelines make it, two rows of which the conditional
-one is observed; "flux2-1024-part" is all 8 dual-stream layers and 8 of the 48 single-stream ones.
+Triton, and keeping every layer's vectors as the reference implementation does. A sample is a number
+of passes one after the other, launched without waiting as pipelines do; its time is divided by that
+number. Before timing, the model's output must be the same bits under each contender, and the
+kernels' maps those of torch. Shapes that end in "-cfg" are guided steps as pipelines make them, two
+rows of which the conditional one is observed.
 """
 
 import argparse
@@ -86,7 +87,7 @@ SHAPES = {
     "sd35-large-1024-cfg": lambda: sd35(64, 333),
     "cogvideox-5b-13-frames": lambda: cogvideox(4, 60, 90),
     "cogvideox-5b-13-frames-cfg": lambda: cogvideox(4, 60, 90),
-    "flux2-1024-part": lambda: flux2(64, 512, num_single_layers=8),
+    "flux2-1024": lambda: flux2(64, 512),
     "tiny": lambda: flux(
         8, 16, in_channels=16, num_layers=3, num_single_layers=2, attention_head_dim=32,
         num_attention_heads=4, joint_attention_dim=32, pooled_projection_dim=32,
@@ -165,13 +166,15 @@ def contenders(pipe, width, concepts, device):
     return found
 
 
-def measure(name, concepts, runs, device, *, built, details):
+def measure(name, concepts, runs, passes, device, *, built, details):
     """Return one row of results per contender."""
     model, arguments = built
     pipe = SimpleNamespace(
         transformer=model, scheduler=None, guidance_scale=4.5 if name.endswith("-cfg") else 1.0
     )
     ways = contenders(pipe, arguments["encoder_hidden_states"].shape[-1], concepts, device)
+    if not details:
+        ways = {key: make for key, make in ways.items() if key != KEEP}
     gpu = device == "cuda"
 
     def call():
@@ -194,7 +197,7 @@ def measure(name, concepts, runs, device, *, built, details):
                 raise RuntimeError(f"{name}: {key} changed the output")
             if not plain.isfinite().all():
                 raise RuntimeError(f"{name}: the random model overflows")
-            if key not in (PLAIN, KEEP):
+            if key in ("torch", "triton"):
                 maps[key] = watched.heatmaps().with_reduce("raw").values
             times[key], host[key], thread[key] = [], [], []
         error = 0.0
@@ -212,17 +215,20 @@ def measure(name, concepts, runs, device, *, built, details):
                         torch.cuda.synchronize()
                         start, own = time.perf_counter(), time.thread_time()
                         marks[0].record()
-                        call()
+                        for _ in range(passes):
+                            call()
                         marks[1].record()
-                        host[key].append(1000 * (time.perf_counter() - start))
-                        thread[key].append(1000 * (time.thread_time() - own))
+                        host[key].append(1000 * (time.perf_counter() - start) / passes)
+                        thread[key].append(1000 * (time.thread_time() - own) / passes)
                         torch.cuda.synchronize()
-                        times[key].append(marks[0].elapsed_time(marks[1]))
+                        times[key].append(marks[0].elapsed_time(marks[1]) / passes)
                     else:
-                        call()
-                        times[key].append(1000 * (time.perf_counter() - start))
+                        for _ in range(passes):
+                            call()
+                        times[key].append(1000 * (time.perf_counter() - start) / passes)
         if gpu and details:
-            detail = {key: look(call, make) for key, make in ways.items() if key != KEEP}
+            looked = {key: make for key, make in ways.items() if key != KEEP}
+            detail = {key: look(call, make) for key, make in looked.items()}
             extra = {key: subtract(detail[key], detail[PLAIN]) for key in maps}
             for key, table in extra.items():
                 print_table(name, key, concepts, table)
@@ -234,32 +240,41 @@ def measure(name, concepts, runs, device, *, built, details):
         ratios = [a / b for a, b in zip(values, times[PLAIN], strict=True)]
         rows.append({
             "shape": name, "contender": key, "concepts": concepts, "median_ms": middle,
-            "p20_ms": statistics.quantiles(values, n=5)[0] if runs > 1 else middle,
-            "p80_ms": statistics.quantiles(values, n=5)[3] if runs > 1 else middle,
+            "quartiles_ms": quartiles(values),
             "overhead_percent": 100 * (statistics.median(ratios) - 1),
-            "overhead_of_medians_percent": 100 * (middle / base - 1), "runs": runs,
+            "overhead_quartiles_percent": [100 * (ratio - 1) for ratio in quartiles(ratios)],
+            "overhead_of_medians_percent": 100 * (middle / base - 1),
+            "runs": runs, "passes": passes,
             "extra_memory_mib": memory.get(key, 0.0) - memory.get(PLAIN, 0.0),
             "host_ms": statistics.median(host[key]) if host[key] else None,
             "host_thread_ms": statistics.median(thread[key]) if thread[key] else None,
             "layers": {"dual": len(model.transformer_blocks)},
             "kernel_error": error, "bit_identical": True,
-            **({"syncs": detail[key]["syncs"], "launches": detail[key]["launches"]}
+            **({name: detail[key][name] for name in ("syncs", "launches", "busy_ms", "span_ms")}
                if key in detail else {}),
             **({"extra_gpu_kernels": extra[key][:16]} if detail and key in maps else {}),
         })  # fmt: skip
         print(
             f"{name:24} r={concepts:2} {key:16} {middle:8.2f} ms "
-            f"{rows[-1]['overhead_percent']:+7.2f} %  {middle - base:+7.2f} ms  "
+            f"{rows[-1]['overhead_percent']:+7.2f} % "
+            f"[{', '.join(f'{x:+.2f}' for x in rows[-1]['overhead_quartiles_percent'])}]  "
             f"{rows[-1]['extra_memory_mib']:+8.1f} MiB  host {rows[-1]['host_ms'] or 0:7.2f} ms "
             f"(thread {rows[-1]['host_thread_ms'] or 0:7.2f})  "
-            f"syncs {rows[-1].get('syncs')}  launches {rows[-1].get('launches')}", flush=True,
+            f"syncs {rows[-1].get('syncs')}  launches {rows[-1].get('launches')}  "
+            f"busy {rows[-1].get('busy_ms', 0):.2f} of {rows[-1].get('span_ms', 0):.2f}",
+            flush=True,
         )  # fmt: skip
     print(f"{name:24} same bits; kernels against torch {error:.1e}", flush=True)
     return rows
 
 
+def quartiles(values):
+    """Return the first and the third quartile."""
+    return statistics.quantiles(values, n=4)[::2] if len(values) > 1 else [*values, *values]
+
+
 def look(call, make):
-    """Return device synchronisations, launches and GPU time by kernel of one forward pass."""
+    """Return synchronisations, launches and GPU time, whole and by kernel, of one forward pass."""
     import warnings
 
     from torch.profiler import ProfilerActivity, profile
@@ -275,15 +290,27 @@ def look(call, make):
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
             call()
             torch.cuda.synchronize()
-    kernels = {}
+    kernels, spans = {}, []
     for event in seen.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
+            spans.append((event.time_range.start, event.time_range.end))
             count, total = kernels.get(event.name, (0, 0.0))
             kernels[event.name] = count + 1, total + event.time_range.elapsed_us()
     return {
         "syncs": sum("synchroniz" in str(warning.message) for warning in caught),
         "launches": sum(count for count, _ in kernels.values()), "kernels": kernels,
+        "busy_ms": union(spans) / 1000,
+        "span_ms": (max(end for _, end in spans) - min(start for start, _ in spans)) / 1000,
     }  # fmt: skip
+
+
+def union(spans):
+    """Return the length of the union of intervals."""
+    total, until = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
 
 
 def subtract(observed, plain):
@@ -310,7 +337,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="flux1-1024,sd35-large-1024,cogvideox-5b-13-frames")
     parser.add_argument("--concepts", default="5", help="numbers, separated by commas")
-    parser.add_argument("--runs", type=int, default=12)
+    parser.add_argument("--runs", type=int, default=12, help="samples of each contender")
+    parser.add_argument("--passes", type=int, default=3, help="forward passes of a sample")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, default=None)
     given = parser.parse_args()
@@ -329,12 +357,13 @@ def main():
         print(f"{name}: made in {time.perf_counter() - start:.1f} s", flush=True)
         for place, concepts in enumerate(given.concepts.split(",")):
             rows += measure(
-                name, int(concepts), given.runs, given.device, built=built, details=place == 0
-            )
-        if given.output is not None:
-            given.output.parent.mkdir(parents=True, exist_ok=True)
-            report = {"environment": environment_report(), "rows": rows}
-            given.output.write_text(json.dumps(report, indent=1, default=str))
+                name, int(concepts), given.runs, given.passes, given.device, built=built,
+                details=place == 0,
+            )  # fmt: skip
+            if given.output is not None:
+                given.output.parent.mkdir(parents=True, exist_ok=True)
+                report = {"environment": environment_report(), "rows": rows}
+                given.output.write_text(json.dumps(report, indent=1, default=str))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from conceptattention.adapters import adapter_for
 from conceptattention.demo.evaluate import (
     Found,
     held_out_scenes,
@@ -99,7 +100,7 @@ def main() -> None:
     scenes = held_out_scenes(given.scenes)
     pipe = load_pipeline(given.assets, device=given.device)
     count = len(pipe.transformer.transformer_blocks)
-    default = list(range(count // 2, count))
+    default = list(adapter_for(pipe.transformer).default_layers(pipe.transformer))
     rows: list[dict[str, Any]] = []
 
     def add(
@@ -146,7 +147,8 @@ def main() -> None:
     for space in SPACES:
         for layer in range(count):
             add("layers", str(layer), every, space, layers=[layer])
-    for name, chosen in (("all", list(range(count))), ("default", default)):
+    later = list(range(count // 2, count))
+    for name, chosen in (("all", list(range(count))), ("later half", later), ("default", default)):
         for reduce in REDUCES[1:]:
             add("layers", name, every, reduce=reduce, layers=chosen)
     write()
@@ -167,7 +169,8 @@ def main() -> None:
     write()
     sweeps = [row for row in rows if row["ablation"] in ("noise", "layers")]
     plot_sweeps(
-        [row for row in sweeps if row["case"] not in ("all", "default")], given.output.parent
+        [row for row in sweeps if row["case"] not in ("all", "later half", "default")],
+        given.output.parent,
     )
 
 

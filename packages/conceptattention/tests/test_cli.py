@@ -9,7 +9,7 @@ from conceptattention import ConceptAttention, ConceptMaps, cli
 @pytest.fixture
 def small(demo_pipe, monkeypatch):
     """Commands that use a small random model in place of the embedded one."""
-    monkeypatch.setattr(cli, "load", lambda model, device: demo_pipe)
+    monkeypatch.setattr(cli, "load", lambda model, device, **_: demo_pipe)
 
 
 def run(*arguments):
@@ -110,6 +110,13 @@ def test_defaults_load_the_embedded_model():
     assert type(pipe).__name__ == "DemoPipeline"
 
 
+def test_segment_names_a_file_that_is_no_picture(small, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    result = run("segment", "--image", str(tmp_path / "text.png"), "--concepts", "fish, water")
+    assert result.exit_code == 2
+    assert "`--image` must be a picture" in result.output
+
+
 def test_models_lists_every_family():
     result = run("models")
     assert result.exit_code == 0
@@ -136,9 +143,20 @@ def test_video_writes_every_frame(tmp_path):
     assert (frame != np.asarray(Image.open(tmp_path / "grass" / "0008.png"))).any()
 
 
+def test_video_of_the_small_model(tmp_path):
+    result = run(
+        "video", "--prompt", "a fish and a bee", "--concepts", "fish, bee", "--steps", "1",
+        "--no-pictures", "--device", "cpu", "--output", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert ConceptMaps.load(tmp_path / "maps.npz").values.shape == (1, 2, 6, 12, 12)
+    with Image.open(tmp_path / "fish.gif") as film:
+        assert film.n_frames == 6
+
+
 def test_video_refuses_picture_models(small, tmp_path):
     result = run(
-        "video", "--model", "demo", "--prompt", "a fish", "--concepts", "fish", "--steps", "1",
+        "video", "--prompt", "a fish", "--concepts", "fish", "--steps", "1",
         "--output", str(tmp_path),
     )  # fmt: skip
     assert result.exit_code == 2

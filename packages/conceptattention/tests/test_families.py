@@ -240,13 +240,6 @@ def test_segment_of_stable_diffusion_3():
     torch.testing.assert_close(maps.values, observer.heatmaps().values)
 
 
-def test_segment_says_what_it_does_not_know():
-    pipe = FAMILIES["chroma"].build()
-    with pytest.raises(ValueError, match="does not know how Chroma encodes pictures"):
-        segment(pipe, torch.rand(1, 3, 32, 32), WORDS, concept_embeds=EMBEDS)
-    assert hooks(pipe.transformer) == 0
-
-
 def test_sequential_offload_gives_the_same_latents_and_maps():
     from accelerate import cpu_offload
 

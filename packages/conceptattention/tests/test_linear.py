@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conceptattention import ConceptAttention
-from conceptattention.adapters import linear
+from conceptattention.adapters import adapter_for, linear
 from conceptattention.kernels.linear import Norm, few_row_linear, reference
 from conceptattention.kernels.linear.op import tile
 from conceptattention.tiny import FAMILIES, TEXT
@@ -145,3 +145,32 @@ def test_touched_modules_are_called_themselves(launches):
     assert untouched - len(launches) == 2  # the projections and the output
     assert 3 in heard  # the hook of somebody else heard the three concepts
     torch.testing.assert_close(by_kernel, by_torch, rtol=1e-5, atol=2e-6)
+
+
+def test_one_modulation_serves_several_images():
+    x, w, b, norm, gate, residual = case(3, 2, 64, 64, 1, torch.float32, norm="plain")
+    one = Norm(norm.scale[:1], norm.shift[:1], norm.eps)
+    ours = few_row_linear(x, w, b, norm=one, gate=gate[:1], residual=residual)
+    twin = reference.few_row_linear(x, w, b, norm=one, gate=gate[:1], residual=residual)
+    torch.testing.assert_close(ours, twin, rtol=1e-4, atol=1e-4)
+
+
+OWN = ("flux", "flux2", "chroma", "cogview4", "z-image")  # modulated in another way
+
+
+@pytest.mark.parametrize("name", ["flux", *(name for name in FAMILIES if name not in OWN)])
+def test_the_prompts_modulation_is_heard_not_computed_again(name):
+    family = FAMILIES[name]
+    pipe = family.build()
+    adapter = adapter_for(pipe.transformer)
+    block = adapter.blocks(pipe.transformer)[1]
+    called = []
+    adapter.modulator(block).register_forward_pre_hook(lambda *_: called.append(1))
+    family.run(pipe)
+    plain = len(called)
+    with ConceptAttention(
+        pipe, ["a", "b"], concept_embeds=on_cpu(2, TEXT), layers="all", kernels="torch"
+    ):
+        family.run(pipe)
+    own = 2 if name == "flux" else 0  # a pooled vector of zero: modulated once more a step
+    assert len(called) == 2 * plain + own

@@ -225,7 +225,7 @@ def test_multi_token_words(flux, caplog):
         ({"layers": [3]}, ValueError, "`layers` must be between -3 and 2; got 3"),
         ({"layers": "some"}, ValueError, "must be 'default', 'all', 'last:N', indices or a slice"),
         ({"layers": slice(9, None)}, ValueError, "`layers` must select at least one of 3 layers"),
-        ({"steps": "some"}, ValueError, "`steps` must be 'all', an index"),
+        ({"steps": "some"}, ValueError, "`steps` must be 'all', 'noise:LOW-HIGH', an index"),
         ({"steps": []}, ValueError, "`steps` must select at least one step"),
         ({"space": "prompt"}, ValueError, "`space` must be one of .*; got 'prompt'"),
         ({"store": "some"}, ValueError, "`store` must be one of .*; got 'some'"),
@@ -270,8 +270,38 @@ def test_unknown_model(flux):
 
 @pytest.mark.usefixtures("unchecked")
 def test_register_adapter_refuses_other_objects():
-    with pytest.raises(TypeError, match="`adapter` must be an instance of Adapter; got 'flux'"):
+    with pytest.raises(
+        TypeError, match="`adapter` must be a subclass or an instance of Adapter; got 'flux'"
+    ):
         register_adapter("flux")
+    with pytest.raises(TypeError, match="must be a subclass or an instance of Adapter"):
+        register_adapter(dict)
+
+
+def test_many_vectors_are_warned_of_once(flux, caplog, monkeypatch):
+    monkeypatch.setattr("conceptattention.stream.MANY_BYTES", 5000)
+    with ConceptAttention(
+        flux, CONCEPTS, vectors=["image_output"], vector_dtype=torch.bfloat16, layers="all"
+    ) as observer:
+        generate(flux)
+    kept = observer.vectors("image_output", layer=0)
+    assert kept.dtype == torch.bfloat16
+    assert kept.nbytes <= 5000 < len(observer.runs[0].vectors) * kept.nbytes
+    assert sum("kept vectors take more than" in text for text in caplog.messages) == 1
+
+
+def test_registered_classes_are_asked_first(flux, monkeypatch):
+    from conceptattention.adapters import adapter_for, registry
+    from conceptattention.adapters.flux import FluxAdapter
+
+    class Mine(FluxAdapter):
+        pass
+
+    monkeypatch.setattr(registry, "_ADAPTERS", [])
+    register_adapter(Mine)
+    first, second = adapter_for(flux.transformer), adapter_for(flux.transformer)
+    assert type(first) is Mine
+    assert first is not second  # what it remembers of a pass is an observer's own
     with pytest.raises(TypeError, match="abstract"):
         Adapter()
 

@@ -63,6 +63,21 @@ def test_steps_of_a_run_that_starts_from_a_picture(flux, steps, expected):
     assert {step for _, step in observer.heatmaps().keys} == expected
 
 
+def test_steps_by_their_noise_level(flux):
+    with ConceptAttention(flux, WORDS, steps="noise:0.3-0.8", store="steps") as observer:
+        generate(flux, steps=4)  # levels 1, 0.75, 0.5, 0.25
+    assert [step for _, step in observer.heatmaps().keys] == [1, 2]
+    none = ConceptAttention(flux, WORDS, steps="noise:0.3-0.4")
+    with pytest.raises(ValueError, match=r"none of this run's levels: 1.00, 0.75, 0.50"), none:
+        generate(flux, steps=4)
+
+
+@pytest.mark.parametrize("steps", ["noise:0.8-0.2", "noise:a-b", "noise:0.5", "noise:0-2"])
+def test_bad_noise_levels_are_named(flux, steps):
+    with pytest.raises(ValueError, match=r"`steps` must be like 'noise:0.3-0.7'"):
+        ConceptAttention(flux, WORDS, steps=steps)
+
+
 def test_an_observer_goes_on_after_an_exception_inside_the_model(flux):
     """A run that broke in the middle of a layer leaves nothing behind, and keeps what it saw."""
     plain = generate(flux, steps=3)

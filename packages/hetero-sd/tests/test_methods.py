@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import random
 
 import pytest
@@ -146,23 +147,27 @@ def test_greedy_is_the_targets_own(pairs, method):
 def _flat_laws(whole):
     honest = whole._run_draft
 
-    def draft(width, lookahead):
-        honest(width, lookahead)
-        whole._laws.fill_(1 / whole._laws.shape[2])
+    def draft(method, width, lookahead):
+        honest(method, width, lookahead)
+        scores, norms = whole._laws(method)
+        scores.zero_()
+        norms.fill_(math.log(scores.shape[2]))
 
     whole._run_draft = draft
 
 
 @pytest.mark.parametrize(
-    ("method", "verification", "wrong"),
+    ("method", "verification", "options", "wrong"),
     [
-        ("tli", "block", False),
-        ("standard", "token", False),
-        ("slrs", "token", False),
-        pytest.param("tli", "token", True, id="negative control"),
+        ("tli", "block", {"temperature": 0.8, "top_k": 3}, False),
+        ("standard", "token", {"temperature": 0.8, "top_k": 0}, False),
+        ("slrs", "token", {"temperature": 0.8, "top_k": 3}, False),
+        ("slem", "token", {"top_k": 0}, False),
+        pytest.param("tli", "token", {"top_k": 0}, True, id="negative control"),
+        pytest.param("slrs", "token", {"top_k": 3}, True, id="negative control of runs"),
     ],
 )
-def test_law_by_graphs(pairs, monkeypatch, caplog, method, verification, wrong):
+def test_law_by_graphs(pairs, monkeypatch, caplog, method, verification, options, wrong):
     caplog.set_level(logging.DEBUG, logger="hetero_sd")
     from hetero_sd import whole
 
@@ -178,18 +183,17 @@ def test_law_by_graphs(pairs, monkeypatch, caplog, method, verification, wrong):
         verification=verification,
         backend="cudagraph",
     )
-    options = {"temperature": 0.8, "top_k": 3}
     prompt = [dec.target_tokenizer.convert_tokens_to_ids("a")]
     count = 1500
     made = dec.generate(
         input_ids=torch.tensor([prompt] * count),
         do_sample=True,
-        max_new_tokens=4,
+        max_new_tokens=5,
         generator=torch.Generator().manual_seed(0),
         **options,
     )
     assert "no CUDA graphs" not in caplog.text
-    assert 0.1 < made.stats.acceptance < 0.99
+    assert 0.05 < made.stats.acceptance < 0.99
     wanted = law_of_target(dec, prompt, options, length=3)
     place = {key: i for i, key in enumerate(wanted)}
     counts = torch.zeros(len(wanted), dtype=torch.float64)

@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from hetero_sd import linear, llama
-from hetero_sd.chance import Chance
 from hetero_sd.graphs import GraphRunner
 from hetero_sd.llama import LlamaRunner, why_not_llama
-from hetero_sd.processors import Processors
 from hetero_sd.runners import (
     EagerRunner,
     OneByOneRunner,
@@ -19,7 +17,6 @@ from hetero_sd.runners import (
     why_not_one_cache,
 )
 from hetero_sd.testing import make_model
-from hetero_sd.verify import fits_law
 
 SIZE = 60
 
@@ -110,42 +107,10 @@ def test_likeliest_ids_are_taken_on_the_device(among):
             feeds = [ids[-1:] if step < len(ids) else [] for ids in wanted]
         assert written == wanted
         assert runner.lengths == plain.lengths
-    feeds, keep = [[1, 2, 3], [4], []], [2, 1, 0]
-    best = best_of(plain.extend(feeds, keep))
-    assert runner.choose(feeds, keep) == best
     assert best_of([torch.tensor([[0.0, 2.0], [1.0, torch.nan]]), torch.ones(0, 2)]) == [
         [1, -1],
         [],
     ]
-
-
-@torch.no_grad()
-def test_ids_are_drawn_on_the_device_from_the_laws_that_are_returned():
-    """The laws are those of the drafter after each id drawn, and the draws follow them."""
-    model, among, process = random_model(), torch.arange(1, SIZE, 3), Processors(greedy=False)
-    runner, plain = graph_runner(model, 3), graph_runner(model, 3)
-    chance = Chance(torch.Generator().manual_seed(0))
-    feeds, counts = [[1, 2, 3], [4], []], [3, 1, 0]
-    places, laws = runner.draw(feeds, counts, among, process, chance)
-    assert [len(row) for row in places] == counts
-    for step in range(3):
-        going = [feed if step < n else [] for feed, n in zip(feeds, counts, strict=True)]
-        said = plain.extend(going, [int(bool(feed)) for feed in going])
-        for row, logits in enumerate(said):
-            if going[row]:
-                wanted = logits[:, among].softmax(dim=1)[0]
-                torch.testing.assert_close(laws[row, step], wanted)
-        feeds = [[int(among[row[step]])] if step < len(row) else [] for row in places]
-    assert runner.lengths == plain.lengths
-    drawn = torch.zeros(len(among))
-    for _ in range(400):
-        runner.crop([0, 0, 0])
-        places, laws = runner.draw([[5], [5], [5]], [1, 1, 1], among, process, chance)
-        for (place,) in places:
-            drawn[place] += 1
-    fits, detail = fits_law(drawn.double(), laws[0, 0].double())
-    assert fits, detail
-    assert not fits_law(drawn.double().roll(1), laws[0, 0].double())[0]
 
 
 @torch.no_grad()

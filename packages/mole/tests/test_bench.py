@@ -25,7 +25,7 @@ def test_decode(tmp_path):
     ratios = {c["provider"]: c["parameters"] for c in cases if c["metric"] == "over dense"}
     assert set(ratios) == {
         "MoLE-4E fp16 pinned", "MoLE-2E nf4 pageable", "MoLE-2E nf4 mmap", "MoLE-2E nf4 disk warm",
-        "MoLE-2E nf4 disk cold",
+        "MoLE-2E nf4 disk cold", "MoE-10E resident",
     }  # fmt: skip
     assert "page_cache" not in ratios["MoLE-4E fp16 pinned"]
     for kind, state in (("mmap", "warm"), ("disk warm", "warm"), ("disk cold", "dropped")):
@@ -48,6 +48,11 @@ def test_decode(tmp_path):
     assert found[offloaded, 2, "over lookup experts"] == pytest.approx(
         found[offloaded, 2, "decode"] / found["MoLE-4E fp16 device, eager", 2, "decode"]
     )
+    for batch in (1, 2):
+        cold = {c["metric"]: c["median"] for c in cases if c["parameters"].get("batch") == batch
+                and c["provider"] == "MoLE-2E nf4 disk cold"}  # fmt: skip
+        assert cold["over floor"] == pytest.approx(cold["decode"] / cold["floor"])
+        assert cold["floor"] >= found["dense beside MoLE-2E nf4 disk cold", batch, "decode"]
     assert all(c["error"] == 0 for c in cases if c["error"] is not None)
 
 

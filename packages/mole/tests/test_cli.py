@@ -75,6 +75,9 @@ def test_convert_verify_generate(run, saved, tmp_path):
         done = run("verify", target, "--model", saved)
         assert done.exit_code == 0, done.output
         assert "is intact: 9 checksums, format int8" in done.output
+    done = run("verify", table, "--model", table)
+    assert done.exit_code == 2
+    assert "`model` must be in expert form; a table's origin is not in a table" in done.stderr
     plain = [
         run("generate", "ABBA", "--model", m, "--temperature", 0, "--new-tokens", 5).output
         for m in (saved, table)
@@ -109,6 +112,13 @@ def test_quiet_conversion_shows_no_bar(run, saved, tmp_path):
         (["generate", ""], "`PROMPT` must hold at least one character"),
         (["generate", "A", "--model", "{saved}", "--new-tokens", "99"], "must fit into 64 tokens"),
         (["generate", "A", "--model", "{saved}", "--store", "disk"], "need a model in table form"),
+        (["generate", "A", "--model", "{dense}"], "must hold a lookup model (type 'mole')"),
+        (["convert", "{dense}", "{tmp}/t"], "its type is 'mole_dense'"),
+        (["eval", "{dense}", "{saved}/config.json"], "must hold a tokenizer; it has no"),
+        (
+            ["train", "{saved}/config.json", "--config", "{tmp}/no", "--output", "{tmp}/t"],
+            "does not exist",
+        ),
         (["generate", "A", "--model", "{saved}", "--store", "tape"], "'tape' is not one of 'mmap'"),
         (["train", "{saved}/config.json", "--output", "{tmp}/t"], "Exactly one of `--model` and"),
         (["upcycle", "{saved}", "{tmp}/t"], "`base` must be a DenseForCausalLM or a Llama-type"),

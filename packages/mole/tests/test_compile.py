@@ -1,4 +1,4 @@
-"""The combine kernels compile for a GPU, which no interpreter says; needs none.
+"""The kernels of decoding compile for a GPU, which no interpreter says; needs none.
 
 A process of its own compiles, without the interpreter that the other tests run in.
 """
@@ -15,6 +15,7 @@ _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from mole.kernels.admit import kernel as rows
 from mole.kernels.combine import kernel
 
 VALUES = {"float": "*fp16", "int8": "*i8", "fp8": "*u8", "nf4": "*u8", "nf3": "*u8"}
@@ -38,11 +39,16 @@ for form, block_size in (
     build(kernel._combine_kernel.fn, form, {"FORMAT": form, "BLOCK_N": 4, "BLOCK_D": 512}, 4)
     sizes = {"DIM": 1024, "BLOCK_SIZE": block_size, "FORMAT": form, "BLOCK_N": 4, "BLOCK_D": block}
     build(kernel._combine_norm_kernel, form, sizes, kernel._warps(4 * block, form))
+WORDS = dict.fromkeys(("table_ptr", "slots_ptr", "landing_ptr", "landed_ptr", "out_ptr",
+                       "told_ptr", "known_ptr"), "*i64")
+TYPES |= {**WORDS, "ready_ptr": "*i32", "turn_ptr": "*i32"}
+build(rows._admit_kernel, "float", {"BLOCK": rows._BLOCK}, 8)
+build(rows._hold_kernel, "float", {"BLOCK": 64}, 1)
 """
 
 
 @pytest.mark.skipif(not triton_status().importable, reason="needs Triton")
-def test_combine_kernels_compile_for_an_h100_in_every_format(tmp_path):
+def test_kernels_compile_for_an_h100_in_every_format(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     found = subprocess.run(
@@ -53,4 +59,4 @@ def test_combine_kernels_compile_for_an_h100_in_every_format(tmp_path):
         timeout=300,
     )
     assert found.returncode == 0, found.stderr[-3000:]
-    assert len(found.stdout.splitlines()) == 12
+    assert len(found.stdout.splitlines()) == 14

@@ -31,6 +31,16 @@ def test_dense_model(make_config, tokens, kv_heads):
         assert torch.equal(decoder.generate(tokens, 12), plain(model, tokens, 12))
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("experts", [5, 8])  # two tokens: their own experts alone, or all
+def test_mixture_of_experts(make_config, tokens, experts, top_k):
+    torch.manual_seed(0)
+    config = make_config("moe", num_experts=experts, num_experts_per_tok=top_k)
+    model = MoeForCausalLM(config).eval().to(DEVICE)
+    tokens = tokens.to(DEVICE)
+    assert torch.equal(Decoder(model, 2, 24).generate(tokens, 12), plain(model, tokens, 12))
+
+
 @pytest.mark.parametrize("fmt", ["fp32", "int8", "nf4", "nf3"])
 @pytest.mark.parametrize("store", ["mmap", "device", "pinned", "disk"])
 def test_table_model(make_mole, tokens, tmp_path, fmt, store):
@@ -146,8 +156,8 @@ def test_decoders_share_the_weights_of_their_model(make_mole, tokens, tmp_path):
 
 @pytest.mark.usefixtures("our_checks_only")
 def test_bad_arguments_are_named(make_config, make_mole, tokens):
-    with pytest.raises(TypeError, match="got MoeForCausalLM"):
-        Decoder(MoeForCausalLM(make_config("moe")), 1, 8)
+    with pytest.raises(TypeError, match="or MoeForCausalLM; got Linear"):
+        Decoder(torch.nn.Linear(1, 1), 1, 8)
     with pytest.raises(ValueError, match="must be in table form with an open table"):
         Decoder(make_mole(), 1, 8)
     with pytest.raises(ValueError, match="`captured` needs a model on a GPU; this one is on cpu"):

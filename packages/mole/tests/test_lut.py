@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from mole import Decoder, LutStore, MoleForCausalLM, convert, open_lut, verify
+from mole.kernels.admit import admit
 from mole.lut import (
     FORMATS,
     STORES,
@@ -32,6 +33,7 @@ from mole.lut import (
     LutVersionError,
     MmapStore,
     cached,
+    disk,
 )
 
 
@@ -347,8 +349,62 @@ def test_what_the_page_cache_lacks_is_read_by_threads(fp16, monkeypatch):
     store.close()
 
 
-def test_a_file_that_shrinks_while_open_is_noticed(fp16):
+def test_rows_that_are_waited_for_need_no_threads_where_the_system_reads_aside(fp16, monkeypatch):
+    table = open_lut(fp16).read(torch.arange(60))
+    ids = torch.tensor([59, 3, 3, 0, 21])
+    store = DiskStore(fp16, threads=2)  # fewer at a time than rows
+    if store._aio is None:
+        pytest.skip("this system does not read aside")
+    assert torch.equal(store.read(ids), table[ids])
+    assert not store._pool._threads
+    store.close()
+
+    def refuse(*arguments):
+        raise OSError("not here")
+
+    monkeypatch.setattr(disk, "AsyncReads", refuse)
+    store = DiskStore(fp16, threads=2)
+    assert torch.equal(store.read(ids), table[ids])
+    assert store._pool._threads
+    store.close()
+
+
+def test_an_interrupted_read_does_not_answer_the_next(fp16, monkeypatch):
+    table = open_lut(fp16).read(torch.arange(60))
     store = DiskStore(fp16)
+    if store._aio is None:
+        pytest.skip("this system does not read aside")
+    call = store._aio._call
+
+    def interrupt(number, *arguments):
+        if number == store._aio._reap:
+            raise KeyboardInterrupt
+        return call(number, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._aio, "_call", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.read(torch.tensor([5, 6, 7]))
+    for _ in range(3):
+        ids = torch.tensor([40, 2])
+        assert torch.equal(store.read(ids), table[ids])
+    store.close()
+
+
+def test_a_read_that_fails_is_an_error(fp16):
+    store = DiskStore(fp16)
+    if store._aio is None:
+        pytest.skip("this system does not read aside")
+    with pytest.raises(OSError, match=r"Bad address|Invalid argument"):
+        store._aio.read([(4096, 4096, 0)])  # no memory of ours
+    assert len(store.read(torch.tensor([1]))) == 1
+    store.close()
+
+
+@pytest.mark.parametrize("aside", [True, False])
+def test_a_file_that_shrinks_while_open_is_noticed(fp16, aside):
+    store = DiskStore(fp16)
+    store._aio = store._aio if aside else None
     with open(fp16 / "lut.safetensors", "r+b") as file:
         file.truncate(8192)
     with pytest.raises(LutTruncatedError, match="truncated while open"):
@@ -402,31 +458,55 @@ def test_a_cache_never_gives_a_slot_to_two_rows(fp16, monkeypatch, capacity, sta
 
 
 @pytest.mark.parametrize("capacity", [6, 13, 60])
-def test_leased_slots_hold_the_rows_of_the_ids(fp16, capacity):
+def test_leased_slots_are_those_of_the_ids(fp16, capacity):
     table = open_lut(fp16).read(torch.arange(60))
     store = CachedStore(open_lut(fp16), capacity)
+    landing = torch.zeros(7, table.shape[1], dtype=torch.uint8)
+    out = torch.zeros_like(landing)
     generator = torch.Generator().manual_seed(0)
+
+    def fetched(ids):
+        with store.lease() as find:
+            slots, landed = (torch.tensor(part) for part in find(ids.tolist(), landing))
+            admit(store.table, slots, landing, landed, out[: len(ids)])
+        assert torch.equal(store.table[slots], table[ids])
+        return out[: len(ids)]
+
     for count in range(200):
         ids = torch.randint(0, 60, (count % 6 + 1,), generator=generator)
-        with store.lease(ids) as slots:
-            assert torch.equal(store.table[slots], table[ids])
+        assert torch.equal(fetched(ids), table[ids])
     assert store.hits + store.misses <= 200 * 3.5
     assert store.misses >= 60 if capacity < 60 else store.misses == 60
     ids = torch.arange(7)
     if capacity < 7:
         with (
             pytest.raises(ValueError, match="at most 6 distinct ids, the cache's slots; got 7"),
-            store.lease(ids),
+            store.lease() as find,
         ):
-            pass
+            find(ids.tolist(), landing)
     for bad in (-1, 60):
-        with pytest.raises(LutIdError, match="between 0 and 59"), store.lease(torch.tensor([bad])):
-            pass
-    with store.lease(ids[:1]) as slots:  # an error leaves no lock behind
-        assert torch.equal(store.table[slots], table[:1])
+        with pytest.raises(LutIdError, match="between 0 and 59"), store.lease() as find:
+            find([bad], landing)
+    assert torch.equal(fetched(ids[:1]), table[:1])  # an error leaves no lock behind
     store.close()
-    with pytest.raises(ValueError, match="was closed"), store.lease(ids):
+    with pytest.raises(ValueError, match="was closed"), store.lease():
         pass
+
+
+def test_rows_that_did_not_get_into_their_slots_are_found_again(fp16):
+    table = open_lut(fp16).read(torch.arange(60))
+    store = CachedStore(open_lut(fp16), 4)
+    store.read(torch.tensor([1, 2]))
+    landing = torch.zeros(3, table.shape[1], dtype=torch.uint8)
+
+    def copies_nothing():
+        with store.lease() as find:
+            find([2, 3, 4], landing)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        copies_nothing()
+    assert torch.equal(store.read(torch.arange(5)), table[:5])
 
 
 def test_a_store_that_is_forgotten_closes_its_file(fp16):

@@ -46,6 +46,23 @@ def test_deduplication_changes_nothing(make_mole, text, tmp_path, dedup):
     assert lines[-1]["tokens"] == 4 * 4 * 8
 
 
+def test_layers_are_compiled_while_they_are_trained_only(make_mole, text, tmp_path, monkeypatch):
+    calls = []
+
+    def compile_(layer, **options):
+        def run(*arguments, **more):
+            calls.append(options)
+            return layer._call_impl(*arguments, **more)
+
+        layer._compiled_call_impl = run
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    model = run(make_mole, text, tmp_path, "micro", compiled=True)
+    assert len(calls) == 4 * 2 * 3  # steps, micro-batches, layers
+    model(text[None, :11].long())  # other shapes, which would be compiled again and again
+    assert len(calls) == 24
+
+
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(make_mole, text, tmp_path):
     whole = run(make_mole, text, tmp_path / "whole")
     run(make_mole, text, tmp_path / "parts", stop_after=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,12 @@ def register_with_transformers() -> None:
     AttentionMaskInterface.register(NAME, make_mask)
 
 
-def set_alpha(model: nn.Module, alpha: float | str | Tensor) -> list[AlphaParam]:
-    """Set alpha of every attention layer of a transformers model; 1.5 where it is never called.
+def set_alpha(
+    model: nn.Module,
+    alpha: float | str | Tensor,
+    where: Callable[[nn.Module], bool] | None = None,
+) -> list[AlphaParam]:
+    """Set alpha of the attention layers of a transformers model; 1.5 where it is never called.
 
     Call it in every step to follow an `AlphaSchedule`.
 
@@ -49,6 +53,9 @@ def set_alpha(model: nn.Module, alpha: float | str | Tensor) -> list[AlphaParam]
         alpha: 1 to 2; or "learned": every layer gets an `AlphaParam` with one alpha per head, which
             `model.parameters()` and `state_dict()` then hold; or a tensor that all layers share,
             above 1 up to 2: filled in place it follows a schedule without a new compilation.
+        where: Which layers, by the attention module; None for all. Others keep what they have:
+            `set_alpha(model, 1.0, lambda layer: layer.sliding_window is not None)` leaves the local
+            layers of a ModernBERT to softmax.
 
     Returns:
         The parameters, in the order of the layers, empty for a number. `save_pretrained` saves
@@ -56,7 +63,7 @@ def set_alpha(model: nn.Module, alpha: float | str | Tensor) -> list[AlphaParam]
         `load_alpha(model, folder)`.
 
     Raises:
-        ValueError: `alpha` is out of range, or `model` has no attention layer.
+        ValueError: `alpha` is out of range, or `model` has no attention layer that is asked for.
     """
     if isinstance(alpha, str) and alpha != "learned":
         raise ValueError(f"`alpha` must be a number or 'learned'; got {alpha!r}.")
@@ -65,8 +72,11 @@ def set_alpha(model: nn.Module, alpha: float | str | Tensor) -> list[AlphaParam]
     layers = list(_attention_layers(model))
     if not layers:
         raise ValueError(f"`model` must have attention layers of transformers; got {type(model)}.")
+    chosen = [(layer, heads) for layer, heads in layers if where is None or where(layer)]
+    if not chosen:
+        raise ValueError(f"`where` must hold for an attention layer of {type(model).__name__}.")
     found = []
-    for layer, heads in layers:
+    for layer, heads in chosen:
         if isinstance(alpha, str):
             weight = next(layer.parameters())
             value: Any = AlphaParam(heads).to(weight.device)
@@ -184,6 +194,8 @@ def attention_forward(
             key_padding_mask=attention_mask,
         )  # fmt: skip
         return output.transpose(1, 2).contiguous(), None
+    if isinstance(options["alpha"], float) and options["alpha"] == 1.0 and softcap is None:
+        return _softmax(query, key, value, attention_mask, options), None
     if attention_mask is not None and attention_mask.ndim == 4:
         # The whole pattern is in the mask: window and causality, too.
         bias = attention_mask[..., : key.shape[2]]
@@ -194,6 +206,35 @@ def attention_forward(
     else:
         options["key_padding_mask"] = attention_mask
     return adasplash(query, key, value, **options).transpose(1, 2).contiguous(), None
+
+
+def _softmax(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """Return torch's softmax attention, `[batch, seq_q, heads, dim]`; arguments as above."""
+    seq_q, seq_k = query.shape[2], key.shape[2]
+    window, causal = options.get("window"), options["is_causal"] and seq_q > 1
+    seen: Tensor | None
+    if mask is not None and mask.ndim == 4:
+        whole = mask[..., :seq_k]
+        seen = whole if whole.dtype == torch.bool else whole.to(query.dtype)
+    elif mask is None and window is None and (not causal or seq_q == seq_k):
+        seen = None  # torch aligns its causal mask at the first key
+    else:
+        keys = torch.arange(seq_k, device=key.device)
+        distance = keys - (torch.arange(seq_q, device=key.device) + seq_k - seq_q)[:, None]
+        left, right = window or (seq_k, seq_k)
+        seen = (distance >= -left) & (distance <= (0 if causal else right))
+        seen = seen if mask is None else seen & mask[:, None, None]
+    if seen is not None and query.shape[1] != key.shape[1]:
+        # No fast backend of torch takes both a mask and shared keys.
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, is_causal=causal and seen is None,
+        scale=options["scale"], dropout_p=options["dropout_p"],
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return output.transpose(1, 2).contiguous()
 
 
 def _of_one_query(mask: Tensor | None, key: Tensor, options: dict[str, Any]) -> Tensor | None:

@@ -39,6 +39,7 @@ def entmax_loss(
             `target`, with 0 for ignored rows.
 
     Raises:
+        TypeError: `target` does not hold integers.
         ValueError: Shapes, `alpha` or `reduction` do not fit, or a class is out of range (checked
             on the CPU).
 
@@ -48,6 +49,8 @@ def entmax_loss(
         raise ValueError(f"`reduction` must be 'mean', 'sum' or 'none'; got {reduction!r}.")
     if not alpha >= 1:
         raise ValueError(f"`alpha` must be at least 1; got {alpha}.")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"`target` must hold numbers of classes, integers; got {target.dtype}.")
     if target.shape != x.shape[:-1]:
         raise ValueError(
             f"`target` must have shape {tuple(x.shape[:-1])}, that of `x` without its classes; "

@@ -12,15 +12,20 @@ from .__about__ import __version__
 from .cli_options import (
     CONCEPTS,
     DEVICE,
+    HEIGHT,
     LAYERS,
     MODEL,
     OUTPUT,
     REDUCE,
+    SEEN,
+    WIDTH,
     file_name,
     load,
     numbers,
+    open_picture,
     quiet,
     reading,
+    sizes,
     words,
 )
 
@@ -159,13 +164,16 @@ def demo(
 @CONCEPTS
 @OUTPUT
 @click.option("--steps", default=12, show_default=True, type=click.IntRange(1), help="Steps.")
+@WIDTH
+@HEIGHT
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise, drawn on the CPU.")
 @LAYERS
+@SEEN
 @REDUCE
 @DEVICE
 def generate(
-    model: str, prompt: str, concepts: str, output: Path, steps: int, seed: int, layers: Any,
-    reduce: str, device: str,
+    model: str, prompt: str, concepts: str, output: Path, steps: int, width: int | None,
+    height: int | None, seed: int, layers: Any, seen_steps: Any, reduce: str, device: str,
 ) -> None:  # fmt: skip
     """Generate a picture or a video and the maps of its concepts."""
     import torch
@@ -174,10 +182,14 @@ def generate(
 
     pipe = load(model, device)
     read = reading(model, reduce)
-    with ConceptAttention(pipe, words(concepts), layers=layers, **read) as observer:
+    given = sizes(width=width, height=height)
+    with ConceptAttention(
+        pipe, words(concepts), layers=layers, steps=seen_steps, **read
+    ) as observer:
         result = pipe(
-            prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)
-        )
+            prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed),
+            **given,
+        )  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     maps = observer.heatmaps()
     if maps.raw.ndim == 6:
@@ -224,13 +236,11 @@ def segment(
     seed: int, layers: Any, reduce: str, device: str,
 ) -> None:  # fmt: skip
     """Map concepts in a picture that exists already."""
-    from PIL import Image
-
     from .maps import ConceptMaps
     from .segmentation import segment as run
 
     pipe = load(model, device)
-    picture = Image.open(image).convert("RGB")
+    picture = open_picture(image)
     if model == "demo":
         picture = picture.resize((64, 64))
     maps = run(
@@ -252,16 +262,18 @@ def segment(
 @main.command()
 @click.option(
     "--model",
-    required=True,
-    help="Folder or hub name of a video pipeline; `tiny-video` has random weights.",
+    default="demo",
+    show_default=True,
+    help="Folder or hub name of a video pipeline; `demo` is the small video model inside, "
+    "`tiny-video` has random weights.",
 )
 @click.option("--prompt", required=True, help="What to generate.")
 @CONCEPTS
 @OUTPUT
 @click.option("--steps", default=50, show_default=True, type=click.IntRange(1), help="Steps.")
 @click.option("--frames", type=click.IntRange(1), help="Pixel frames; the model's own by default.")
-@click.option("--width", type=click.IntRange(8), help="The model's own by default.")
-@click.option("--height", type=click.IntRange(8), help="The model's own by default.")
+@WIDTH
+@HEIGHT
 @click.option("--fps", default=8.0, show_default=True, help="Frames per second.")
 @click.option(
     "--format",
@@ -274,12 +286,13 @@ def segment(
 @click.option("--pictures/--no-pictures", default=True, help="Write every frame as PNG too.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise, drawn on the CPU.")
 @LAYERS
+@SEEN
 @REDUCE
 @DEVICE
 def video(
     model: str, prompt: str, concepts: str, output: Path, steps: int, frames: int | None,
     width: int | None, height: int | None, fps: float, ending: str, pictures: bool, seed: int,
-    layers: Any, reduce: str, device: str,
+    layers: Any, seen_steps: Any, reduce: str, device: str,
 ) -> None:  # fmt: skip
     """Generate a video and write the maps of its concepts over its frames."""
     import torch
@@ -288,11 +301,12 @@ def video(
     from .observer import ConceptAttention
 
     check_video_format(f"video.{ending}", fps)
-    pipe = load(model, device)
-    sizes = {"num_frames": frames, "width": width, "height": height}
-    given = {name: size for name, size in sizes.items() if size is not None}
-    read = reading(model, reduce)
-    with ConceptAttention(pipe, words(concepts), layers=layers, **read) as observer:
+    pipe = load(model, device, video=True)
+    given = sizes(num_frames=frames, width=width, height=height)
+    read = reading("", reduce)
+    with ConceptAttention(
+        pipe, words(concepts), layers=layers, steps=seen_steps, **read
+    ) as observer:
         result = pipe(
             prompt,
             num_inference_steps=steps,
@@ -393,8 +407,10 @@ def evaluate(
     )
     try:
         pictures = load_dataset(dataset, root, split)
-    except ValueError as error:
-        message = str(error).replace("`name`", "`--dataset`").replace("`split`", "`--split`")
+    except (ValueError, OSError) as error:
+        message = str(error)
+        for name, option in (("name", "dataset"), ("split", "split"), ("root", "root")):
+            message = message.replace(f"`{name}`", f"`--{option}`")
         raise ValueError(message) from error
     if device == "auto" and "LOCAL_RANK" in os.environ:
         import torch
@@ -424,12 +440,15 @@ def app(model: str, host: str, port: int, device: str) -> None:
 
 @main.command()
 def models() -> None:
-    """List the model families that can be observed."""
-    from .adapters.base import known_adapters
+    """List the model families that can be observed, and how far."""
+    from .adapters import Adapter, known_adapters
 
+    click.echo(f"{'family':20}{'transformer':34}{'makes':10}single-stream layers")
     for adapter in known_adapters():
         name = getattr(adapter, "model_class", type(adapter).__name__)
-        click.echo(f"{adapter.family:22} {name}")
+        makes = "videos" if adapter.films else "pictures"
+        single = type(adapter).single_blocks is not Adapter.single_blocks
+        click.echo(f"{adapter.family:20}{name:34}{makes:10}{'too' if single else 'no'}")
 
 
 def _best(results: Any, provider: str) -> float:

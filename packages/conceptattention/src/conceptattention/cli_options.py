@@ -24,7 +24,7 @@ DEVICE = click.option(
 )
 
 
-def _layers(context: click.Context, option: click.Parameter, text: str) -> str | list[int]:
+def _numbers(context: click.Context, option: click.Parameter, text: str) -> str | list[int]:
     """Return a word, or numbers separated by commas."""
     try:
         return [int(word) for word in words(text)] or text
@@ -33,10 +33,18 @@ def _layers(context: click.Context, option: click.Parameter, text: str) -> str |
 
 
 LAYERS = click.option(
-    "--layers", default="default", show_default=True, callback=_layers,
+    "--layers", default="default", show_default=True, callback=_numbers,
     help="default, all, last:N, or numbers separated by commas.",
 )  # fmt: skip
 
+SEEN = click.option(
+    "--seen-steps", default="all", show_default=True, callback=_numbers,
+    help="Steps whose maps count: all, noise:LOW-HIGH, or numbers separated by commas.",
+)  # fmt: skip
+WIDTH, HEIGHT = (
+    click.option(name, type=click.IntRange(8), help="In pixels; the model's own by default.")
+    for name in ("--width", "--height")
+)
 REDUCE = click.option(
     "--reduce", type=click.Choice(["auto", "softmax_mean", "mean_softmax"]), default="auto",
     show_default=True,
@@ -54,8 +62,13 @@ def quiet() -> None:
     diffusers_logging.set_verbosity_error()
 
 
-def load(model: str, device: str) -> Any:
+def load(model: str, device: str, *, video: bool = False) -> Any:
     """Return a pipeline on its device: from a folder, the hub, or one of the small ones inside.
+
+    Args:
+        model: Folder, name on the hub, "demo" or "tiny-video".
+        device: As `--device` takes it.
+        video: Let "demo" be the small model of videos.
 
     Raises:
         ValueError: The device is not there, or `model` is neither a folder nor a name on the hub.
@@ -69,6 +82,10 @@ def load(model: str, device: str) -> Any:
         place = pick_device(device)[0]
     except ValueError as error:
         raise ValueError(str(error).replace("`request`", "`--device`")) from error
+    if model == "demo" and video:
+        from .demo.video import load_video_pipeline
+
+        return load_video_pipeline().to(place)
     if model == "demo":
         from .demo.model import load_pipeline
 
@@ -97,6 +114,26 @@ def reading(model: str, reduce: str) -> dict[str, Any]:
     from .demo.model import READING
 
     return READING
+
+
+def sizes(**given: int | None) -> dict[str, int]:
+    """Return the sizes that were given, as a pipeline takes them."""
+    return {name: size for name, size in given.items() if size is not None}
+
+
+def open_picture(path: Path) -> Any:
+    """Return a picture in colour.
+
+    Raises:
+        ValueError: The file is none.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"`--image` must be a picture; {str(path)!r} is none.") from None
 
 
 def file_name(word: str) -> str:

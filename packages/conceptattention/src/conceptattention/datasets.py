@@ -86,7 +86,7 @@ class Dataset(ABC):
 
     def _need(self, path: Path) -> Path:
         if not path.exists():
-            raise OSError(f"{path} is missing; {self.name} needs {self.layout}.")
+            raise OSError(f"`root` has no {path}; {self.name} needs {self.layout}.")
         return path
 
 

@@ -46,7 +46,8 @@ class ConceptAttention:
             of one length.
         layers: "default" (the family's choice), "all", "last:N", an index, a slice, or indices.
         steps: "all", an index, a slice, or indices; negative ones count from the last step, and
-            fractions are shares of the run: `slice(0.7, -1)`.
+            fractions are shares of the run: `slice(0.7, -1)`. "noise:0.3-0.7" takes the steps whose
+            noise level lies there, the scheduler's time as a share of its training steps.
         space: "output" (the paper's maps), "cross_attention", "prompt_attention" (queries of the
             words inside the prompt), "value", "daam" (attention of the picture to those words), or
             several of them.
@@ -62,7 +63,9 @@ class ConceptAttention:
             Bria.
         token: Which token of a word stands for it: "first" (the paper), "mean", "last", or "auto":
             "first" for words of one token, else "mean".
-        vectors: Names of vectors to keep for `vectors`, on the model's device.
+        vectors: Names of vectors to keep for `vectors` of the selected layers and steps, on the
+            model's device; more than 1 GB of them is warned of.
+        vector_dtype: What they are kept in; the model's own dtype when None.
         prompt: For "prompt_attention" and "daam": the text, or one per image, that the pipeline is
             called with; it must hold every concept.
         prompt_tokens: Instead of `prompt`: each concept's positions among the text tokens.
@@ -93,6 +96,7 @@ class ConceptAttention:
         single_stream: bool = False,
         token: Token = "auto",
         vectors: Sequence[Vector] = (),
+        vector_dtype: torch.dtype | None = None,
         prompt: str | Sequence[str] | None = None,
         prompt_tokens: Sequence[Sequence[int]] | None = None,
         concept_embeds: Tensor | None = None,
@@ -141,7 +145,7 @@ class ConceptAttention:
             )
         recording = Recording(
             self.layers, self.spaces, store, normalize, temperature, self_attention,
-            tuple(vectors), kernels,
+            tuple(vectors), vector_dtype, kernels,
         )  # fmt: skip
         self.router = Router(pipe, transformer, self.adapter, steps, recording, prompt_words)
         needed = blocks[: self.layers[-1] + 1]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .adapters import Adapter, Block, Call
 from .concepts import PromptWords
-from .selection import Selection, resolve
+from .selection import Selection, noise_range, resolve
 from .stream import ConceptStream, Record, Recording
 
 
@@ -28,6 +28,7 @@ class Run(Record):
         step: Number of the present step.
         call: The latest conditional forward pass.
         index: What the scheduler counted at that pass.
+        chosen: Steps within the selected noise levels, once they were looked for.
     """
 
     timesteps: Any = None
@@ -35,6 +36,7 @@ class Run(Record):
     step: int = 0
     call: Call | None = None
     index: int | None = None
+    chosen: set[int] | None = None
     _places: tuple[Tensor, tuple[int, ...]] | None = None
 
     def places(self, adapter: Adapter) -> tuple[Tensor, tuple[int, ...]]:
@@ -141,10 +143,26 @@ class Router:
         else:
             run.step += 1
         run.call, run.index = call, index
-        if run.step not in resolve("steps", self.steps, self._length(run)):
+        if run.step not in self._chosen(run):
             return False
         run.steps.add(run.step)
         return True
+
+    def _chosen(self, run: Run) -> set[int]:
+        """Return the selected steps of a run; noise levels are read from the device once a run."""
+        bounds, length = noise_range(self.steps), self._length(run)
+        if bounds is None:
+            return resolve("steps", self.steps, length)
+        if run.chosen is None:
+            if run.timesteps is None:
+                raise ValueError("`steps` as noise levels needs a pipeline with a scheduler.")
+            most = self.pipe.scheduler.config.num_train_timesteps
+            levels = [float(time) / most for time in run.timesteps][-length:]
+            run.chosen = {i for i, t in enumerate(levels) if bounds[0] <= t <= bounds[1]}
+            if not run.chosen:
+                made = ", ".join(f"{t:.2f}" for t in levels)
+                raise ValueError(f"`steps` {self.steps!r} holds none of this run's levels: {made}.")
+        return run.chosen
 
     def _length(self, run: Run) -> int:
         """Return the number of steps of a run.

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adapters.base import adapter_for, execution_device
+from .adapters import adapter_for
+from .adapters.base import execution_device
 from .maps import ConceptMaps
 from .modular import standard
 from .observer import ConceptAttention
@@ -61,8 +62,12 @@ def segment(
         raise ValueError(f"`samples` must be at least 1; got {samples}.")
     if "steps" in settings:
         raise ValueError("`steps` has no meaning for `segment`, which makes `samples` passes.")
-    pipe = standard(pipe, adapter_for(pipe.transformer))
-    pixels = _pixels(pipe, image)
+    adapter = adapter_for(pipe.transformer)
+    if adapter.films:
+        raise ValueError(f"`pipe` makes videos ({adapter.family}); `segment` takes pictures alone.")
+    pipe = standard(pipe, adapter)
+    patch = adapter.patch(pipe)
+    pixels = _pixels(pipe, image, patch)
     prompts = [prompt] * len(pixels) if isinstance(prompt, str) else list(prompt)
     if len(prompts) != len(pixels):
         raise ValueError(
@@ -80,13 +85,12 @@ def segment(
     with torch.no_grad(), _uncached(pipe.transformer), observer:
         device, dtype = execution_device(pipe), pipe.transformer.dtype
         vae_dtype = getattr(getattr(pipe, "vae", None), "dtype", dtype)  # often wider
-        clean = observer.adapter.encode_image(pipe, pixels.to(device, vae_dtype)).to(dtype)
-        patch = 2 * pipe.vae_scale_factor
+        clean = adapter.encode_image(pipe, pixels.to(device, vae_dtype)).to(dtype)
         grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
-        arguments = observer.adapter.arguments(pipe, clean, grid, prompts, t)
+        arguments = adapter.arguments(pipe, clean, grid, prompts, t)
         for _ in range(samples):
             noise = torch.randn(clean.shape, generator=generator).to(clean)
-            arguments["hidden_states"] = (1 - t) * clean + t * noise
+            arguments[adapter.latents_argument] = (1 - t) * clean + t * noise
             with suppress(StopForward):
                 pipe.transformer(**arguments, return_dict=False)
     maps = {space: observer.heatmaps(space=cast(Any, space)) for space in observer.spaces}
@@ -113,11 +117,10 @@ def _uncached(model: Any) -> Iterator[None]:
         model.enable_cache(config)
 
 
-def _pixels(pipe: Any, image: Any) -> Tensor:
+def _pixels(pipe: Any, image: Any, patch: int) -> Tensor:
     """Return pictures as a tensor (batch, 3, height, width) in [-1, 1], scaled to whole patches."""
     from PIL import Image
 
-    patch = 2 * pipe.vae_scale_factor
     if isinstance(image, Image.Image):
         image = [image]
     if isinstance(image, Tensor):

@@ -14,10 +14,29 @@ def check_steps(steps: Selection) -> None:
     Raises:
         ValueError: It is of no known form, or empty.
     """
-    if isinstance(steps, str) and steps != "all":
-        raise ValueError(f"`steps` must be 'all', an index, a slice or indices; got {steps!r}.")
+    if isinstance(steps, str) and steps != "all" and noise_range(steps) is None:
+        raise ValueError(
+            f"`steps` must be 'all', 'noise:LOW-HIGH', an index, a slice or indices; got {steps!r}."
+        )
     if not isinstance(steps, (str, int, float, slice)) and not list(steps):
         raise ValueError("`steps` must select at least one step; got none.")
+
+
+def noise_range(steps: Selection) -> tuple[float, float] | None:
+    """Return the bounds of "noise:LOW-HIGH", or None for a selection of another form.
+
+    Raises:
+        ValueError: They are no numbers in order between 0 and 1.
+    """
+    if not isinstance(steps, str) or not steps.startswith("noise:"):
+        return None
+    try:
+        low, high = map(float, steps.removeprefix("noise:").split("-"))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"`steps` must be like 'noise:0.3-0.7', within 0 to 1; got {steps!r}.")
+    return low, high
 
 
 def resolve_layers(layers: Selection, count: int, default: Sequence[int]) -> tuple[int, ...]:

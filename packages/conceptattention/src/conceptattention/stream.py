@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +17,14 @@ from .concepts import PromptWords
 from .kernels.concept import concept_attention, halved, reference, usable
 from .scores import Normalize, RunningMean, Temperature, heat_map
 
+_logger = logging.getLogger(__name__)
+_logger.addHandler(logging.NullHandler())
 Space = Literal["output", "cross_attention", "prompt_attention", "value", "daam"]
 PROMPT_SPACES = ("prompt_attention", "daam")  # read from the words inside the prompt
 Store = Literal["mean", "layers", "steps", "all"]
 Vector = Literal["concept_output", "image_output", "concept_query", "image_key", "concept_value"]
 Kernels = Literal["auto", "torch", "triton"]
+MANY_BYTES = 10**9  # of kept vectors, from which on a run warns
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Recording:
     temperature: Temperature
     self_attention: bool
     vectors: tuple[Vector, ...]
+    vector_dtype: torch.dtype | None
     kernels: Kernels
 
 
@@ -49,6 +54,7 @@ class Record:
     seen: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     means: dict[tuple[str, int, int], RunningMean] = field(default_factory=dict)
     vectors: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    vector_bytes: int = 0
 
 
 class ConceptStream:
@@ -171,6 +177,7 @@ class ConceptStream:
             }  # fmt: skip
             image = self.adapter.image_side(block, taps, given)
             self.adapter.kernels = triton = self._use_triton(image, concepts.shape[1])
+            self.adapter.heard = taps.get("modulation")
             normed, state = self.adapter.pre(block, concepts, temb)
             q, k, v = self.adapter.qkv(block, normed, given)
             q, out = self._attend(q, k, v, image, triton)
@@ -269,7 +276,19 @@ class ConceptStream:
         }  # fmt: skip
         for name in self.recording.vectors:
             vector = image.rotated if name == "image_key" else known[name]
-            self.record.vectors[name, layer, self.step] = vector.detach().clone()
+            dtype = self.recording.vector_dtype or vector.dtype
+            self._keep((name, layer, self.step), vector.detach().to(dtype, copy=True))
+
+    def _keep(self, key: tuple[str, int, int], vector: Tensor) -> None:
+        record, before = self.record, self.record.vector_bytes
+        record.vectors[key] = vector
+        record.vector_bytes += vector.nbytes
+        if before <= MANY_BYTES < record.vector_bytes:
+            _logger.warning(
+                "kept vectors take more than %.0f GB of %s after step %d, layer %d; choose fewer "
+                "`layers` or `steps`, or a narrower `vector_dtype`",
+                MANY_BYTES / 1e9, vector.device, self.step, key[1],
+            )  # fmt: skip
 
     def _use_triton(self, image: ImageSide, concepts: int) -> bool:
         """Return whether the kernels run; "auto" means on CUDA wherever they can.

@@ -93,6 +93,13 @@ class Family:
 
     def run(self, pipe: Any, guided: bool = False, batch: int = 2, **kwargs: Any) -> Tensor:
         """Return the latents of a short run."""
+        out = pipe(**self.arguments(pipe, guided, batch, **kwargs))
+        return out.frames if hasattr(out, "frames") else out.images  # type: ignore[no-any-return]
+
+    def arguments(
+        self, pipe: Any, guided: bool = False, batch: int = 2, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the arguments of a short run."""
         dtype = pipe.transformer.dtype
         texts: dict[str, Any] = dict(self.texts(batch, dtype))
         if guided or self.guider:
@@ -102,12 +109,10 @@ class Family:
         if self.encoder:
             guidance = {k: v for k, v in texts.items() if "embeds" not in k}
             texts = {"prompt": ["a cat", "a tree"][:batch], **guidance}
-        arguments = {
+        return {
             "height": 32, "width": 48, "num_inference_steps": 2, "output_type": "latent",
             "generator": torch.Generator().manual_seed(0), **texts, **self.call, **kwargs,
         }  # fmt: skip
-        out = pipe(**arguments)
-        return out.frames if hasattr(out, "frames") else out.images  # type: ignore[no-any-return]
 
 
 FAMILIES = {

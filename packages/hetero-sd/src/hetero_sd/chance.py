@@ -29,6 +29,11 @@ class Chance:
         coins = torch.rand(count, generator=self._generator, device=where, dtype=like.dtype)
         return coins.to(like.device)
 
+    def key(self) -> int:
+        """Return a number of 62 bits for noise that is made from a counter."""
+        device = self._generator.device if self._generator is not None else None
+        return int(torch.randint(1 << 62, (), generator=self._generator, device=device))
+
     def fill(self, noise: Tensor, kind: str) -> None:
         """Fill a tensor with noise, in place and without waiting for its device.
 

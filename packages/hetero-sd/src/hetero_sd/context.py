@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from ._bytes import ByteEncoder, unfinished_tail
-from .chance import Chance
-from .processors import Processors
 from .runners import Chooser, Runner
 from .vocab import VocabMap
 
@@ -222,30 +220,6 @@ class DrafterMemory:
                 if len(written[row]) < rooms[row] and token not in ends:
                     feeds[row] = [token]
         return written
-
-    def draws(self, process: Processors, chance: Chance) -> bool:
-        """Return whether `draw` can draw these laws."""
-        runner = self._runner
-        if not isinstance(runner, Chooser) or not process.by_score:
-            return False
-        return chance.serves(runner.device)
-
-    def draw(
-        self,
-        feeds: Sequence[Sequence[int]],
-        rooms: Sequence[int],
-        among: Tensor,
-        process: Processors,
-        chance: Chance,
-        steps: int = 0,
-    ) -> tuple[list[list[int]], Tensor]:
-        """Return ids drawn one after another behind each feed; see `Chooser.draw`."""
-        assert isinstance(self._runner, Chooser)
-        places, laws = self._runner.draw(feeds, rooms, among, process, chance, steps)
-        ids = among.tolist()
-        for held, feed, drawn in zip(self._held, feeds, places, strict=True):
-            held += [*feed, *[ids[place] for place in drawn[:-1]]]
-        return places, laws
 
     def note(self, feeds: Sequence[Sequence[int]]) -> None:
         """Take note of ids that were fed to the drafter without this object."""

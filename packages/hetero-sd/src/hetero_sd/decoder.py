@@ -25,7 +25,7 @@ from .checks import (
 from .context import Context, DrafterContext, DrafterMemory, SameContext
 from .control import LADDER, METHODS, Arm, Bandit, Fixed
 from .devices import input_device
-from .drafting import Method
+from .drafting import Method, Table
 from .generation import Generation, run_all, sequences_of, whole_tokens
 from .graphs import MARGIN, GraphRunner
 from .llama import why_not_llama
@@ -201,6 +201,16 @@ class HeteroSpeculativeDecoder:
             "slrs-plain": lambda: self._spelled,
         }
         return makers[name]()
+
+    def _tables(self) -> dict[str, Table]:
+        """Return what a device needs to draft by itself, for the methods that are in use."""
+        tables: dict[str, Table] = {}
+        names = {*self._methods_to_try(True), *self._methods_to_try(False)}
+        for name in sorted(names & {"standard", "tli"}):
+            tables[name] = self._shared.table(self._sizes[0])
+        if "slrs" in names:
+            tables["slrs"] = self._runs.table(self._sizes[0])
+        return tables
 
     def _methods_to_try(self, greedy: bool) -> list[str]:
         if self.method != "auto":
@@ -432,10 +442,9 @@ class HeteroSpeculativeDecoder:
         whole, at_end = None, None
         if isinstance(target, GraphRunner) and isinstance(drafter, GraphRunner):
             together = target.device == drafter.device
-            if together and request.processors.by_score and request.chance.serves(target.device):
-                whole = self._kept.round(
-                    target, drafter, self._shared, request.processors, self._block
-                )
+            if together and request.processors.by_score:
+                whole = self._kept.round(target, drafter, self._tables, request.processors)
+                whole.begin(request.chance)
 
             def at_end() -> None:
                 if whole is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from torch import Tensor
+
 from .chance import Chance
 from .context import DrafterMemory
 from .drafts import Certain, Draft
@@ -34,6 +36,29 @@ class Situation:
     recent: list[list[int]]
     rooms: list[int]
     lookahead: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a device needs to know to draft target tokens by itself.
+
+    Attributes:
+        head: Rows of the drafter's head to compute; all if missing.
+        among: Of these, the ids whose probabilities add up to each column, padded with −1, shape
+            `(columns, most)`; a column for each if missing.
+        forth: The drafter id that each column goes on with, shape `(columns,)`.
+        runs: Target tokens of each column, padded with −1, shape `(columns, longest)`.
+        column_of: Column of each target id in int32, −1 where it has none, shape `(vocab,)`;
+            missing unless each column is a target id of its own.
+        block: Whether drafts may be judged as blocks.
+    """
+
+    head: Tensor | None
+    among: Tensor | None
+    forth: Tensor
+    runs: Tensor
+    column_of: Tensor | None
+    block: bool
 
 
 @runtime_checkable

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chance import Chance
 from .devices import on
+from .kernels.judge import pick_rules
 from .llama import LlamaBody
-from .processors import Processors
-from .runners import best_of
 
 _logger = logging.getLogger(__name__)
 WIDTHS = (1, 2, 4, 6, 8, 12, 16)  # Tokens of a row in one graph, where a graph is for any number.
@@ -42,6 +40,34 @@ def pinned(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
+class Answer:
+    """Where the result of a round is read, once it is there.
+
+    Args:
+        rows: Rows of the result.
+        numbers: Numbers of each.
+        device: Where it comes from.
+    """
+
+    def __init__(self, rows: int, numbers: int, device: torch.device) -> None:
+        self._numbers = pinned(torch.zeros(rows, numbers, dtype=torch.long), device)
+        self._device = device
+        self._done = torch.cuda.Event() if device.type == "cuda" else None
+
+    def ask(self, result: Tensor) -> None:
+        """Have the result copied when it is there."""
+        self._numbers.copy_(result, non_blocking=True)
+        if self._done is not None:
+            self._done.record(torch.cuda.current_stream(self._device))
+
+    def read(self) -> list[list[int]]:
+        """Wait for the result and return it."""
+        if self._done is not None:
+            self._done.synchronize()
+        numbers: list[list[int]] = self._numbers.tolist()
+        return numbers
+
+
 class GraphRunner:
     """Runs a Llama-shaped model on a CUDA device, a few tokens at a time by graphs.
 
@@ -66,9 +92,15 @@ class GraphRunner:
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.setup_seconds = 0.0
         self._given = torch.zeros(2, rows, WIDTHS[-1], dtype=torch.long, device=self.device)
-        self._last = torch.zeros(rows, dtype=torch.long, device=self.device)
+        # Of a draft: what the host says of each row, as `go_on` takes it, and the ids written.
+        self._said = torch.zeros(rows, 2 + WIDTHS[-1], dtype=torch.long, device=self.device)
+        self._host = pinned(torch.ones(self._said.shape, dtype=torch.long), self.device)
+        self._lines = self._host.numpy()
+        self._written = torch.zeros(WIDTHS[-1], rows, dtype=torch.long, device=self.device)
+        self._answer = Answer(WIDTHS[-1], rows, self.device)
+        self._rules = pick_rules(self.device)
+        self._ids = torch.arange(len(body.head.weight), device=self.device)
         self._graphs: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
-        self._drawing: dict[tuple[Any, ...], Tensor] = {}  # Laws of drawn ids, and noise for them.
         self.reset()
 
     def reset(self) -> None:
@@ -139,18 +171,23 @@ class GraphRunner:
         self.lengths = [n + len(feed) for n, feed in zip(self.lengths, feeds, strict=True)]
         return logits
 
-    def choose(self, feeds: Sequence[Sequence[int]], keep: Sequence[int]) -> list[list[int]]:
-        """See `Chooser`."""
-        width = max(map(len, feeds))
-        if not 0 < width <= WIDTHS[-1]:
-            return best_of(self.extend(feeds, keep))
-        given = self._padded(feeds, next(w for w in WIDTHS if w >= width))
-        best = self._replay(given, best=True).tolist()
-        self.lengths = [n + len(feed) for n, feed in zip(self.lengths, feeds, strict=True)]
-        return [
-            best[slot][len(feed) - k : len(feed)]
-            for slot, feed, k in zip(self.slots, feeds, keep, strict=True)
-        ]
+    def go_on(self, said: Tensor, steps: int, choose: Callable[[int, Tensor], Tensor]) -> None:
+        """Feed ids, and behind them ids that are chosen one by one; all but the last are fed too.
+
+        Args:
+            said: Ids in the cache, ids fed, 1 or more, and these ids of each row, padded.
+            steps: Ids to choose.
+            choose: Given the step and the last hidden state of each row, returns an id for each.
+        """
+        start, length, ids = said[:, :1], said[:, 1:2], said[:, 2:]
+        width, end = ids.shape[1], self.capacity - 1
+        states = self.forward(ids, (start + torch.arange(width, device=said.device)).clamp(max=end))
+        line = torch.arange(self.rows, device=said.device)
+        state = states[line, (length[:, 0] - 1).clamp(max=width - 1)]
+        chosen = choose(0, state)
+        for step in range(1, steps):
+            place = (start + length + step - 1).clamp(max=end)
+            chosen = choose(step, self.forward(chosen[:, None], place)[:, 0])
 
     def write(
         self,
@@ -160,50 +197,20 @@ class GraphRunner:
         steps: int = 0,
     ) -> list[list[int]]:
         """See `Chooser`."""
-        return self._write(feeds, counts, among, steps, None)
-
-    def draw(
-        self,
-        feeds: Sequence[Sequence[int]],
-        counts: Sequence[int],
-        among: Tensor,
-        process: Processors,
-        chance: Chance,
-        steps: int = 0,
-    ) -> tuple[list[list[int]], Tensor]:
-        """See `Chooser`."""
-        key, steps = ("laws", among.data_ptr()), max(steps, *counts)
-        if key not in self._drawing:
-            wide = torch.promote_types(self.body.weight.dtype, torch.float32)
-            shape = 2, self.rows, WIDTHS[-1], len(among)
-            self._drawing[key] = torch.ones(shape, dtype=wide, device=self.device)
-        laws, noise = self._drawing[key]
-        chance.fill(noise[:, :steps], "exponential")
-        places = self._write(feeds, counts, among, steps, process)
-        lines = torch.tensor(self.slots).to(self.device)
-        return places, laws[lines, :steps]
-
-    def _write(
-        self,
-        feeds: Sequence[Sequence[int]],
-        counts: Sequence[int],
-        among: Tensor | None,
-        steps: int,
-        process: Processors | None,
-    ) -> list[list[int]]:
         if max(map(len, feeds)) > WIDTHS[-1]:  # A prompt: all but its end in one pass.
             self.extend([feed[:-1] for feed in feeds], [0] * len(feeds))
             feeds = [feed[-1:] for feed in feeds]
         counts = [count if feed else 0 for count, feed in zip(counts, feeds, strict=True)]
-        given = self._padded(feeds, next(w for w in DRAFT_WIDTHS if w >= max(map(len, feeds))))
-        last = torch.zeros(self.rows, dtype=torch.long)
-        for slot, feed in zip(self.slots, feeds, strict=True):
-            last[slot] = max(len(feed), 1) - 1
-        self._last.copy_(pinned(last, self.device), non_blocking=True)
-        written = self._replay_draft(given, max(steps, *counts), among, process).tolist()
+        self._check(max(map(len, feeds)))
+        for slot, feed, length in zip(self.slots, feeds, self.lengths, strict=True):
+            self._lines[slot, :2] = length, max(len(feed), 1)
+            self._lines[slot, 2 : 2 + len(feed)] = feed
+        width = next(w for w in DRAFT_WIDTHS if w >= max(map(len, feeds)))
+        written = self._replay_draft(width, max(steps, *counts), among)
         for row, (feed, count) in enumerate(zip(feeds, counts, strict=True)):
             self.lengths[row] += len(feed) + max(count - 1, 0)
-        return [written[slot][:count] for slot, count in zip(self.slots, counts, strict=True)]
+        columns = list(zip(*written, strict=True))
+        return [list(columns[slot][:count]) for slot, count in zip(self.slots, counts, strict=True)]
 
     def _padded(self, feeds: Sequence[Sequence[int]], width: int) -> Tensor:
         """Return ids and places of all slots, shape `(2, rows, width)`."""
@@ -221,52 +228,42 @@ class GraphRunner:
                 f"the cache has room for {self.capacity} ids; {max(self.lengths) + width} are more."
             )
 
-    def _replay(self, given: Tensor, head: Tensor | None = None, best: bool = False) -> Tensor:
-        """Return the logits of ids and places, or the likeliest ids, by a graph."""
+    def _replay(self, given: Tensor, head: Tensor | None = None) -> Tensor:
+        """Return the logits of ids and places by a graph."""
 
         def run(ids: Tensor, places: Tensor) -> Tensor:
             states = self.forward(ids, places)
             logits = self.body.logits(states.reshape(-1, states.shape[-1]), head)
-            if best:
-                chosen = torch.where(logits.isnan().any(dim=1), -1, logits.argmax(dim=1))
-                return chosen.view(self.rows, -1)
             return logits.reshape(self.rows, ids.shape[1], -1)
 
-        kind = "best" if best else "logits", 0 if head is None else head.data_ptr()
+        kind = "logits", 0 if head is None else head.data_ptr()
         return self._result(kind, given, WIDTHS, run)
 
-    def _replay_draft(
-        self, given: Tensor, steps: int, among: Tensor | None, process: Processors | None
-    ) -> Tensor:
-        """Return the ids after each row's last, or where drawn their places, by a graph.
+    def _replay_draft(self, width: int, steps: int, among: Tensor | None) -> list[list[int]]:
+        """Return the ids after each row's last by a graph, step by step."""
+        kind = "draft", steps, 0 if among is None else among.data_ptr()
+        with on(self.device):
+            self._said.copy_(self._host, non_blocking=True)
+            if (kind, width) not in self._graphs:  # All widths at once, none in a later text.
+                for other in DRAFT_WIDTHS if self.device.type == "cuda" else (width,):
+                    self._graphs[kind, other] = self.capture(
+                        lambda other=other: self._run_draft(other, steps, among)  # type: ignore
+                    )
+            self._graphs[kind, width][0].replay()
+            self._answer.ask(self._written)
+        return self._answer.read()[:steps]
 
-        The shape is `(rows, steps)`.
-        """
-        chosen_from = 0 if among is None else among.data_ptr()
-        laws, noise = self._drawing.get(("laws", chosen_from), (None, None))
+    def _run_draft(self, width: int, steps: int, among: Tensor | None) -> None:
+        columns = torch.empty(self.rows, dtype=torch.long, device=self.device)
+        parts = None if among is None else among[:, None]
 
-        def run(ids: Tensor, places: Tensor) -> Tensor:
-            line = torch.arange(self.rows, device=self.device)
-            states = self.forward(ids, places)
-            last = self._last.clamp(max=ids.shape[1] - 1)  # More only while others are captured.
-            state, place = states[line, last], places[line, last]
-            written: list[Tensor] = []
-            for step in range(steps):
-                if step:
-                    place = (place + 1).clamp(max=self.capacity - 1)
-                    before = written[-1] if among is None else among[written[-1]]
-                    state = self.forward(before[:, None], place[:, None])[:, 0]
-                logits = self.body.logits(state)
-                logits = logits if among is None else logits[:, among]
-                if process is not None and laws is not None and noise is not None:
-                    laws[:, step] = process.scores_only(logits).softmax(dim=1)
-                    logits = laws[:, step] / noise[:, step]
-                written.append(logits.argmax(dim=1))
-            out = torch.stack(written, dim=1)
-            return out if among is None or process is not None else among[out]
+        def choose(step: int, state: Tensor) -> Tensor:
+            logits = self.body.raw_logits(state)
+            forth = self._ids[: logits.shape[1]] if among is None else among
+            self._rules.pick(logits, parts, forth, columns, self._written[step])
+            return self._written[step]
 
-        kind = "draft", steps, chosen_from, process and process.key
-        return self._result(kind, given, DRAFT_WIDTHS, run)
+        self.go_on(self._said[:, : 2 + width], steps, choose)
 
     def _result(
         self,

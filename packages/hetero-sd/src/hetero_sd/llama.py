@@ -179,14 +179,19 @@ class LlamaBody:
             states: Hidden states, as `__call__` returns them.
             head: Rows of the head to compute; all if missing.
         """
+        out = self.raw_logits(states, head)
+        return out.to(_at_least_float32(out.dtype))
+
+    def raw_logits(
+        self, states: Float[Tensor, "tokens hidden"], head: Tensor | None = None
+    ) -> Float[Tensor, "tokens kept"]:
+        """Return the same in the type of the weights, for kernels that widen them."""
         if head is None:
             head, bias = self.head.weight, self.head.bias
         else:
             bias = None
         out = self.steps.linear(states, head)
-        if bias is not None:
-            out = out + bias
-        return out.to(_at_least_float32(out.dtype))
+        return out if bias is None else out + bias
 
 
 def _norm(module: Any) -> tuple[Tensor, float]:

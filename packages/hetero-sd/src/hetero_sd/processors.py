@@ -24,6 +24,7 @@ _BY_SCORE = frozenset(
         "TypicalLogitsWarper",
     }
 )
+_SOFTER = "TemperatureLogitsWarper"
 _STATEFUL = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
     "SynthIDTextWatermarkLogitsProcessor": "watermarking_config",
@@ -64,6 +65,17 @@ class Processors:
     def empty(self) -> bool:
         """Whether nothing is done."""
         return not self._chain
+
+    @property
+    def temperature(self) -> float | None:
+        """The temperature where nothing else is done, 1 where nothing is; None else."""
+        if not self._chain:
+            return 1.0
+        if [type(p).__name__ for p, kind in self._chain if kind == "score"] == [_SOFTER] and (
+            len(self._chain) == 1
+        ):
+            return float(self._chain[0][0].temperature)
+        return None
 
     @property
     def key(self) -> str:

@@ -249,16 +249,16 @@ class Rounds:
 
     def _chainable(self) -> bool:
         """Return whether a plain round may begin before the result of the last one is known."""
-        return (
-            self._whole is not None
-            and self._fits(PLAIN)
-            and any(self._room(row) > 0 for row in self.rows)
-        )
+        return self._fits(PLAIN) and any(self._room(row) > 0 for row in self.rows)
 
     def _round(self, arm: Arm, ahead: bool = False) -> list[tuple[Row, list[int]]]:
         name = f"{arm.method} {arm.lookahead}"
         self.stats.arms[name] = self.stats.arms.get(name, 0) + 1
-        if self._whole is not None and self._fits(arm):
+        if self._whole is not None and arm.lookahead and not self._in_step():
+            with self._timed("verify"):  # All of a prompt but its end, so that the device does
+                held = zip(self.rows, self._target.lengths, strict=True)  # the round as a whole.
+                self._target.extend([row.ids[n:-1] for row, n in held], [0 for _ in self.rows])
+        if self._fits(arm):
             new = self._play(arm, ahead)
         else:
             drafts: list[Draft] = [Certain() for _ in self.rows]
@@ -282,20 +282,25 @@ class Rounds:
         return own + self._memory.setup_seconds
 
     def _fits(self, arm: Arm) -> bool:
-        if arm.method not in ("plain", "tli", "standard") or arm.lookahead >= WIDEST:
+        """Return whether the device can play a round of an arm by itself."""
+        if self._whole is None or arm.lookahead >= WIDEST:
             return False
+        return (arm == PLAIN or arm.method in self._whole.methods) and self._in_step()
+
+    def _in_step(self) -> bool:
+        """Return whether the target has seen all of every row but its last id."""
         pairs = zip(self.rows, self._target.lengths, strict=True)
         return all(len(row.ids) == length + 1 for row, length in pairs)
 
     def _play(self, arm: Arm, ahead: bool) -> list[list[int]]:
         """Do a round as a whole, and begin the next one if that is plain too."""
-        request, memory = self._request, self._memory
+        memory = self._memory
         assert self._whole is not None
         rooms = [0 for _ in self.rows]
         feeds: list[list[int]] = [[] for _ in self.rows]
         if arm.lookahead:
             self._tell()
-            rooms = [min(self._room(row), arm.lookahead) for row in self.rows]
+            rooms = [min(self._room(row), WIDEST - 1) for row in self.rows]
             with self._timed("text"):
                 feeds = memory.missing([arm.lookahead if room else 0 for room in rooms])
             rooms = [room if feed else 0 for room, feed in zip(rooms, feeds, strict=True)]
@@ -303,7 +308,7 @@ class Rounds:
             pending = [row.ids[-1] for row in self.rows]
             lookahead = arm.lookahead if any(feeds) else 0
             try:
-                done = self._whole.play(pending, feeds, rooms, lookahead, request.chance, ahead)
+                done = self._whole.play(arm.method, pending, feeds, rooms, lookahead, ahead)
             except RuntimeError as error:
                 _logger.debug("no CUDA graphs: %s", error)
                 self._whole = None
@@ -359,23 +364,38 @@ class Rounds:
     def _verify(self, drafts: list[Draft]) -> list[list[int]]:
         """Run the target over the proposals and return the tokens that it settles."""
         with self._timed("verify"):
+            if (settled := self._judge(drafts)) is not None:
+                return self._take(drafts, settled)
             feeds = [
                 row.ids[held:] + draft.tokens
                 for row, held, draft in zip(self.rows, self._target.lengths, drafts, strict=True)
             ]
             keeps = [len(draft.tokens) + 1 for draft in drafts]
-            process = self._request.processors
-            if process.greedy and process.empty and isinstance(self._target, Chooser):
-                settled = _agree(self._target.choose(feeds, keeps), drafts)
-            else:
-                settled = self._settle(self._target.extend(feeds, keeps), drafts)
-            new: list[list[int]] = []
-            keep: list[int] = []
-            for row, draft, (accepted, following) in zip(self.rows, drafts, settled, strict=True):
-                self.stats.count(len(draft.tokens), accepted)
-                keep.append(len(row.ids) + accepted)
-                new.append(self._append(row, [*draft.tokens[:accepted], following]))
+            settled = self._settle(self._target.extend(feeds, keeps), drafts)
+            kept = zip(self.rows, settled, strict=True)
+            keep = [len(row.ids) + accepted for row, (accepted, _) in kept]
+            new = self._take(drafts, settled)
             self._target.crop(keep)
+        return new
+
+    def _judge(self, drafts: list[Draft]) -> list[tuple[int, int]] | None:
+        """Return how many proposals are accepted, and the next token, as the device judges them.
+
+        None where it cannot.
+        """
+        if self._whole is None or not self._in_step():
+            return None
+        if not all(isinstance(draft, Certain) and len(draft.tokens) < WIDEST for draft in drafts):
+            return None
+        pending = [row.ids[-1] for row in self.rows]
+        return self._whole.judge(pending, [draft.tokens for draft in drafts])
+
+    def _take(self, drafts: Sequence[Draft], settled: Sequence[tuple[int, int]]) -> list[list[int]]:
+        """Append what was settled to the rows, and return it."""
+        new: list[list[int]] = []
+        for row, draft, (accepted, following) in zip(self.rows, drafts, settled, strict=True):
+            self.stats.count(len(draft.tokens), accepted)
+            new.append(self._append(row, [*draft.tokens[:accepted], following]))
         return new
 
     def _settle(self, logits: list[Tensor], drafts: list[Draft]) -> list[tuple[int, int]]:

@@ -11,9 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .chance import Chance
 from .devices import input_device
-from .processors import Processors
 
 _logger = logging.getLogger(__name__)
 
@@ -61,10 +59,6 @@ class Chooser(Protocol):
 
     device: torch.device
 
-    def choose(self, feeds: Sequence[Sequence[int]], keep: Sequence[int]) -> list[list[int]]:
-        """Feed ids and return the likeliest id after each of a row's last few; see `best_of`."""
-        ...
-
     def write(
         self,
         feeds: Sequence[Sequence[int]],
@@ -79,31 +73,6 @@ class Chooser(Protocol):
             counts: How many ids to write in each row that is fed.
             among: Ids to choose from; all if missing.
             steps: How many ids are usually written, so that few graphs serve.
-        """
-        ...
-
-    def draw(
-        self,
-        feeds: Sequence[Sequence[int]],
-        counts: Sequence[int],
-        among: Tensor,
-        process: Processors,
-        chance: Chance,
-        steps: int = 0,
-    ) -> tuple[list[list[int]], Tensor]:
-        """Do as `write` does, but draw each id from its law.
-
-        Args:
-            feeds: As for `write`.
-            counts: As for `write`.
-            among: Ids to choose from.
-            process: What is done to their logits; all by scores alone.
-            chance: Source of noise; it must serve the device.
-            steps: As for `write`.
-
-        Returns:
-            The place of each id in `among`, and the laws, of shape `(rows, steps, among)`, which
-            the next draft overwrites.
         """
         ...
 

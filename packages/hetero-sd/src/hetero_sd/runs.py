@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .acceptance import Choice
-from .drafting import Situation, nothing
+from .drafting import Situation, Table, nothing
 from .drafts import Certain, Draft, Runs
 from .texts import Text
 from .vocab import VocabMap
@@ -54,6 +54,12 @@ class TokenRuns:
         self._run_of = [runs[index] for index in usable]
         self._usable = usable
         self._place = {index: place for place, index in enumerate(usable)}
+        self._all = len(usable) == drafter_size
+
+    def table(self, _: int) -> Table:
+        """Return what a graph needs to draft by itself."""
+        among = None if self._all else self.usable[:, None]
+        return Table(None, among, self.usable, self.runs, None, False)
 
     def draft(self, now: Situation) -> tuple[list[Draft], int]:
         """See `Method`."""
@@ -80,16 +86,6 @@ class TokenRuns:
 
         drafted = 0
         active = [row for row, feed in enumerate(feeds) if feed]
-        if active and now.memory.draws(now.processors, now.chance):
-            drawn, laws = now.memory.draw(
-                feeds, rooms, self.usable, now.processors, now.chance, now.lookahead
-            )
-            drafted = sum(map(len, drawn))
-            for row, places in enumerate(drawn):
-                for step, place in enumerate(places):
-                    if not take(row, laws[row, step], place):
-                        break
-            active = []
         while active:
             said = now.memory.feed(feeds)
             logits = torch.cat([said[row] for row in active])[:, self.usable]

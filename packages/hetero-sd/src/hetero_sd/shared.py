@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .devices import is_spread
-from .drafting import Situation, nothing
+from .drafting import Situation, Table, nothing
 from .drafts import Certain, Draft, Drawn
 from .vocab import VocabMap
 
@@ -57,13 +57,21 @@ class SharedTokens:
         whole = torch.arange(len(weight), device=weight.device)
         self.head = weight if torch.equal(self.keep, whole) else weight[self.keep]
 
-    def forth(self, token: int) -> int:
-        """Return the drafter id to go on with after a target token that was drafted."""
-        return self._forth[token]
-
-    def forth_of_columns(self) -> Tensor:
-        """Return the same for each column of the law, shape `(kept,)`."""
-        return torch.tensor([self._forth[token] for token in self.kept_target.tolist()])
+    def table(self, vocab: int) -> Table:
+        """Return what a graph needs to draft by itself, for a target's head of so many rows."""
+        device, kept = self.kept_target.device, self.kept_target
+        forth = torch.tensor([self._forth[token] for token in kept.tolist()], device=device)
+        column_of = torch.full((vocab,), -1, dtype=torch.int32, device=device)
+        column_of[kept] = torch.arange(len(kept), dtype=torch.int32, device=device)
+        among = None if self.head is not None else self.keep[:, None]
+        if self.column is not None:
+            ids: list[list[int]] = [[] for _ in kept]
+            names = range(len(self.keep)) if self.head is not None else self.keep.tolist()
+            for name, column in zip(names, self.column.tolist(), strict=True):
+                ids[column].append(name)
+            most = max(map(len, ids))
+            among = torch.tensor([i + [-1] * (most - len(i)) for i in ids], device=device)
+        return Table(self.head, among, forth, kept[:, None].contiguous(), column_of, self._block)
 
     def shared_logits(self, logits: Tensor) -> Tensor:
         """Return logits over `kept_target` out of what the drafter gave, shape `(rows, kept)`."""

@@ -2,49 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .acceptance import settle
 from .chance import Chance
 from .devices import on
-from .graphs import DRAFT_WIDTHS, WIDTHS, GraphRunner, pinned
+from .drafting import Table
+from .graphs import DRAFT_WIDTHS, WIDTHS, Answer, GraphRunner, pinned
+from .kernels.judge import COLUMNS, DENSE, Law, pick_rules
+from .kernels.judge.reference import combine
 from .processors import Processors
-from .shared import SharedTokens
 
-_IDLE = [*[0] * (WIDTHS[-1] + 1), 1, 0, 0, 0]  # What a round says of a row that has ended.
-
-
-class _Answer:
-    """Where the result of a round is read, once it is there.
-
-    Args:
-        rows: Rows of the result.
-        numbers: Numbers of each.
-        device: Where it comes from.
-    """
-
-    def __init__(self, rows: int, numbers: int, device: torch.device) -> None:
-        self._numbers = pinned(torch.zeros(rows, numbers, dtype=torch.long), device)
-        self._device = device
-        self._done = torch.cuda.Event() if device.type == "cuda" else None
-
-    def ask(self, result: Tensor) -> None:
-        """Have the result copied when it is there."""
-        self._numbers.copy_(result, non_blocking=True)
-        if self._done is not None:
-            self._done.record(torch.cuda.current_stream(self._device))
-
-    def read(self) -> list[list[int]]:
-        """Wait for the result and return it."""
-        if self._done is not None:
-            self._done.synchronize()
-        numbers: list[list[int]] = self._numbers.tolist()
-        return numbers
+MOST = WIDTHS[-1] - 1  # Proposals of a row.
+_ROW = 3 + MOST  # Of what the host says of a row: the target's length, its one id, the limit.
+_TOLD = _ROW + 3  # The host's proposals.
+_SAID = _TOLD + MOST
+_IDLE = np.array([0, 1] + [0] * (_SAID - 2))  # What it says of a row that has ended.
 
 
 @dataclass(frozen=True)
@@ -65,223 +43,271 @@ class Settled:
 
 
 class GraphRound:
-    """A round of TLI, or of plain decoding, as two graphs and one wait.
+    """Rounds on one device: drafts, verification and judgement as graphs, with one wait.
 
-    One graph drafts, one runs the target and judges; draws are made from noise that is put in
-    before, so that any generator serves. Of plain rounds that follow each other, each begins before
-    the result of the last one is read.
+    Of plain rounds that follow each other, each begins before the result of the last one is read.
+    Noise is made on the device from a key and the number of the round; see `kernels.judge`.
 
     Args:
         target: Runner of the target.
         drafter: Runner of the drafter, on the same device.
-        method: The shared tokens.
+        tables: What each method that a device can draft by itself drafts among.
         processors: What is done to the target's logits; all by scores alone.
-        block: Whether drafts are judged as blocks.
     """
 
     def __init__(
         self,
         target: GraphRunner,
         drafter: GraphRunner,
-        method: SharedTokens,
+        tables: Mapping[str, Table],
         processors: Processors,
-        block: bool,
     ) -> None:
-        self._target, self._drafter = target, drafter
-        self._method, self._process, self._block = method, processors, block
+        self._target, self._drafter, self._tables = target, drafter, tables
+        self._process, self._rules = processors, pick_rules(target.device)
         rows, device = target.rows, target.device
-        most = WIDTHS[-1]
-        kept = len(method.kept_target)
-        vocab = len(target.body.head.weight)
-        # All that the host says in a round, in one copy: fed ids, and numbers of each row.
-        self._said = torch.zeros(rows, most + 5, dtype=torch.long, device=device)
-        self._host = pinned(torch.zeros(rows, most + 5, dtype=torch.long), device)
-        self._result = torch.zeros(rows, most + 2, dtype=torch.long, device=device)
-        self._answers = [_Answer(rows, most + 2, device) for _ in range(2)]
-        self._flying: _Answer | None = None  # Of a plain round that was begun ahead.
-        self._columns = torch.zeros(rows, most, dtype=torch.long, device=device)
-        wide = torch.promote_types(target.body.weight.dtype, torch.float32)
 
-        def number(*shape: int) -> Tensor:
-            return torch.ones(shape, dtype=wide, device=device)
+        def whole(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.long, device=device)
 
-        drawn = 0 if processors.greedy else rows
-        self._laws, self._draft_noise = number(drawn, most, kept), number(drawn, most, kept)
-        self._coins, self._noise = number(drawn, most), number(drawn, vocab)
-        self._forth = method.forth_of_columns().to(device)
-        self._draft_graphs: dict[tuple[int, int], Any] = {}
-        self._verify_graphs: dict[int, Any] = {}
+        # All that the host says in a round, in one copy.
+        self._said = whole(rows, _SAID)
+        self._host = pinned(torch.zeros(rows, _SAID, dtype=torch.long), device)
+        self._lines = self._host.numpy()
+        # All that it is told: accepted, the next token, proposals, and what was drafted.
+        self._result = whole(rows, 3 + 2 * MOST)
+        self._tokens = self._result[:, 3 : 3 + MOST]
+        self._columns = self._result[:, 3 + MOST :]
+        self._answers = [Answer(rows, self._result.shape[1], device) for _ in range(2)]
+        self._flying: Answer | None = None  # Of a plain round that was begun ahead.
+        self._next, self._origin, self._state = whole(rows), whole(rows, MOST), whole(2)
+        self._certain = Law.certain(device)
+        self._scores: dict[str, tuple[Tensor, Tensor]] = {}
+        self._forth = {name: table.forth.tolist() for name, table in tables.items()}
+        self._draft_graphs: dict[tuple[str, int, int], Any] = {}
+        self._verify_graphs: dict[tuple[str, int], Any] = {}
+
+    @property
+    def methods(self) -> Collection[str]:
+        """What can be played without the host."""
+        return self._tables.keys()
+
+    def begin(self, chance: Chance) -> None:
+        """Take the key of a generation's noise from its source of randomness."""
+        self._flying = None
+        if not self._process.greedy:
+            self._state.copy_(torch.tensor([chance.key(), 0]))
+
+    def land(self) -> None:
+        """Forget a round that was begun ahead."""
+        self._flying = None
 
     def play(
         self,
+        method: str,
         pending: Sequence[int],
         feeds: Sequence[Sequence[int]],
         limits: Sequence[int],
         lookahead: int,
-        chance: Chance,
         ahead: bool = False,
     ) -> Settled:
         """Draft, verify and wait for the result.
 
         Args:
+            method: How to draft.
             pending: The one id of each row that the target has not seen.
             feeds: Ids that the drafter has not seen; none where nothing is drafted.
             limits: How many proposals of each row count; 0 where nothing is drafted.
-            lookahead: Proposals to draft, 0 to 15.
-            chance: Source of noise.
+            lookahead: Drafter tokens to draft, 0 to 15.
             ahead: Whether the next round will be plain too, as this one is: it begins before the
                 result of this one is read, which the device goes on from by itself.
         """
         with on(self._target.device):
             if lookahead or self._flying is None:
-                self._say(pending, feeds, limits, lookahead, chance)
-                flying = self._fly(lookahead, chance)
+                self._say(pending, feeds, limits)
+                if lookahead:
+                    width = min(max(map(len, feeds)), MOST + 1)
+                    self._draft(method, next(w for w in DRAFT_WIDTHS if w >= width), lookahead)
+                flying = self._fly(method if lookahead else "plain", lookahead)
             else:
                 flying = self._flying
-            self._flying = self._fly(0, chance) if ahead and not lookahead else None
-        return self._settled(flying.read(), feeds, limits, lookahead)
+            self._flying = self._fly("plain", 0) if ahead and not lookahead else None
+        return self._settled(flying.read(), method, feeds, lookahead)
 
-    def land(self) -> None:
-        """Forget a round that was begun ahead."""
-        self._flying = None
+    def judge(
+        self, pending: Sequence[int], proposals: Sequence[Sequence[int]]
+    ) -> list[tuple[int, int]]:
+        """Verify proposals that were certain; return how many are accepted, and the next token.
+
+        Args:
+            pending: As for `play`.
+            proposals: Target ids of each row, at most 15.
+        """
+        width = max(map(len, proposals))
+        count = next(w for w in WIDTHS if w > width) - 1
+        with on(self._target.device):
+            self._say(pending, [[] for _ in pending], list(map(len, proposals)), proposals)
+            flying = self._fly("told" if count else "plain", count)
+        answer = flying.read()
+        return [self._verdict(answer[slot], row) for row, slot in enumerate(self._target.slots)]
 
     def _say(
         self,
         pending: Sequence[int],
         feeds: Sequence[Sequence[int]],
         limits: Sequence[int],
-        lookahead: int,
-        chance: Chance,
+        proposals: Sequence[Sequence[int]] = (),
     ) -> None:
-        """Tell the device what it needs to know of a round, and draft."""
-        target, drafter, most = self._target, self._drafter, WIDTHS[-1]
-        if lookahead and max(map(len, feeds)) > most:  # A prompt: all but its end in one pass.
+        """Tell the device what it needs to know of a round."""
+        target, drafter, lines = self._target, self._drafter, self._lines
+        if max(map(len, feeds)) > MOST + 1:  # A prompt: all but its end in one pass.
             drafter.extend([feed[:-1] for feed in feeds], [0] * len(feeds))
             feeds = [feed[-1:] for feed in feeds]
-        lines = [_IDLE] * target.rows
+        if len(target.slots) < target.rows:
+            lines[:] = _IDLE
         for row, slot in enumerate(target.slots):
-            feed, held = feeds[row], (drafter.lengths[row], target.lengths[row])
-            numbers = held[0], max(len(feed), 1), held[1], pending[row], limits[row]
-            lines[slot] = [*feed, *[0] * (most - len(feed)), *numbers]
-        self._host.copy_(torch.tensor(lines))
+            feed, line = feeds[row], lines[slot]
+            line[:2] = drafter.lengths[row], max(len(feed), 1)
+            line[2 : 2 + len(feed)] = feed
+            line[_ROW : _ROW + 3] = target.lengths[row], pending[row], limits[row]
+            if proposals:
+                line[_TOLD : _TOLD + len(proposals[row])] = proposals[row]
         self._said.copy_(self._host, non_blocking=True)
-        if lookahead:
-            if not self._process.greedy:
-                chance.fill(self._coins, "uniform")
-                chance.fill(self._draft_noise[:, :lookahead], "exponential")
-            self._draft(next(w for w in DRAFT_WIDTHS if w >= max(map(len, feeds))), lookahead)
 
-    def _fly(self, lookahead: int, chance: Chance) -> _Answer:
+    def _fly(self, method: str, lookahead: int) -> Answer:
         """Begin a verification, and return what its result will be read from."""
-        if not self._process.greedy:
-            chance.fill(self._noise, "exponential")
-        self._verify(lookahead)
+        key = method, lookahead
+        if key not in self._verify_graphs:
+            # Of what the host proposes, all widths are captured at once, and none in a later text.
+            told = method == "told" and self._target.device.type == "cuda"
+            turn = self._state.clone()
+            for count in [w - 1 for w in WIDTHS[1:]] if told else [lookahead]:
+                self._verify_graphs[method, count], _ = self._target.capture(
+                    lambda count=count: self._run_verify(method, count)  # type: ignore[misc]
+                )
+            self._said.copy_(self._host)  # As they were before the passes of the capture.
+            self._state.copy_(turn)
+        self._verify_graphs[key].replay()
         self._answers.reverse()
         self._answers[0].ask(self._result)
         return self._answers[0]
 
+    def _verdict(self, line: list[int], row: int) -> tuple[int, int]:
+        accepted, following = line[:2]
+        if accepted < 0:
+            raise ValueError("`target` gave logits that are no numbers.")
+        self._target.lengths[row] += 1 + accepted
+        return accepted, following
+
     def _settled(
         self,
         answer: list[list[int]],
+        method: str,
         feeds: Sequence[Sequence[int]],
-        limits: Sequence[int],
         lookahead: int,
     ) -> Settled:
-        target, drafter = self._target, self._drafter
+        drafter = self._drafter
         result = Settled([], [], [], [])
-        wide = lookahead and max(map(len, feeds)) > WIDTHS[-1]
-        for row, slot in enumerate(target.slots):
-            accepted, following, *drafted = answer[slot]
-            if accepted < 0:
-                raise ValueError("`target` gave logits that are no numbers.")
-            target.lengths[row] += 1 + accepted
+        wide = lookahead and max(map(len, feeds)) > MOST + 1
+        for row, slot in enumerate(self._target.slots):
+            line = answer[slot]
+            accepted, following = self._verdict(line, row)
             result.accepted.append(accepted)
             result.following.append(following)
-            result.proposed.append(drafted[: limits[row]])
+            result.proposed.append(line[3 : 3 + line[2]])
             held: list[int] = []
             if lookahead and feeds[row]:
-                later = [self._method.forth(token) for token in drafted[: lookahead - 1]]
-                held = [*feeds[row], *later]
-                drafter.lengths[row] += (1 if wide else len(feeds[row])) + len(later)
+                forth = self._forth[method]
+                columns = line[3 + MOST : 2 + MOST + lookahead]
+                held = [*feeds[row], *[forth[column] for column in columns]]
+                drafter.lengths[row] += (1 if wide else len(feeds[row])) + len(columns)
             result.fed.append(held)
         return result
 
-    def _draft(self, width: int, lookahead: int) -> None:
-        key = width, lookahead
+    def _draft(self, method: str, width: int, lookahead: int) -> None:
+        key = method, width, lookahead
         if key not in self._draft_graphs:  # All widths at once, and none in a later text.
             for other in DRAFT_WIDTHS if self._drafter.device.type == "cuda" else (width,):
-                self._draft_graphs[other, lookahead], _ = self._drafter.capture(
-                    lambda other=other: self._run_draft(other, lookahead)  # type: ignore[misc]
+                self._draft_graphs[method, other, lookahead], _ = self._drafter.capture(
+                    lambda other=other: self._run_draft(method, other, lookahead)  # type: ignore
                 )
         self._draft_graphs[key].replay()
 
-    def _run_draft(self, width: int, lookahead: int) -> None:
-        said, most, drafter = self._said, WIDTHS[-1], self._drafter
-        start, length = said[:, most, None], said[:, most + 1, None]
-        end = drafter.capacity - 1
-        steps = torch.arange(width, device=said.device)
-        states = drafter.forward(said[:, :width], (start + steps).clamp(max=end))
-        line = torch.arange(len(said), device=said.device)
-        state = states[line, (length[:, 0] - 1).clamp(max=width - 1)]
-        column = length[:, 0]
-        for step in range(lookahead):
-            if step:
-                place = (start + length + step - 1).clamp(max=end)
-                state = drafter.forward(self._forth[column][:, None], place)[:, 0]
-            logits = drafter.body.logits(state, self._method.head)
-            logits = self._process.scores_only(self._method.shared_logits(logits))
-            if self._process.greedy:
-                column = logits.argmax(dim=1)
-            else:
-                law = logits.softmax(dim=1)
-                self._laws[:, step] = law
-                column = (law / self._draft_noise[:, step]).argmax(dim=1)
-            self._columns[:, step] = column
+    def _run_draft(self, method: str, width: int, lookahead: int) -> None:
+        said, drafter, table = self._said, self._drafter, self._tables[method]
 
-    def _verify(self, lookahead: int) -> None:
-        if lookahead not in self._verify_graphs:
-            self._verify_graphs[lookahead], _ = self._target.capture(
-                lambda: self._run_verify(lookahead)
+        def choose(step: int, state: Tensor) -> Tensor:
+            logits = drafter.body.raw_logits(state, table.head)
+            among, temperature = table.among, self._process.temperature
+            if temperature is None:
+                logits, among = self._process.scores_only(combine(logits, among)), None
+            draws = None
+            if not self._process.greedy:
+                scores, norms = self._laws(method)
+                draws = scores[:, step], norms[:, step], self._state, temperature or 1.0, step
+            self._rules.pick(logits, among, table.forth, self._columns[:, step], self._next, draws)
+            return self._next
+
+        drafter.go_on(said[:, : 2 + width], lookahead, choose)
+
+    def _laws(self, method: str) -> tuple[Tensor, Tensor]:
+        """Return scores and their logarithmic sums for each step of a draft."""
+        if method not in self._scores:
+            wide = torch.promote_types(self._target.body.weight.dtype, torch.float32)
+            shape = len(self._said), MOST, len(self._tables[method].forth)
+            scores = torch.zeros(shape, dtype=wide, device=self._said.device)
+            self._scores[method] = scores, scores.new_zeros(shape[:2])
+        return self._scores[method]
+
+    def _run_verify(self, method: str, lookahead: int) -> None:
+        said, target, table = self._said, self._target, self._tables.get(method)
+        count = lookahead
+        if table is not None and table.runs.shape[1] > 1:  # Room for runs of several tokens.
+            count = next(w for w in WIDTHS if w > min(lookahead * 3 // 2, MOST)) - 1
+        tokens, total, limits = self._tokens[:, :count], self._result[:, 2], said[:, _ROW + 2]
+        if table is not None:
+            self._rules.pack(
+                self._columns, table.runs, tokens, self._origin[:, :count], total, lookahead
             )
-            self._said.copy_(self._host)  # As it was before the passes of the capture.
-        self._verify_graphs[lookahead].replay()
-
-    def _run_verify(self, lookahead: int) -> None:
-        said, most, target = self._said, WIDTHS[-1], self._target
-        columns = self._columns[:, :lookahead]
-        drafted = self._method.kept_target[columns]
-        ids = torch.cat([said[:, most + 3, None], drafted], dim=1)
-        steps = torch.arange(lookahead + 1, device=said.device)
-        places = (said[:, most + 2, None] + steps).clamp(max=target.capacity - 1)
-        states = target.forward(ids, places)
-        logits = target.body.logits(states.reshape(-1, states.shape[-1]))
-        logits = self._process.scores_only(logits)
-        broken = logits.isnan().any(dim=1).view(len(said), -1).any(dim=1)
-        limits = said[:, most + 4]
-        if self._process.greedy:
-            best = logits.argmax(dim=1).view(len(said), -1)
-            fits = (best[:, :lookahead] == drafted) & (steps[:lookahead] < limits[:, None])
-            accepted = fits.long().cumprod(dim=1).sum(dim=1)
-            following = best.gather(1, accepted[:, None])[:, 0]
+            torch.minimum(total, limits, out=total)
         else:
-            p = logits.softmax(dim=1).view(len(said), lookahead + 1, -1)
-            accepted, following = settle(
-                p,
-                drafted,
-                limits,
-                self._coins[:, :lookahead],
-                self._noise,
-                self._laws[:, :lookahead],
-                columns,
-                self._method.kept_target,
-                self._block,
-            )
-        self._result[:, 0] = torch.where(broken, -1, accepted)
-        self._result[:, 1] = following
-        self._result[:, 2 : 2 + lookahead] = drafted
-        if not lookahead:  # What the next round needs to know, if it is plain too.
-            said[:, most + 2] += 1
-            said[:, most + 3] = following
+            tokens.copy_(said[:, _TOLD : _TOLD + count])
+            total.copy_(limits)
+        ids = torch.cat([said[:, _ROW + 1, None], tokens], dim=1)
+        steps = torch.arange(count + 1, device=said.device)
+        places = (said[:, _ROW, None] + steps).clamp(max=target.capacity - 1)
+        states = target.forward(ids, places)
+        logits = target.body.raw_logits(states.reshape(-1, states.shape[-1]))
+        temperature = self._process.temperature
+        if temperature is None:
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            logits, temperature = self._process.scores_only(logits.to(wide)), 1.0
+        self._rules.judge(
+            logits,
+            tokens,
+            total.contiguous(),
+            self._law(method, tokens, logits.shape[1]),
+            self._result[:, 0],
+            self._result[:, 1],
+            None if self._process.greedy else (self._state, temperature),
+            table is not None and table.block,
+        )
+        if method == "plain":  # What the next round needs to know, if it is plain too.
+            said[:, _ROW] += 1
+            said[:, _ROW + 1] = self._result[:, 1]
+
+    def _law(self, method: str, tokens: Tensor, vocab: int) -> Law:
+        """Return the law of what was drafted; where it is spread over runs, compute it."""
+        table = self._tables.get(method)
+        if table is None or self._process.greedy:
+            return self._certain
+        scores, norms = self._laws(method)
+        if table.column_of is not None:
+            return Law(COLUMNS, scores, norms, table.column_of)
+        law = scores.new_empty(*tokens.shape, vocab)
+        mass = scores.new_empty(tokens.shape)
+        laid = table.runs, self._origin[:, : tokens.shape[1]], self._result[:, 2]
+        self._rules.spread(scores, norms, self._columns, *laid, law, mass)
+        return Law(DENSE, law, mass, table.forth)
 
 
 class Runners:
@@ -313,14 +339,13 @@ class Runners:
         self,
         target: GraphRunner,
         drafter: GraphRunner,
-        method: SharedTokens,
+        tables: Callable[[], Mapping[str, Table]],
         processors: Processors,
-        block: bool,
     ) -> GraphRound:
         """Return the graphs of these runners and processors."""
-        key = id(target), id(drafter), processors.key, block
+        key = id(target), id(drafter), processors.key
         if key not in self._rounds:
             while len(self._rounds) >= 8:
                 self._rounds.pop(next(iter(self._rounds)))
-            self._rounds[key] = GraphRound(target, drafter, method, processors, block)
+            self._rounds[key] = GraphRound(target, drafter, tables(), processors)
         return self._rounds[key]

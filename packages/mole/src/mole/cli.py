@@ -13,6 +13,7 @@ _logger = logging.getLogger(__name__)
 
 _FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "nf4", "nf3")
 _STORES = ("mmap", "disk", "pinned", "device")
+_EXISTING = click.Path(path_type=Path, exists=True)
 _ORIGIN = (
     "independent implementation of Mixture of Lookup Experts (arXiv 2503.15798); "
     "not the PyPI project 'mole'"
@@ -123,7 +124,10 @@ def env(as_json: bool) -> None:
 def demo(
     output: Path, fmt: str, prompt: str | None, new_tokens: int, seed: int, progress: bool
 ) -> None:
-    """Convert the shipped model to a table, generate from it, and compare it with its twins."""
+    """Serve the shipped model from a table, beside its twins.
+
+    It is converted, generates text, and is compared with its expert form and the dense model.
+    """
     _quiet()
     import torch
 
@@ -162,7 +166,9 @@ def demo(
 def convert(
     model: Path, output: Path, fmt: str, chunk: int | None, resume: bool, progress: bool
 ) -> None:
-    """Write MODEL, a folder in expert form, in table form to the folder OUTPUT.
+    """Write a model in table form.
+
+    MODEL is a folder with a model in expert form, OUTPUT the folder to write.
 
     An interrupted conversion goes on where it stopped when the command is given again.
     """
@@ -188,7 +194,10 @@ def convert(
     help="Model in expert form that the table should have been made from.",
 )
 def verify(table: Path, model: Path | None) -> None:
-    """Check every byte of TABLE, the folder of a model in table form or of its `lut`."""
+    """Check every byte of a table.
+
+    TABLE is the folder of a model in table form, or of its `lut`.
+    """
     _quiet()
     from .conversion import verify as verify_table
 
@@ -238,14 +247,13 @@ def generate(
         raise ValueError("`PROMPT` must hold at least one character; got an empty text.")
     _quiet()
     import torch
-    from transformers import AutoTokenizer
 
     from fourfold_common import seed_everything
 
     from .demo import ASSETS
 
     loaded = _place(_load(ASSETS / "mole" if model is None else model), store, cache, device)
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tokenizer" if model is None else model)
+    tokenizer = _tokenizer(ASSETS / "tokenizer" if model is None else model)
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(loaded.device)
     limit = loaded.config.max_position_embeddings
     if ids.shape[1] + new_tokens > limit:
@@ -268,17 +276,20 @@ def generate(
 
 
 @main.command()
-@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.argument("data", nargs=-1, required=True, type=_EXISTING)
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--model", type=click.Path(path_type=Path), help="Model to train further.")
-@click.option("--config", type=click.Path(path_type=Path), help="config.json of a new model.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder; else the model's.")
+@click.option("--model", type=_EXISTING, help="Model to train further.")
+@click.option("--config", type=_EXISTING, help="config.json of a new model.")
+@click.option("--tokenizer", type=_EXISTING, help="Folder; else the model's.")
 @click.option("--steps", default=1000, show_default=True, help="Optimiser steps.")
 @click.option("--batch", default=64, show_default=True, help="Sequences in a step, in all.")
 @click.option("--micro-batch", default=8, show_default=True, help="Sequences in a forward pass.")
 @click.option("--context", default=512, show_default=True, help="Tokens in a sequence.")
 @click.option("--lr", default=6e-4, show_default=True, help="Peak learning rate.")
 @click.option("--expert-lr", type=float, help="That of routers and experts, if it is another.")
+@click.option("--warmup", default=0.01, show_default=True, help="Share of the steps that warm up.")
+@click.option("--weight-decay", default=0.1, show_default=True, help="Decay of matrices.")
+@click.option("--clip", default=1.0, show_default=True, help="Largest norm of the gradient.")
 @click.option("--seed", default=0, show_default=True, help="Seed of weights and data order.")
 @click.option(
     "--dedup",
@@ -306,7 +317,9 @@ def train(
     progress: bool,
     **chosen: Any,
 ) -> None:
-    """Train a model on the files DATA: text, .jsonl (also .gz, .xz), or ids in .npy.
+    """Train a model on text, or on ids in .npy files.
+
+    DATA are files: text, .jsonl with a field `text` in every line (both also .gz, .xz), or .npy.
 
     Runs in one process, or in many under `accelerate launch -m mole train ...`.
     """
@@ -356,8 +369,8 @@ def train(
 
 
 @main.command("eval")
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.argument("model", type=_EXISTING)
+@click.argument("data", nargs=-1, required=True, type=_EXISTING)
 @click.option(
     "--task",
     type=click.Choice(["perplexity", "cloze"]),
@@ -376,13 +389,17 @@ def evaluate(
     cache: int,
     device: str,
 ) -> None:
-    """Evaluate MODEL, in any form, on the files DATA: text, .jsonl (also .gz, .xz), or .npy."""
+    """Measure the loss of a model on text.
+
+    MODEL is the folder of a model in any form, DATA are files: text, .jsonl (both also .gz, .xz),
+    or ids in .npy.
+    """
     _quiet()
     import json
     from dataclasses import asdict
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from .evaluation import last_word_cloze, summarise, token_bytes, window_losses
     from .modeling import register
@@ -391,7 +408,7 @@ def evaluate(
     register()
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     loaded = _place(loaded, store, cache, device)
-    words = AutoTokenizer.from_pretrained(model)
+    words = _tokenizer(model)
     if task == "cloze":
         passages = [text for path in data for text in texts(path)]
         figures = asdict(last_word_cloze(loaded, words, passages))
@@ -406,7 +423,7 @@ def evaluate(
 
 
 @main.command()
-@click.argument("base", type=click.Path(path_type=Path, exists=True))
+@click.argument("base", type=_EXISTING)
 @click.argument("output", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--gguf", help="Name of a GGUF file in BASE to load (needs the package gguf).")
 @click.option("--experts", default=4, show_default=True, help="Lookup experts in a layer.")
@@ -415,7 +432,11 @@ def evaluate(
 def upcycle(
     base: Path, output: Path, gguf: str | None, experts: int, inner: int | None, layers: str | None
 ) -> None:
-    """Add lookup experts to the dense or Llama-type model BASE; its logits stay as they are."""
+    """Add lookup experts to a dense model.
+
+    BASE is the folder of a dense or Llama-type model, OUTPUT the folder to write. The logits stay
+    as they are until the experts are trained.
+    """
     _quiet()
     from .upcycling import load_base
     from .upcycling import upcycle as run
@@ -454,7 +475,9 @@ def upcycle(
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def bench(topic: str, output: Path, shape: str | None, device: str) -> None:
-    """Measure TOPIC, all contenders in one run, after checking results.
+    """Measure a topic, all contenders in one run.
+
+    Results are checked before anything is timed.
 
     `decode`, `prefill`, `train` and `hw` take random weights of a shape; `quant` and `cache` the
     shipped model.
@@ -484,13 +507,37 @@ def _quiet() -> None:
 
 def _load(folder: Path) -> Any:
     """Return the lookup model in a folder, in float32."""
+    import json
+
     import torch
 
     from .modeling import MoleForCausalLM
 
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"`{folder}` must be the folder of a model; it has no config.json.")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(
+            f"`{folder}` must be the folder of a model; it has no config.json."
+        ) from None
+    # Another model's weights would load, with experts as they are before training.
+    if config.get("model_type") != "mole":
+        raise ValueError(
+            f"`{folder}` must hold a lookup model (type 'mole'); its type is "
+            f"{config.get('model_type')!r}. `mole upcycle` adds lookup experts to a dense model."
+        )
     return MoleForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """Return the tokenizer in a folder."""
+    from transformers import AutoTokenizer
+
+    if not any(folder.glob("tokenizer*")):
+        raise ValueError(
+            f"`{folder}` must hold a tokenizer; it has no tokenizer.json. Copy it from the model "
+            "that this one was made from."
+        )
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def _place(model: Any, store: str, cache: int, device: str) -> Any:

@@ -5,8 +5,6 @@ conversion that was interrupted goes on after the last chunk whose bytes still m
 Nothing appears under its final name before it is complete.
 """
 
-import copy
-import hashlib
 import json
 import os
 import shutil
@@ -18,20 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from .config import MoleConfig
-from .lookup import Lookup
 from .lut.errors import LutError, LutFingerprintError
 from .lut.files import verify_lut
-from .lut.format import DATA_FILE, FORMATS, HEADER_BYTES, META_FILE, LutMeta, LutRows
+from .lut.format import DATA_FILE, HEADER_BYTES, META_FILE, LutMeta, LutRows
+from .lut.plan import expert_values, fingerprint, plan
 from .modeling import MoleForCausalLM
 
 _LUT_FOLDER = "lut"
 _JOURNAL = "journal"
-_CHUNK_IDS, _CHUNK_BYTES = 1024, 64 * 2**20
-_HASHERS = 8
+_WAITING = 3  # chunks that are being written and checked
 
 
 def convert(
@@ -52,7 +48,7 @@ def convert(
         output: Folder to write; made if missing.
         fmt: Format of the table, one of `mole.lut.FORMATS`: `"fp32"`, `"fp16"`, `"bf16"`, `"int8"`,
             `"fp8"`, `"nf4"` or `"nf3"`.
-        chunk: Ids to compute at a time; if None up to 1,024 that need up to 64 MiB.
+        chunk: Ids to compute at a time; if None up to 1,024 that need up to 128 MiB.
         resume: Go on with an interrupted conversion of the same weights, and keep a table that is
             complete already; else start from the beginning.
         progress: Show a progress bar.
@@ -70,6 +66,8 @@ def convert(
 
     Source: Jie et al. 2025 (arXiv 2503.15798), section 3.3.
     """
+    if not isinstance(model, MoleForCausalLM):
+        raise TypeError(f"`model` must be a MoleForCausalLM; got {type(model).__name__}.")
     meta = plan(model, fmt, chunk)
     output = Path(output)
     _check_output(output)
@@ -77,33 +75,6 @@ def convert(
     _write_table(model, meta, output, resume, progress)
     _write_backbone(model, meta, output)
     return output
-
-
-def fingerprint(model: MoleForCausalLM) -> str:
-    """Return a SHA-256 of everything the table depends on: embeddings, norms and experts.
-
-    Weights are hashed as float32, each for itself: a checkpoint has one fingerprint in whatever
-    type it was loaded.
-
-    Args:
-        model: A model in expert form.
-    """
-    config = model.config
-    weights = [model.model.embed_tokens.weight]
-    for lookup in _lookups(model):
-        weights += [lookup.norm.weight, lookup.up, lookup.down_t]
-    digest = hashlib.sha256(f"{config.hidden_act} {config.rms_norm_eps}".encode())
-    with ThreadPoolExecutor(_HASHERS) as pool:  # hashing lets other threads run
-        for found in pool.map(_digest, weights):
-            digest.update(found)
-    return digest.hexdigest()
-
-
-def _digest(weight: Tensor) -> bytes:
-    digest = hashlib.sha256(f" {tuple(weight.shape)} ".encode())
-    for part in weight.detach().split(4096):
-        digest.update(part.float().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.digest()
 
 
 def verify(path: str | Path, model: MoleForCausalLM | None = None) -> LutMeta:
@@ -115,9 +86,12 @@ def verify(path: str | Path, model: MoleForCausalLM | None = None) -> LutMeta:
 
     Raises:
         LutError: The table is damaged, or was made from other weights.
+        ValueError: The model is in table form.
     """
     meta = verify_lut(path)
     if model is not None:
+        if model.config.lookup_form != "experts":
+            raise ValueError("`model` must be in expert form; a table's origin is not in a table.")
         meta.check_fits(model.config)
         found = fingerprint(model)
         if found != meta.fingerprint:
@@ -127,49 +101,6 @@ def verify(path: str | Path, model: MoleForCausalLM | None = None) -> LutMeta:
                 "Convert the model again."
             )
     return meta
-
-
-def plan(model: MoleForCausalLM, fmt: str, chunk: int | None = None) -> LutMeta:
-    """Return the description of the table that `convert` would write, without checksums."""
-    if not isinstance(model, MoleForCausalLM):
-        raise TypeError(f"`model` must be a MoleForCausalLM; got {type(model).__name__}.")
-    config = model.config
-    if config.lookup_form != "experts":
-        raise ValueError("`model` must be in expert form; this one is in table form already.")
-    if not config.lookup_layers:
-        raise ValueError("`model` must have lookup experts in at least one layer; got none.")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("`model` must have no adapters beside its weights; merge them first.")
-    if fmt not in FORMATS:
-        raise ValueError(f"`fmt` must be one of {', '.join(FORMATS)}; got {fmt!r}.")
-    if fmt == "nf4" and config.hidden_size % 2:
-        raise ValueError(f"`fmt` 'nf4' needs an even `hidden_size`; got {config.hidden_size}.")
-    if fmt == "nf3" and config.hidden_size % 8:
-        raise ValueError(
-            f"`fmt` 'nf3' needs a `hidden_size` that 8 divides; got {config.hidden_size}."
-        )
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"`chunk` must be at least 1; got {chunk}.")
-    rows = model.model.embed_tokens.weight.shape[0]
-    if rows != config.vocab_size:
-        raise ValueError(
-            f"`model` must have {config.vocab_size} embeddings as its `vocab_size` says; "
-            f"got {rows}. Was the vocabulary resized without the configuration?"
-        )
-    layers, experts = len(config.lookup_layers), config.num_lookup_experts
-    if chunk is None:
-        fitting = _CHUNK_BYTES // (4 * layers * experts * config.hidden_size)
-        chunk = max(1, min(_CHUNK_IDS, fitting))
-    return LutMeta(
-        vocab=rows,
-        layers=layers,
-        experts=experts,
-        dim=config.hidden_size,
-        format=fmt,
-        chunk=min(chunk, rows),
-        crcs=(),
-        fingerprint=fingerprint(model),
-    )
 
 
 def _check_output(output: Path) -> None:
@@ -291,14 +222,15 @@ def _write_chunks(
             journal.flush()
             bar.update(count)
 
-        # While a chunk is written and checked, the next one is computed.
-        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as checker:
+        # While a chunk is written and checked, the next one is computed. To write is quicker than
+        # to check.
+        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(_WAITING) as checker:
             try:
                 for start in range(first, meta.vocab, meta.chunk):
                     ids = slice(start, min(start + meta.chunk, meta.vocab))
                     rows = LutRows.encode(expert_values(model, ids), meta).to_bytes(meta)
                     chunk: Any = rows.cpu().numpy()
-                    if len(waiting) == 2:
+                    if len(waiting) == _WAITING:
                         note()
                     checked = checker.submit(zlib.crc32, chunk)
                     waiting.append((ids.stop - ids.start, writer.submit(write, chunk), checked))
@@ -307,25 +239,6 @@ def _write_chunks(
                     note()
         data.truncate()
         os.fsync(data.fileno())
-
-
-def expert_values(model: MoleForCausalLM, ids: slice | Tensor) -> Tensor:
-    """Return the experts' outputs for some ids, float32 `[ids, layers, experts, dim]`.
-
-    They are where the model is.
-    """
-    weight = model.model.embed_tokens.weight
-    embeddings = weight[ids.to(weight.device) if isinstance(ids, Tensor) else ids].float()
-    layers = []
-    for lookup in _lookups(model):
-        wide = lookup if lookup.up.dtype == torch.float32 else copy.deepcopy(lookup).float()
-        layers.append(wide.values(embeddings))
-    return torch.stack(layers, dim=1)
-
-
-def _lookups(model: MoleForCausalLM) -> list[Lookup]:
-    found: list[Any] = [layer.lookup for layer in model.model.layers]
-    return [lookup for lookup in found if lookup is not None]
 
 
 def _write_backbone(model: MoleForCausalLM, meta: LutMeta, output: Path) -> None:
@@ -352,4 +265,4 @@ def _write_backbone(model: MoleForCausalLM, meta: LutMeta, output: Path) -> None
     staging.rmdir()
 
 
-__all__ = ["convert", "expert_values", "fingerprint", "plan", "verify"]
+__all__ = ["convert", "fingerprint", "verify"]

@@ -1,8 +1,9 @@
 """What the observer must know about each model family, one file per family."""
 
-from .base import Adapter, Block, Call, Encoded, ImageSide, adapter_for, register_adapter
+from .base import Adapter, Block, Call, Encoded, ImageSide
 from .joint import JointAdapter, word_vectors
 from .linear import Modulated, Normed
+from .registry import adapter_for, known_adapters, register_adapter
 
 __all__ = [
     "Adapter",
@@ -14,6 +15,7 @@ __all__ = [
     "Modulated",
     "Normed",
     "adapter_for",
+    "known_adapters",
     "register_adapter",
     "word_vectors",
 ]

@@ -1,4 +1,4 @@
-"""The adapter contract and the registry of model families."""
+"""The adapter contract: what the observer must know about a model family."""
 
 from __future__ import annotations
 
@@ -92,6 +92,8 @@ class Adapter(LinearLayers, ABC):
     family: ClassVar[str]
     conditional_first: ClassVar[bool] = False  # of a guided batch's halves
     pipeline: ClassVar[str | None] = None  # diffusers' class that encodes, for modular pipelines
+    latents_argument: ClassVar[str] = "hidden_states"  # of the transformer
+    films: ClassVar[bool] = False  # not pictures
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -132,7 +134,7 @@ class Adapter(LinearLayers, ABC):
 
     def rows(self, call: Call) -> int:
         """Return the size of the batch."""
-        return len(call.arguments["hidden_states"])
+        return len(call.arguments[self.latents_argument])
 
     def text_tokens(self, call: Call, text: Tensor) -> int:
         """Return how many tokens of text a layer sees, given the output of `seed`."""
@@ -230,6 +232,10 @@ class Adapter(LinearLayers, ABC):
         May synchronise with the device: it is called once per run, after it.
         """
 
+    def patch(self, pipe: Any) -> int:
+        """Return how many pixels high and wide a token of the picture is."""
+        return 2 * int(pipe.vae_scale_factor)
+
     def encode_image(self, pipe: Any, image: Tensor) -> Tensor:
         """Return clean latents as the transformer takes them.
 
@@ -242,68 +248,16 @@ class Adapter(LinearLayers, ABC):
     def arguments(
         self, pipe: Any, latents: Tensor, grid: tuple[int, int], prompt: list[str], t: float
     ) -> dict[str, Any]:
-        """Return the transformer's keyword arguments for latents at noise level `t`."""
+        """Return the transformer's keyword arguments for latents at noise level `t`.
+
+        Args:
+            pipe: The pipeline.
+            latents: As `encode_image` returned them.
+            grid: Tokens of the picture, rows and columns.
+            prompt: One caption per picture.
+            t: Noise level, above 0 and at most 1.
+        """
         raise ValueError(f"`pipe`: `segment` does not know how {self.family} encodes pictures.")
-
-
-_ADAPTERS: list[Adapter] = []
-_CROSS_ATTENTION = (
-    "Allegro", "Cosmos", "HunyuanDiT", "LTX", "Latte", "PixArt", "Sana", "SkyReels", "UNet", "Wan"
-)  # fmt: skip
-
-
-def register_adapter(adapter: Adapter) -> None:
-    """Make a model family known; the newest registration is asked first.
-
-    Raises:
-        TypeError: `adapter` is not an instance of `Adapter`.
-    """
-    if not isinstance(adapter, Adapter):
-        raise TypeError(f"`adapter` must be an instance of Adapter; got {adapter!r}.")
-    _ADAPTERS.insert(0, adapter)
-
-
-def known_adapters() -> list[Adapter]:
-    """Return every adapter, in the order in which they are asked."""
-    from .chroma import ChromaAdapter
-    from .cogvideox import CogVideoXAdapter
-    from .cogview4 import CogView4Adapter
-    from .flux import FluxAdapter
-    from .flux2 import Flux2Adapter
-    from .flux_like import BriaAdapter, LongCatAdapter, OvisAdapter
-    from .hunyuan import HunyuanImageAdapter, HunyuanVideoAdapter
-    from .qwen import QwenImageAdapter
-    from .sd3 import SD3Adapter
-    from .zimage import ZImageAdapter
-
-    return [
-        *_ADAPTERS, FluxAdapter(), Flux2Adapter(), SD3Adapter(), CogVideoXAdapter(),
-        QwenImageAdapter(), ChromaAdapter(), HunyuanVideoAdapter(), HunyuanImageAdapter(),
-        LongCatAdapter(), OvisAdapter(), BriaAdapter(), CogView4Adapter(), ZImageAdapter(),
-    ]  # fmt: skip
-
-
-def adapter_for(model: object) -> Adapter:
-    """Return the adapter of a transformer.
-
-    Raises:
-        ValueError: No registered family matches, or text only enters by cross-attention.
-    """
-    known = known_adapters()
-    for adapter in known:
-        if isinstance(model, nn.Module) and adapter.matches(model):
-            return adapter
-    name = type(model).__name__
-    if name.startswith(_CROSS_ATTENTION):
-        raise ValueError(
-            f"`pipe` has a denoiser of class {name}, in which text enters by cross-attention and "
-            "has no residual stream; ConceptAttention needs joint attention of text and image."
-        )
-    families = ", ".join(dict.fromkeys(adapter.family for adapter in known))
-    raise ValueError(
-        f"`pipe` has a transformer of class {name}, which no adapter knows; "
-        f"known families: {families}. Add one with `register_adapter`."
-    )
 
 
 def execution_device(pipe: Any) -> torch.device:

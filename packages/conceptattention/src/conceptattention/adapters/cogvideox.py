@@ -10,7 +10,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .base import Block, Call, Encoded, ImageSide, execution_device
-from .joint import JointAdapter, Token, positions_from_latents, word_vectors
+from .joint import (
+    SHARED_WEIGHTS,
+    JointAdapter,
+    Token,
+    positions_from_latents,
+    word_vectors,
+)
 from .linear import Modulated, Normed
 
 
@@ -19,6 +25,7 @@ class CogVideoXAdapter(JointAdapter):
 
     family = "CogVideoX"
     model_class = "CogVideoXTransformer3DModel"
+    films = shares_modulation = True
     heads_first = True
 
     def blocks(self, model: nn.Module) -> list[Block]:
@@ -77,21 +84,19 @@ class CogVideoXAdapter(JointAdapter):
             tap = (tap.chunk(3, -1)[0] if fused else tap).unflatten(-1, (heads, -1)).transpose(1, 2)
         return tap[:, :, : tap.shape[2] - patches]  # text has no rotary position
 
+    def modulator(self, block: Block) -> Any:
+        return block.module.norm1.linear  # type: ignore[union-attr]
+
     def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor | Modulated, Any]:
         norm: Any = block.module.norm1
-        shift, scale, gate = self.modulation(norm.linear, temb, 6, first=3)  # behind the video's
+        parts = self.modulation(self.modulator(block), temb, 6, first=3, shared=True)
+        shift, scale, gate = parts  # behind the video's
         return Modulated(concepts, norm.norm, scale, shift), (gate, temb)
 
     def qkv(
         self, block: Block, concepts: Any, arguments: Mapping[str, Any]
     ) -> tuple[Tensor | Normed, Tensor | Normed, Tensor]:
-        attn: Any = block.attention
-        if attn.fused_projections:
-            q, k, v = self.project(attn.to_qkv, concepts).chunk(3, dim=-1)
-        else:
-            q, k, v = self.project_each((attn.to_q, attn.to_k, attn.to_v), concepts)
-        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        return Normed(q, attn.norm_q), Normed(k, attn.norm_k), v
+        return self.project_heads(block.attention, concepts, SHARED_WEIGHTS)
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         module: Any = block.module

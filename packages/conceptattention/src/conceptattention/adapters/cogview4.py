@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .base import Block, Call, Encoded, execution_device
 from .cogvideox import CogVideoXAdapter
 from .joint import Token, positions_from_latents, word_vectors
-from .linear import Modulated
 
 
 class CogView4Adapter(CogVideoXAdapter):
@@ -21,6 +20,7 @@ class CogView4Adapter(CogVideoXAdapter):
 
     family = "CogView4"
     model_class = "CogView4Transformer2DModel"
+    films = shifted = shares_modulation = False
     prompt_start = None  # padded on the left, so it depends on the prompt's length
 
     def guided(self, pipe: Any) -> bool:
@@ -46,10 +46,8 @@ class CogView4Adapter(CogVideoXAdapter):
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         module: Any = block.module
-        gate, shift_mlp, scale_mlp, gate_mlp = state
-        concepts = self.project(module.attn1.to_out[0], outputs, gate=gate, residual=concepts)
-        normed = Modulated(concepts, module.norm2_context, scale_mlp, shift_mlp)
-        return self.feed_forward(module.ff, normed, gate_mlp)
+        parts = module.attn1.to_out[0], module.norm2_context, module.ff
+        return self.carry_on(concepts, outputs, state, *parts)
 
     def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
         return positions_from_latents(call.arguments["hidden_states"], call.config)

@@ -27,7 +27,13 @@ class FluxAdapter(SingleStreamAdapter):
     prompt_tokenizer = "tokenizer_2"
 
     def default_layers(self, model: nn.Module) -> Sequence[int]:
-        return range(15, 19) if len(self.blocks(model)) == 19 else super().default_layers(model)
+        count = len(self.blocks(model))
+        if count == 19:
+            return range(15, 19)
+        # Of other depths the later half without the last layer, as the reference's scripts take
+        # 14 to 17 of 19; two layers at least.
+        first = count // 2
+        return range(first, min(count, max(first + 2, count - 1)))
 
     def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:
         states = pipe.encode_prompt(
@@ -43,12 +49,6 @@ class FluxAdapter(SingleStreamAdapter):
         if call.arguments.get("guidance") is not None:
             times.append(call.arguments["guidance"].to(dtype) * 1000)
         return embed(*times, pooled)  # type: ignore[no-any-return]
-
-    def encode_image(self, pipe: Any, image: Tensor) -> Tensor:
-        latents = pipe.vae.encode(image).latent_dist.mode()
-        config = pipe.vae.config
-        latents = (latents - config.shift_factor) * config.scaling_factor
-        return pipe._pack_latents(latents, *latents.shape)  # type: ignore[no-any-return]
 
     def arguments(
         self, pipe: Any, latents: Tensor, grid: tuple[int, int], prompt: list[str], t: float

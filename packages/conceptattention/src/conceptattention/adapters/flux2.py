@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Block, Call, Encoded, ImageSide, execution_device
-from .joint import Token, word_vectors
+from .joint import Token, split_heads, word_vectors
 from .linear import Modulated, Normed
 from .single import SingleStreamAdapter
 
@@ -46,6 +46,10 @@ class Flux2Adapter(SingleStreamAdapter):
         embedded = parts.time_guidance_embed(time.to(dtype) * 1000, guidance)
         shared = (parts.double_stream_modulation_txt, parts.single_stream_modulation)
         return torch.cat([modulation(embedded) for modulation in shared], dim=-1)
+
+    def encode_image(self, pipe: Any, image: Tensor) -> Tensor:
+        latents = pipe._encode_vae_image(image, None)  # in patches, normalised
+        return pipe._pack_latents(latents)  # type: ignore[no-any-return]
 
     def taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
         if not self.is_single(block):
@@ -87,10 +91,7 @@ class Flux2Adapter(SingleStreamAdapter):
     ) -> tuple[Tensor | Normed, Tensor | Normed, Tensor]:
         if not self.is_single(block):
             return super().qkv(block, concepts, arguments)
-        attn: Any = block.attention
-        qkv = concepts.chunk(3, dim=-1)  # `pre` projected them
-        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in qkv)
-        return Normed(q, attn.norm_q), Normed(k, attn.norm_k), v
+        return split_heads(block.attention, concepts.chunk(3, dim=-1))  # `pre` projected them
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         if not self.is_single(block):

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,6 +19,8 @@ class LongCatAdapter(SingleStreamAdapter):
 
     family = "LongCat-Image"
     model_class = "LongCatImageTransformer2DModel"
+    shares_modulation = True
+    plain_call: ClassVar[Mapping[str, Any]] = {"enable_prompt_rewrite": False}
 
     def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:
         states = pipe.encode_prompt(prompt=list(words))[0]
@@ -35,6 +37,7 @@ class OvisAdapter(JointAdapter):
 
     family = "Ovis-Image"
     model_class = "OvisImageTransformer2DModel"
+    shares_modulation = True
 
     def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:
         states = pipe.encode_prompt(prompt=list(words), device=execution_device(pipe))[0]
@@ -56,12 +59,17 @@ class BriaAdapter(SingleStreamAdapter):
 
     family = "Bria"
     model_class = "BriaTransformer2DModel"
+    shares_modulation = True
+    plain_call: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
 
     def matches(self, model: nn.Module) -> bool:
         return super().matches(model) and not hasattr(model, "guidance_embed")
 
     def guided(self, pipe: Any) -> bool:
         return bool(getattr(pipe, "guidance_scale", 1) > 1)
+
+    def patch(self, pipe: Any) -> int:
+        return int(pipe.vae_scale_factor)  # of this pipeline, it counts the packing
 
     def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:
         states = pipe.encode_prompt(

@@ -14,7 +14,7 @@ from .joint import JointAdapter, Token, positions_from_latents, word_vectors
 
 
 class _HunyuanAdapter(JointAdapter):
-    masked_text = True
+    masked_text = shares_modulation = True
 
     def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:
         states = pipe.encode_prompt(list(words), device=execution_device(pipe))[0]
@@ -36,6 +36,7 @@ class HunyuanVideoAdapter(_HunyuanAdapter):
 
     family = "HunyuanVideo"
     model_class = "HunyuanVideoTransformer3DModel"
+    films = True
 
     def temb(self, model: nn.Module, call: Call) -> Tensor:
         embed: Any = model.time_text_embed
@@ -49,6 +50,10 @@ class HunyuanImageAdapter(_HunyuanAdapter):
 
     family = "HunyuanImage"
     model_class = "HunyuanImageTransformer2DModel"
+    shifted = False
+
+    def patch(self, pipe: Any) -> int:
+        return int(pipe.vae_scale_factor * pipe.transformer.config.patch_size[-1])
 
     def prompt_taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
         # Text and glyph tokens are sorted by their masks, so positions are not fixed.

@@ -13,9 +13,15 @@ from torch import Tensor, nn
 
 from ..kernels.concept import reference
 from .base import Adapter, Block, Call, Encoded, ImageSide
+from .calls import first_call
 from .linear import Modulated, Normed
 
 Token = Literal["auto", "first", "mean", "last"]
+Weights = tuple[tuple[str, str, str], str, tuple[str, str]]  # each, fused, norms
+TEXT_WEIGHTS: Weights = (
+    ("add_q_proj", "add_k_proj", "add_v_proj"), "to_added_qkv", ("norm_added_q", "norm_added_k")
+)  # fmt: skip
+SHARED_WEIGHTS: Weights = ("to_q", "to_k", "to_v"), "to_qkv", ("norm_q", "norm_k")
 
 
 class JointAdapter(Adapter):
@@ -24,8 +30,13 @@ class JointAdapter(Adapter):
     model_class: ClassVar[str]
     heads_first: ClassVar[bool] = False  # layout of the keys where `norm_k` sees them
     prompt_tokenizer: ClassVar[str] = "tokenizer"
+    shares_modulation: ClassVar[bool] = False  # concepts are modulated as the prompt is
     masked_text: ClassVar[bool] = False  # attention does not see the padding of the prompt
     prompt_start: ClassVar[int | None] = 0  # place of the prompt's first token; None: not known
+    plain_call: ClassVar[Mapping[str, Any]] = {}  # what makes a pipeline's first call conditional
+    shifted: ClassVar[bool] = True  # latents, by the autoencoder's `shift_factor`
+    time_argument: ClassVar[str] = "timestep"
+    clean_time: ClassVar[float] = 0.0  # its value for a picture without noise
 
     def matches(self, model: nn.Module) -> bool:
         return type(model).__name__ == self.model_class
@@ -41,6 +52,10 @@ class JointAdapter(Adapter):
     def seed(self, model: nn.Module) -> nn.Module:
         return model.context_embedder  # type: ignore[return-value]
 
+    def modulator(self, block: Block) -> Any:
+        """Return the linear layer that gives the text's modulation before the attention."""
+        return block.module.norm1_context.linear  # type: ignore[union-attr]
+
     def taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
         attn: Any = block.attention
         fused = attn.fused_projections
@@ -53,6 +68,8 @@ class JointAdapter(Adapter):
             found["keys"] = (attn.norm_k, "output")
         elif not fused:
             found["keys"] = (attn.to_k, "output")
+        if self.shares_modulation:
+            found["modulation"] = (self.modulator(block), "output")
         return found  # type: ignore[return-value]
 
     def image_side(
@@ -141,32 +158,69 @@ class JointAdapter(Adapter):
 
     def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Tensor | Modulated, Any]:
         norm: Any = block.module.norm1_context
-        shift, scale, *state = self.modulation(norm.linear, temb, 6)
+        shift, scale, *state = self.modulation(self.modulator(block), temb, 6, shared=True)
         return Modulated(concepts, norm.norm, scale, shift), state
 
     def qkv(
         self, block: Block, concepts: Any, arguments: Mapping[str, Any]
     ) -> tuple[Tensor | Normed, Tensor | Normed, Tensor]:
-        attn: Any = block.attention
-        if attn.fused_projections:
-            q, k, v = self.project(attn.to_added_qkv, concepts).chunk(3, dim=-1)
-        else:
-            weights = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-            q, k, v = self.project_each(weights, concepts)
-        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
         # Concepts sit at position 0, where the rotation is the identity.
-        return Normed(q, attn.norm_added_q), Normed(k, attn.norm_added_k), v
+        return self.project_heads(block.attention, concepts, TEXT_WEIGHTS)
+
+    def project_heads(
+        self, attn: Any, concepts: Any, weights: Weights
+    ) -> tuple[Normed, Normed, Tensor]:
+        """Return what `qkv` does, by the weights of these names in an attention module."""
+        each, fused, norms = weights
+        if attn.fused_projections:
+            parts = self.project(getattr(attn, fused), concepts).chunk(3, dim=-1)
+        else:
+            parts = self.project_each([getattr(attn, name) for name in each], concepts)
+        return split_heads(attn, parts, norms)
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         module: Any = block.module
+        parts = module.attn.to_add_out, module.norm2_context, module.ff_context
+        return self.carry_on(concepts, outputs, state, *parts)
+
+    def carry_on(
+        self, concepts: Tensor, outputs: Tensor, state: Any,
+        out: nn.Module, norm: nn.Module, mlp: nn.Module,
+    ) -> Tensor:  # fmt: skip
+        """Return what `post` does, by these modules of the block."""
         gate, shift_mlp, scale_mlp, gate_mlp = state
-        concepts = self.project(module.attn.to_add_out, outputs, gate=gate, residual=concepts)
-        normed = Modulated(concepts, module.norm2_context, scale_mlp, shift_mlp)
-        concepts = self.feed_forward(module.ff_context, normed, gate_mlp)
+        concepts = self.project(out, outputs, gate=gate, residual=concepts)
+        concepts = self.feed_forward(mlp, Modulated(concepts, norm, scale_mlp, shift_mlp), gate_mlp)
         return concepts.clip(-65504, 65504) if concepts.dtype == torch.float16 else concepts
 
     def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
         return positions_from_ids(call.arguments["img_ids"])
+
+    def encode_image(self, pipe: Any, image: Tensor) -> Tensor:
+        config = pipe.vae.config
+        latents = pipe.vae.encode(image).latent_dist.mode()
+        shift = getattr(config, "shift_factor", None) if self.shifted else None
+        latents = (latents - (shift or 0)) * config.scaling_factor
+        pack = getattr(pipe, "_pack_latents", None)
+        return latents if pack is None else pack(latents, *latents.shape)  # type: ignore[no-any-return]
+
+    def arguments(
+        self, pipe: Any, latents: Tensor, grid: tuple[int, int], prompt: list[str], t: float
+    ) -> dict[str, Any]:
+        side = self.patch(pipe)
+        height, width = grid[0] * side, grid[1] * side
+        given = first_call(pipe, prompt=prompt, height=height, width=width, **self.plain_call)
+        noisy = given[self.time_argument]  # a pipeline's first call is at pure noise
+        given[self.time_argument] = self.clean_time + (noisy - self.clean_time) * t
+        return {**given, self.latents_argument: latents}
+
+
+def split_heads(
+    attn: Any, parts: Sequence[Tensor], norms: tuple[str, str] = SHARED_WEIGHTS[2]
+) -> tuple[Normed, Normed, Tensor]:
+    """Return queries, keys and values (batch, tokens, dim) by heads, with the norms yet to do."""
+    q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
+    return Normed(q, getattr(attn, norms[0])), Normed(k, getattr(attn, norms[1])), v
 
 
 def positions_from_ids(ids: Tensor) -> tuple[Tensor, tuple[int, int]]:

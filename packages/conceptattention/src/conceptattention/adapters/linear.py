@@ -87,6 +87,7 @@ class LinearLayers:
     """How an adapter calls linear layers on the concepts."""
 
     kernels: bool = False  # whether this pass may use them; set by the stream
+    heard: Tensor | None = None  # the prompt's modulation in this layer, where concepts share it
     _activated: tuple[Tensor, Tensor] | None = None
 
     def project(
@@ -120,7 +121,7 @@ class LinearLayers:
         return tuple(module(x) for module in modules)
 
     def modulation(
-        self, module: nn.Module, temb: Tensor, parts: int, first: int = 0
+        self, module: nn.Module, temb: Tensor, parts: int, first: int = 0, *, shared: bool = False
     ) -> list[Tensor]:
         """Return scales, shifts and gates, (batch, 1, dim) each, by silu and a linear layer.
 
@@ -129,7 +130,10 @@ class LinearLayers:
             temb: Conditioning of the concepts, (batch, dim).
             parts: How many it returns.
             first: The first one wanted.
+            shared: Take what the layer returned for the prompt, where it was heard.
         """
+        if shared and self.heard is not None:
+            return list(self.heard[:, None].chunk(parts, dim=-1)[first:])
         if self._activated is None or self._activated[0] is not temb:
             self._activated = temb, F.silu(temb)[:, None]  # one for all layers of a pass
         active = self._activated[1]

@@ -22,7 +22,7 @@ class QwenImageAdapter(JointAdapter):
     family = "Qwen-Image"
     model_class = "QwenImageTransformer2DModel"
     pipeline = "QwenImagePipeline"
-    masked_text = True
+    masked_text = shares_modulation = True
 
     def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:
         states = pipe.encode_prompt(list(words), device=execution_device(pipe))[0]
@@ -44,6 +44,19 @@ class QwenImageAdapter(JointAdapter):
             times.append(guidance.to(hidden.dtype) * 1000)
         return embed(*times, hidden, given.get("additional_t_cond"))  # type: ignore[no-any-return]
 
+    def encode_image(self, pipe: Any, image: Tensor) -> Tensor:
+        config = pipe.vae.config
+        latents = pipe.vae.encode(image[:, :, None]).latent_dist.mode()[:, :, 0]  # of a film
+        mean, std = (
+            torch.tensor(part).view(-1, 1, 1).to(latents)
+            for part in (config.latents_mean, config.latents_std)
+        )
+        latents = (latents - mean) / std
+        return pipe._pack_latents(latents, *latents.shape)  # type: ignore[no-any-return]
+
+    def modulator(self, block: Block) -> Any:
+        return block.module.txt_mod[1]  # type: ignore[index]
+
     def rotate(self, keys: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, None]:
         return turn(keys, arguments["image_rotary_emb"][0]), None
 
@@ -56,7 +69,7 @@ class QwenImageAdapter(JointAdapter):
 
     def pre(self, block: Block, concepts: Tensor, temb: Tensor) -> tuple[Modulated, Any]:
         module: Any = block.module
-        shift, scale, *state = self.modulation(module.txt_mod[1], temb, 6)
+        shift, scale, *state = self.modulation(self.modulator(block), temb, 6, shared=True)
         return Modulated(concepts, module.txt_norm1, scale, shift), state
 
     def qkv(
@@ -71,11 +84,8 @@ class QwenImageAdapter(JointAdapter):
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         module: Any = block.module
-        gate, shift_mlp, scale_mlp, gate_mlp = state
-        concepts = self.project(module.attn.to_add_out, outputs, gate=gate, residual=concepts)
-        normed = Modulated(concepts, module.txt_norm2, scale_mlp, shift_mlp)
-        concepts = self.feed_forward(module.txt_mlp, normed, gate_mlp)
-        return concepts.clip(-65504, 65504) if concepts.dtype == torch.float16 else concepts
+        parts = module.attn.to_add_out, module.txt_norm2, module.txt_mlp
+        return self.carry_on(concepts, outputs, state, *parts)
 
     def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
         shapes = call.arguments["img_shapes"][0]

@@ -22,6 +22,7 @@ class SD3Adapter(JointAdapter):
     model_class = "SD3Transformer2DModel"
     pipeline = "StableDiffusion3Pipeline"
     heads_first = True
+    shares_modulation = True
     prompt_start = 1  # CLIP's marker comes first
 
     def default_layers(self, model: nn.Module) -> Sequence[int]:
@@ -52,11 +53,6 @@ class SD3Adapter(JointAdapter):
 
     def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
         return positions_from_latents(call.arguments["hidden_states"], call.config)
-
-    def encode_image(self, pipe: Any, image: Tensor) -> Tensor:
-        config = pipe.vae.config
-        latents = pipe.vae.encode(image).latent_dist.mode()
-        return (latents - config.shift_factor) * config.scaling_factor  # type: ignore[no-any-return]
 
     def arguments(
         self, pipe: Any, latents: Tensor, grid: tuple[int, int], prompt: list[str], t: float

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..kernels.concept import reference
 from .base import Block, ImageSide
-from .joint import JointAdapter
+from .joint import SHARED_WEIGHTS, JointAdapter
 from .linear import Modulated, Normed
 
 
@@ -31,16 +31,22 @@ class SingleStreamAdapter(JointAdapter):
         """Return whether the layer is one of `single_blocks`."""
         return block.name.startswith("single")
 
+    def modulator(self, block: Block) -> Any:
+        return block.module.norm.linear if self.is_single(block) else super().modulator(block)  # type: ignore[union-attr]
+
     def taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
         if not self.is_single(block):
             return super().taps(block)
         attn: Any = block.attention
         values = attn.to_qkv if attn.fused_projections else attn.to_v
-        return {
+        found = {
             "keys": (attn.norm_k, "output"),
             "values": (values, "output"),
             "outputs": (attn, "output"),
         }
+        if self.shares_modulation:
+            found["modulation"] = (self.modulator(block), "output")
+        return found  # type: ignore[return-value]
 
     def image_side(
         self, block: Block, taps: Mapping[str, Tensor], arguments: Mapping[str, Any]
@@ -75,7 +81,7 @@ class SingleStreamAdapter(JointAdapter):
         if not self.is_single(block):
             return super().pre(block, concepts, temb)
         norm: Any = block.module.norm
-        shift, scale, gate = self.modulation(norm.linear, temb, 3)
+        shift, scale, gate = self.modulation(self.modulator(block), temb, 3, shared=True)
         normed = Modulated(concepts, norm.norm, scale, shift)
         return normed, (normed, gate)
 
@@ -84,13 +90,7 @@ class SingleStreamAdapter(JointAdapter):
     ) -> tuple[Tensor | Normed, Tensor | Normed, Tensor]:
         if not self.is_single(block):
             return super().qkv(block, concepts, arguments)
-        attn: Any = block.attention
-        if attn.fused_projections:
-            q, k, v = self.project(attn.to_qkv, concepts).chunk(3, dim=-1)
-        else:
-            q, k, v = self.project_each((attn.to_q, attn.to_k, attn.to_v), concepts)
-        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        return Normed(q, attn.norm_q), Normed(k, attn.norm_k), v
+        return self.project_heads(block.attention, concepts, SHARED_WEIGHTS)
 
     def post(self, block: Block, concepts: Tensor, outputs: Tensor, state: Any) -> Tensor:
         if not self.is_single(block):

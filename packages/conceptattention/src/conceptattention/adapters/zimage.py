@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ class ZImageAdapter(JointAdapter):
     pipeline = "ZImagePipeline"
     conditional_first = masked_text = True
     prompt_start = 3  # behind "<|im_start|>user\n"
+    latents_argument, time_argument, clean_time = "x", "t", 1.0
+    plain_call: ClassVar[Mapping[str, Any]] = {"guidance_scale": 0.0}
 
     def matches(self, model: nn.Module) -> bool:
         return super().matches(model) and model.siglip_embedder is None  # type: ignore[union-attr]
@@ -37,16 +39,12 @@ class ZImageAdapter(JointAdapter):
 
     def guided(self, pipe: Any) -> bool:
         until, plan = pipe._cfg_truncation, pipe.scheduler
-        first = plan.begin_index or 0
-        early = until is None or until >= 1 or 1 - plan.timesteps[first] / 1000 <= until
-        return bool(pipe.guidance_scale > 0 and early)
+        now = 1 - plan.timesteps[plan.begin_index or 0] / 1000
+        return bool(pipe.guidance_scale > 0 and (until is None or until >= 1 or now <= until))
 
     def encode(self, pipe: Any, words: Sequence[str], token: Token) -> Encoded:
         states, _ = pipe.encode_prompt(list(words), execution_device(pipe), False)
         return word_vectors(pipe.tokenizer, words, states, token, causal=True, start=3)
-
-    def rows(self, call: Call) -> int:
-        return len(call.arguments["x"])
 
     def text_tokens(self, call: Call, text: Tensor) -> int:
         return max(_filled(len(part)) for part in call.arguments["cap_feats"])
@@ -54,10 +52,9 @@ class ZImageAdapter(JointAdapter):
     def seed(self, model: nn.Module) -> nn.Module:
         return model.cap_embedder  # type: ignore[return-value]
 
-    def start(self, model: nn.Module, call: Call, embeds: Tensor) -> Tensor:
-        parts: Any = model
-        states = parts.cap_embedder(embeds).flatten(0, 1)[:, None]
-        for layer in parts.context_refiner:  # every concept is a text of its own
+    def start(self, model: Any, call: Call, embeds: Tensor) -> Tensor:
+        states = model.cap_embedder(embeds).flatten(0, 1)[:, None]
+        for layer in model.context_refiner:  # every concept is a text of its own
             states = layer(states, None, None)
         return states.view(*embeds.shape[:2], -1)  # type: ignore[no-any-return]
 
@@ -73,8 +70,8 @@ class ZImageAdapter(JointAdapter):
         values = taps["values"][:, :count].unflatten(-1, (block.attention.heads, -1))
         return ImageSide(keys.transpose(1, 2), values.transpose(1, 2), taps["outputs"][:, :count])
 
-    def prompt_taps(self, block: Block) -> dict[str, tuple[nn.Module, Literal["input", "output"]]]:
-        return {"prompt": (block.attention.norm_q, "output")}  # type: ignore[dict-item]
+    def prompt_taps(self, block: Block) -> dict[str, Any]:
+        return {"prompt": (block.attention.norm_q, "output")}
 
     def prompt_queries(
         self, block: Block, tap: Tensor, arguments: Mapping[str, Any], patches: int
@@ -106,6 +103,9 @@ class ZImageAdapter(JointAdapter):
         concepts = concepts + gate.tanh() * module.attention_norm2(outputs)
         inner = module.feed_forward(module.ffn_norm1(concepts) * (1 + scale_mlp))
         return concepts + gate_mlp.tanh() * module.ffn_norm2(inner)  # type: ignore[no-any-return]
+
+    def encode_image(self, pipe: Any, image: Tensor) -> Tensor:
+        return super().encode_image(pipe, image)[:, :, None]
 
     def positions(self, call: Call) -> tuple[Tensor, tuple[int, ...]]:
         return torch.ones(prod(_grid(call)), dtype=torch.bool), _grid(call)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fourfold_common import pick_device
 
+from ..adapters import adapter_for
 from ..maps import Reduce
 from . import scenes as scene_module
 from .evaluate import (
@@ -127,7 +128,7 @@ def evaluate(pipe: DemoPipeline, count: int) -> dict[str, Any]:
     """
     scenes = held_out_scenes(count)
     layers = range(len(pipe.transformer.transformer_blocks))
-    default = list(layers[len(layers) // 2 :])
+    default = list(adapter_for(pipe.transformer).default_layers(pipe.transformer))
     cases: list[tuple[list[int], Reduce]] = [
         (default, "softmax_mean"), (default, "mean_softmax"),
         *(([layer], "softmax_mean") for layer in layers),

@@ -15,67 +15,18 @@ from ..lut import CachedStore, DiskStore, LutMeta, LutStore, MmapStore, PinnedSt
 from ..lut.format import DATA_FILE
 from ..lut.memory import TensorStore
 from . import pages
+from .duel import ROUNDS, Duel
 from .shapes import (
     fill_randomly,
     host_memory,
     random_model,
     table_meta,
     write_table,
-    zipf_ids,
 )
 
-_PROMPT, _ROUNDS = 8, 12
-_FILL = 2**16  # tokens that fill a cache before those that count
+_PROMPT = 8
 _CACHE = 4096
 _ON_DISK = ("mmap", "disk warm", "disk cold")
-
-
-def _steps(decoder: Decoder, position: int, fed: torch.Tensor) -> float:
-    """Return the time of a step, in ms, averaged over the steps that the fed ids are for."""
-    decoder.position.fill_(position)
-    decoder.step()
-    count = len(fed)
-    if decoder.device.type != "cuda":
-        begin = time.perf_counter()
-        for ids in fed:
-            decoder.ids.copy_(ids)
-            decoder.step()
-        return (time.perf_counter() - begin) * 1e3 / count
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    for ids in fed:
-        decoder.ids.copy_(ids)
-        decoder.step()
-    last.record()
-    last.synchronize()
-    elapsed: float = first.elapsed_time(last)
-    return elapsed / count
-
-
-def _device_bytes(decoder: Decoder, kind: str) -> int:
-    """Return what weights, cache of keys and values, and rows take on the device."""
-    tensors = [*decoder.model.parameters(), *decoder.model.buffers()]
-    tensors += [tensor for layer in decoder.layers for tensor in layer]
-    if decoder.store is not None:
-        tensors.append(decoder.staging)
-        tensors += [decoder.store.table] if isinstance(decoder.store, CachedStore) else []
-        tensors += [decoder.store.table] if kind == "device" else []
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-def _check(decoder: Decoder, prompts: torch.Tensor, new_tokens: int) -> float:
-    """Return the share of decoded ids that the model itself finds likeliest, or nearly so.
-
-    A choice counts as found where its logit is within 2 % of the spread of the model's best.
-    """
-    found = decoder.generate(prompts, new_tokens)
-    with torch.no_grad():
-        logits = decoder.model(found[:, :-1], use_cache=False).logits[:, prompts.shape[1] - 1 :]
-    logits = logits.float()
-    picked = logits.gather(-1, found[:, prompts.shape[1] :, None]).squeeze(-1)
-    gap = (logits.amax(-1) - picked) / logits.std(-1)
-    return float((gap <= 0.02).float().mean())
 
 
 def measure(
@@ -110,18 +61,23 @@ def measure(
             cache, which has the whole file, `"disk cold"` past it, and the file is not in it.
         length: Length of the static cache; steps are timed at its half.
         steps: Steps in a round.
-        mixtures: Also time mixtures of experts, resident and offloaded.
+        mixtures: Also time mixtures of experts: resident as one graph; resident and offloaded in
+            plain eager steps, beside lookup experts in such steps.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     dense = random_model("dense", shape, device, dtype).eval()
-    baselines = {batch: Decoder(dense, batch, length) for batch in batches}
+    vocab = dense.config.vocab_size
     generator = torch.Generator().manual_seed(1)
-    prompts = torch.randint(
-        dense.config.vocab_size, (max(batches), _PROMPT), generator=generator
-    ).to(device)
-    for batch, decoder in baselines.items():
-        share = _check(decoder, prompts[:batch], 24)
-        say(f"dense, batch {batch}: {100 * share:.1f} % of decoded ids are the model's choice")
+    prompts = torch.randint(vocab, (max(batches), _PROMPT), generator=generator).to(device)
+    duels = {
+        batch: Duel(results, say, Decoder(dense, batch, length), prompts[:batch], steps)
+        for batch in batches
+    }
+    if mixtures:
+        resident = random_model("moe", shape, device, dtype).eval()
+        for duel in duels.values():
+            duel.run("MoE-10E resident", Decoder(resident, duel.batch, length))
+        del resident
     tables: dict[tuple[int, str], Any] = {}
     folders: dict[tuple[int, str], Any] = {}
     for experts, fmt, kind in cases:
@@ -142,8 +98,8 @@ def measure(
         folder = Path(folders[experts, fmt].name) if kind in _ON_DISK else None
         store = model.model.lut = _store(kind, meta, memory, folder, device)
         say(f"MoLE-{experts}E {fmt} {kind}: prepared in {time.perf_counter() - begin:.1f} s")
-        for batch in batches:
-            _one(results, say, model, kind, batch, length, steps, baselines[batch], prompts, folder)
+        for duel in duels.values():
+            _one(duel, model, kind, length, folder)
         store.close()
     for made in folders.values():
         made.cleanup()
@@ -167,73 +123,66 @@ def _store(
     return CachedStore(DiskStore(folder, direct=kind == "disk cold"), _CACHE, device)
 
 
-def _one(
-    results: Results,
-    say: Callable[[str], None],
-    model: Any,
-    kind: str,
-    batch: int,
-    length: int,
-    steps: int,
-    dense: Decoder,
-    prompts: torch.Tensor,
-    folder: Path | None,
+def _one(duel: Duel, model: Any, kind: str, length: int, folder: Path | None) -> None:
+    """Time one lookup model at one batch."""
+    store: Any = model.model.lut
+    file = None if folder is None else folder / DATA_FILE
+    decoder = Decoder(model, duel.batch, length)
+    if decoder.device.type == "cuda" and kind == "device":
+        decoder = _on_device(model, duel.batch, length)
+    name = f"MoLE-{store.meta.experts}E {store.meta.format} {kind}"
+    parameters: dict[str, Any] = {}
+    if isinstance(store, CachedStore):
+        parameters["direct"] = getattr(store.store, "direct", None)
+    cold = kind == "disk cold" and file is not None
+
+    def before_round() -> None:
+        if cold and file is not None:
+            pages.drop(file)
+            parameters["resident"] = pages.resident(file)
+
+    if file is not None:
+        before_round()
+        parameters |= {
+            "page_cache": "dropped" if cold else "warm",
+            "resident": pages.resident(file),
+        }
+    step, dense = duel.run(name, decoder, before_round, kind, **parameters)
+    if cold:
+        _floor(duel, store, name, step, dense, before_round)
+
+
+def _floor(
+    duel: Duel,
+    store: CachedStore,
+    name: str,
+    step: float,
+    dense: float,
+    before_round: Callable[[], None],
 ) -> None:
-    """Time one model and batch against the dense decoder, in alternating rounds."""
-    cuda = dense.device.type == "cuda"
-    decoder = Decoder(model, batch, length)
-    if cuda and kind == "device":
-        decoder = _on_device(model, batch, length)
-    share = _check(decoder, prompts[:batch], 24)
-    times: dict[str, list[float]] = {"dense": [], "mole": []}
-    vocab = model.config.vocab_size
-    # Ids that repeat as in prose; what a random model writes repeats itself too soon.
-    fill = _FILL if isinstance(model.lut, CachedStore) else 0
-    ids = zipf_ids((fill + _ROUNDS * steps * batch,), vocab, seed=1)
-    fed = ids[fill:].view(_ROUNDS, steps, batch).to(dense.device)
-    if fill:
-        for part in ids[:fill].split(1024):
-            model.lut.read(part)
-        model.lut.hits = model.lut.misses = 0
-    parameters: dict[str, Any] = {"batch": batch, "length": length}
-    for given in fed:
-        if kind == "disk cold" and folder is not None:
-            pages.drop(folder / DATA_FILE)
-            parameters["resident"] = pages.resident(folder / DATA_FILE)
-        times["dense"].append(_steps(dense, length // 2, given))
-        times["mole"].append(_steps(decoder, length // 2, given))
-    ratios = torch.tensor(times["mole"]) / torch.tensor(times["dense"])
-    low, middle, high = (float(ratios.quantile(q)) for q in (0.2, 0.5, 0.8))
-    meta = model.model.lut.meta
-    name = f"MoLE-{meta.experts}E {meta.format} {kind}"
-    if folder is not None:
-        parameters["page_cache"] = "dropped" if kind == "disk cold" else "warm"
-        parameters.setdefault("resident", pages.resident(folder / DATA_FILE))
-    if isinstance(model.lut, CachedStore) and isinstance(model.lut.store, DiskStore):
-        parameters["direct"] = model.lut.store.direct
-    if isinstance(model.lut, CachedStore):
-        parameters["hit_rate"] = round(model.lut.hits / (model.lut.hits + model.lut.misses), 3)
-    for provider, key in (("dense", "dense"), (name, "mole")):
-        found = torch.tensor(times[key])
-        results.add(
-            provider if key == "mole" else f"dense beside {name}",
-            "decode",
-            float(found.median()),
-            "ms/token",
-            p20=float(found.quantile(0.2)),
-            p80=float(found.quantile(0.8)),
-            n=_ROUNDS * steps,
-            error=1 - share if key == "mole" else None,
-            **parameters,
-        )
-    results.add(name, "over dense", middle, "x", p20=low, p80=high, n=_ROUNDS, **parameters)
-    memory = (_device_bytes(decoder, kind) - _device_bytes(dense, kind)) / 2**20
-    results.add(name, "device memory over dense", memory, "MiB", **parameters)
-    say(
-        f"{name}, batch {batch}: {torch.tensor(times['mole']).median():.4f} ms, dense "
-        f"{torch.tensor(times['dense']).median():.4f} ms, ratio {middle:.3f} "
-        f"[{low:.3f}, {high:.3f}], {memory:.1f} MiB over dense; "
-        f"{100 * share:.1f} % of ids are the model's choice"
+    """Add a step's time over the least it can take: the dense step's, or that of its reads alone.
+
+    The rate is what the store gives when it is asked for as many rows at a time as a step misses,
+    and nothing else runs.
+    """
+    missed = store.misses / (ROUNDS * duel.steps)
+    count, rows = max(1, round(missed)), store.meta.vocab
+    picks = torch.randperm(rows, generator=torch.Generator().manual_seed(2))[: 64 * count]
+    out = list(torch.empty(count, store.meta.row_stride, dtype=torch.uint8))
+    before_round()
+    begin = time.perf_counter()
+    for part in picks.split(count):
+        store.store.read_into(part.tolist(), out[: len(part)])
+    reading = (time.perf_counter() - begin) * 1e3 / len(picks)  # ms a row
+    floor = max(dense, missed * reading)
+    figures: dict[str, Any] = {"batch": duel.batch, "missed": round(missed, 2)}
+    rate = store.meta.row_stride / reading / 1e6
+    duel.results.add(name, "random rows beside nothing", rate, "GB/s", rows=count, **figures)
+    duel.results.add(name, "floor", floor, "ms/token", **figures)
+    duel.results.add(name, "over floor", step / floor, "x", **figures)
+    duel.say(
+        f"{name}, batch {duel.batch}: {missed:.2f} rows missed a step, read at {rate:.3f} GB/s: "
+        f"floor {floor:.4f} ms, step {step / floor:.3f} of it"
     )
 
 

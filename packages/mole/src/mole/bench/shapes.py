@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import DenseConfig, MoeConfig, MoleConfig
-from ..lut import LutMeta
+from ..lut import FORMATS, LutMeta
 from ..lut.format import DATA_FILE, META_FILE
 from ..modeling import DenseForCausalLM, MoeForCausalLM, MoleForCausalLM
 
@@ -78,22 +78,26 @@ def host_memory(meta: LutMeta) -> Tensor:
 
 
 def fill_randomly(table: Tensor, meta: LutMeta, device: torch.device, std: float = 0.02) -> None:
-    """Fill a table with normal values, or random codes with scales of `std`."""
+    """Fill a table with normal values, or random codes with scales of `std`.
+
+    Every 2,048 ids have the rows of the 2,048 before: no time depends on them, and large tables
+    are filled at the speed of memory.
+    """
     generator = torch.Generator(device).manual_seed(0)
-    for part in table.split(2048):
-        count, codes = len(part), meta.code_bytes
-        if meta.format in ("fp16", "bf16", "fp32"):
-            dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-            values = std * torch.randn(
-                count, codes // dtype[meta.format].itemsize, device=device, generator=generator
-            )
-            part[:, :codes] = values.to(dtype[meta.format]).view(torch.uint8)
-            continue
-        part[:, :codes] = torch.randint(
+    first, *others = table.split(2048)
+    count, codes = len(first), meta.code_bytes
+    if meta.scale_bytes:
+        first[:, :codes] = torch.randint(
             127, (count, codes), dtype=torch.uint8, device=device, generator=generator
         )
         scales = torch.full((count, meta.scale_bytes // 2), std, device=device)
-        part[:, codes : meta.row_bytes] = scales.half().view(torch.uint8)
+        first[:, codes : meta.row_bytes] = scales.half().view(torch.uint8)
+    else:
+        dtype = FORMATS[meta.format]
+        values = torch.randn(count, codes // dtype.itemsize, device=device, generator=generator)
+        first[:, :codes] = (std * values).to(dtype).view(torch.uint8)
+    for part in others:
+        part.copy_(first[: len(part)])
 
 
 def write_table(folder: Path, table: Tensor, meta: LutMeta) -> None:

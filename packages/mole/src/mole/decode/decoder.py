@@ -1,26 +1,30 @@
 """Fast decoding: one token at a time for a whole batch, as one CUDA graph.
 
-A dense model and a lookup model in table form run the same code. The router's weights ride in the
-up-projection, and one kernel ends a layer: softmax, dequantisation, weighted sum, residual, and the
-next layer's norm. A lookup model therefore launches as many kernels as its dense twin; the rows of
-all layers are fetched on a second stream while earlier layers compute. Where the host finds the
-rows, a step is two graphs: what needs no rows runs while the host looks.
+Dense models, mixtures of experts and lookup models in table form run the same code. A lookup
+model's router rides in the up-projection, and one kernel ends a layer: softmax, dequantisation,
+weighted sum, residual, and the next layer's norm. It therefore launches as many kernels as its
+dense twin; the rows of all layers are fetched on a second stream while earlier layers compute.
+Where the host finds the rows, the step is launched before it knows them: only the second stream
+waits for its answer.
 """
 
-from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from ..kernels.admit import admit, hold
 from ..kernels.gather import gather
-from ..lut import CachedStore, DeviceStore, LutRows, PinnedStore
-from ..modeling import DenseForCausalLM, MoleForCausalLM
-from .layer import Layer, block, compute, end, fused
+from ..lut import CachedStore, DeviceStore, DiskStore, LutRows, MmapStore, PinnedStore
+from ..modeling import DenseForCausalLM, MoeForCausalLM, MoleForCausalLM
+from ..modeling.feedforward import SparseMlp
+from .layer import Layer, compute, end, fused
 from .sampling import Sampling, choose
 
 _ROUTER_ROWS = 8  # the up-projection grows by a multiple of this, for aligned matrix products
+_NO_WAIT = 2**31 - 1  # an answer to all questions
 _GROUPS = (1, 5)  # layers whose rows are waited for together: first group, second; then the rest
 
 
@@ -28,14 +32,15 @@ class Decoder:
     """Decoding of one batch of prompts of equal length, greedy or sampled.
 
     Args:
-        model: A `DenseForCausalLM`, or a `MoleForCausalLM` in table form whose table is open. Its
-            weights are used where they are; those of one input are laid beside each other first.
+        model: A `MoleForCausalLM` in table form whose table is open, or one of its twins, a
+            `DenseForCausalLM` or a `MoeForCausalLM`. Its weights are used where they are; those of
+            one input are laid beside each other first.
         batch: Number of sequences.
         length: Longest sequence, prompt included.
         compiled: Compile the layers with Inductor.
         captured: Replay a step as a CUDA graph; needs a GPU. It fetches the rows itself from a
-            table in pinned or device memory, and from a cache there with a slot for every sequence,
-            which the host fills before the replay. With other stores the host fetches the rows.
+            table in pinned or device memory. With other stores the host finds the rows, while the
+            step's first layer runs.
 
     Raises:
         TypeError: `model` is of another type.
@@ -45,15 +50,15 @@ class Decoder:
 
     def __init__(
         self,
-        model: DenseForCausalLM | MoleForCausalLM,
+        model: DenseForCausalLM | MoeForCausalLM | MoleForCausalLM,
         batch: int,
         length: int,
         compiled: bool | None = None,
         captured: bool | None = None,
     ) -> None:
-        if not isinstance(model, (DenseForCausalLM, MoleForCausalLM)):
+        if not isinstance(model, (DenseForCausalLM, MoeForCausalLM, MoleForCausalLM)):
             raise TypeError(
-                "`model` must be a DenseForCausalLM or a MoleForCausalLM; "
+                "`model` must be a MoleForCausalLM, DenseForCausalLM or MoeForCausalLM; "
                 f"got {type(model).__name__}."
             )
         lookup = isinstance(model, MoleForCausalLM)
@@ -71,14 +76,14 @@ class Decoder:
         self.captured = cuda if captured is None else captured
         if self.captured and not cuda:
             raise ValueError(f"`captured` needs a model on a GPU; this one is on {self.device}.")
-        parts: list[Any] = [block, compute, end, choose]
+        parts: list[Any] = [compute, end, choose]
         if cuda if compiled is None else compiled:
             parts = [torch.compile(part, fullgraph=True, dynamic=False) for part in parts]
-        self._run_block, self._run_compute, self._run_end, self._run_choose = parts
-        # How ids are chosen ("greedy", "any" or "some" of them drawn), and graphs of the parts of a
-        # step, for each way where it matters.
+        self._run_compute, self._run_end, self._run_choose = parts
+        # How ids are chosen ("greedy", "any" or "some" of them drawn), and a step's graph for each.
         self._way = "greedy"
-        self._graphs: dict[tuple[str, str], Any] = {}
+        self._graphs: dict[str, Any] = {}
+        self.turns = 0  # steps that were launched as graphs
         self._generator: torch.Generator | None = None
         self._sampling: Sampling | None = None
         self._prepare()
@@ -92,7 +97,14 @@ class Decoder:
         norms = [layer.input_layernorm.weight for layer in model.layers[1:]] + [model.norm.weight]
         self.layers = []
         for layer, following in zip(model.layers, norms, strict=True):
-            attention, up = layer.self_attn, layer.mlp.up_proj.weight
+            attention, mlp = layer.self_attn, layer.mlp
+            up: Any
+            mixed: dict[str, Any] = {}
+            if isinstance(mlp, SparseMlp):
+                mixed = {"router": mlp.router.weight.detach(), "top_k": mlp.top_k}
+                up, down = mlp.up, mlp.down_t
+            else:
+                up, down = mlp.up_proj.weight, mlp.down_proj.weight
             if layer.lookup is not None:
                 router = layer.lookup.router.weight
                 extra = -(-len(router) // _ROUTER_ROWS) * _ROUTER_ROWS
@@ -105,10 +117,11 @@ class Decoder:
                     out=attention.o_proj.weight.detach(),
                     post=layer.post_attention_layernorm.weight.detach(),
                     up=up.detach(),
-                    down=layer.mlp.down_proj.weight.detach(),
+                    down=down.detach(),
                     next=following.detach(),
                     keys=torch.zeros(size, dtype=self.dtype, device=self.device),
                     values=torch.zeros(size, dtype=self.dtype, device=self.device),
+                    **mixed,
                 )
             )
         positions = torch.arange(self.length, device=self.device)
@@ -125,7 +138,7 @@ class Decoder:
             config.rms_norm_eps,
             model.layers[0].mlp.act,
         )
-        self.hosted = False
+        self.hosted = self.leased = self.ahead = False
         if self.store is None:
             return
         meta = self.store.meta
@@ -142,27 +155,39 @@ class Decoder:
             and self.store.table.device == self.device
         )
         cached = isinstance(self.store, CachedStore)
-        self.leased = here and cached and self.store.capacity >= self.batch
         cuda = self.device.type == "cuda"
         pinned = cuda and isinstance(self.store, PinnedStore)
         if pinned:
             self.store.lock(self.device)
-        # Whether a step fetches the rows itself, or finds them fetched.
-        self.fetched = pinned or self.leased or (here and not cached)
-        if self.fetched:
-            self.side = torch.cuda.Stream(self.device) if cuda else None
-            self.flag = torch.zeros(1, dtype=torch.int32, device=self.device)
-            self.spans = self._spans() if cuda else {0: [(0, meta.row_stride)]}
-        self.places = self.ids  # which rows of the store's table to fetch
-        if self.leased:
-            self.places = torch.zeros_like(self.ids)
-            self.slots = torch.zeros(self.batch, dtype=torch.long, pin_memory=cuda)
-        # Whether the host finds the rows: it sees the ids in memory of its own.
-        self.hosted = self.leased or not self.fetched
-        if self.hosted:
-            self.first = next(n for n, rows in enumerate(self.rows) if rows is not None)
-            self.seen = torch.zeros(self.batch, dtype=torch.long, pin_memory=cuda)
-            self.copied = torch.cuda.Event() if cuda else None
+        self.flag = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.side = torch.cuda.Stream(self.device) if cuda else None
+        self.spans = self._spans() if cuda else {0: [(0, meta.row_stride)]}
+        # A step fetches the rows itself from a table that its device reads.
+        if not (pinned or (here and not cached)):
+            self._prepare_host(here and cached)
+
+    def _prepare_host(self, cached: bool) -> None:
+        """Allocate what passes between the host, which finds the rows, and a step."""
+        cuda = self.device.type == "cuda"
+        self.hosted = True
+        # Whether rows stay on the device, a slot for every sequence; else all come from the host.
+        self.leased = cached and self.store.capacity >= self.batch
+        size = (self.batch, self.store.meta.row_stride)
+        self.landing = torch.zeros(size, dtype=torch.uint8, pin_memory=cuda)
+        # Every sequence's slot in the table, and its place in the landing.
+        self.told = torch.zeros(2, self.batch, dtype=torch.long, pin_memory=cuda)
+        self.known = torch.zeros(2, self.batch, dtype=torch.long, device=self.device)
+        self.table = self.store.table if self.leased else self.staging
+        self._told = self.told.numpy()
+        self._answer(None)
+        self.seen = torch.zeros(self.batch, dtype=torch.long, pin_memory=cuda)
+        self.copied = torch.cuda.Event() if cuda else None
+        # A graph can be launched before its rows are known if looking for them needs no stream.
+        behind = self.store.store if self.leased else self.store
+        self.ahead = self.captured and isinstance(behind, (DiskStore, MmapStore, PinnedStore))
+        self.ready = torch.zeros(1, dtype=torch.int32, pin_memory=cuda)
+        self._ready = self.ready.numpy()
+        self.turn = torch.zeros(1, dtype=torch.int32, device=self.device)
 
     def _spans(self) -> dict[int, list[tuple[int, int]]]:
         """Return, for the layers that begin a group, the parts of a row the group needs."""
@@ -184,14 +209,20 @@ class Decoder:
     def _fetch(self) -> dict[int, Any]:
         """Start to fetch the rows of the current ids; return the events of the groups."""
         events: dict[int, Any] = {}
-        if self.store is None or not self.fetched:
+        if self.store is None:
             return events
         if self.side is not None:
             self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):  # does nothing without a stream
+            if self.hosted and self.ahead:
+                hold(self.ready, self.turn, self.told, self.known)
             for number, parts in self.spans.items():
-                for first, last in parts:
-                    gather(self.store.table, self.places, self.staging, self.flag, first, last)
+                for part in parts:
+                    if self.hosted:
+                        slots, landed = self.known
+                        admit(self.table, slots, self.landing, landed, self.staging, *part)
+                    else:
+                        gather(self.store.table, self.ids, self.staging, self.flag, *part)
                 if self.side is not None:
                     events[number] = self.side.record_event()
         return events
@@ -200,25 +231,16 @@ class Decoder:
         """Run one token of every sequence through the model."""
         events = self._fetch()
         hidden, normed, where = self._enter()
-        self._leave(*self._layers(hidden, normed, where, range(len(self.layers)), events))
-
-    def _open(self) -> None:
-        """Run the part of a step that needs no rows: up to the end of the first lookup layer."""
-        hidden, normed, where = self._enter()
-        hidden, normed = self._layers(hidden, normed, where, range(self.first), {})
-        layer = self.layers[self.first]
-        computed = self._run_compute(hidden, normed, layer, *where, *self.sizes)
-        self._opened = computed, where
-
-    def _close(self) -> None:
-        """Run the rest of a step that was opened."""
-        events = self._fetch()
-        self._await(events, self.first)
-        computed, where = self._opened
-        layer, rows = self.layers[self.first], self.rows[self.first]
-        hidden, normed = self._run_end(*computed, layer, rows, self.config.rms_norm_eps)
-        rest = range(self.first + 1, len(self.layers))
-        self._leave(*self._layers(hidden, normed, where, rest, events))
+        for number, (layer, rows) in enumerate(zip(self.layers, self.rows, strict=True)):
+            computed = self._run_compute(hidden, normed, layer, *where, *self.sizes)
+            if number in events:
+                torch.cuda.current_stream(self.device).wait_event(events[number])
+            hidden, normed = self._run_end(*computed, layer, rows, self.config.rms_norm_eps)
+        if self._way == "greedy":
+            self._run_choose(normed, self.model.lm_head.weight, self.ids)
+        else:
+            self._draw(nn.functional.linear(normed, self.model.lm_head.weight))
+        self.position += 1
 
     def _enter(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Return the first layer's input, its norm, and what tells all layers the position."""
@@ -234,34 +256,6 @@ class Decoder:
         mask = (self.positions <= self.position)[None, None, None]
         where = self.cos[self.position], self.sin[self.position], self.position, mask
         return hidden, normed, where
-
-    def _layers(
-        self,
-        hidden: Tensor,
-        normed: Tensor,
-        where: tuple[Tensor, ...],
-        numbers: range,
-        events: dict[int, Any],
-    ) -> tuple[Tensor, Tensor]:
-        """Run some layers; return the residual stream and its norm for the next."""
-        for number in numbers:
-            self._await(events, number)
-            layer, rows = self.layers[number], self.rows[number]
-            hidden, normed = self._run_block(hidden, normed, layer, *where, rows, *self.sizes)
-        return hidden, normed
-
-    def _await(self, events: dict[int, Any], number: int) -> None:
-        """Let the layer of this number wait for its rows."""
-        if number in events:
-            torch.cuda.current_stream(self.device).wait_event(events[number])
-
-    def _leave(self, hidden: Tensor, normed: Tensor) -> None:
-        """Choose the next ids."""
-        if self._way == "greedy":
-            self._run_choose(normed, self.model.lm_head.weight, self.ids)
-        else:
-            self._draw(nn.functional.linear(normed, self.model.lm_head.weight))
-        self.position += 1
 
     def _draw(self, logits: Tensor) -> None:
         """Write sampled next ids."""
@@ -309,7 +303,8 @@ class Decoder:
                 f"got {batch} of {count}."
             )
         prompts = prompts.to(self.device)
-        found = self.model(prompts, use_cache=True, logits_to_keep=1)
+        with self._on_device():
+            found = self.model(prompts, use_cache=True, logits_to_keep=1)
         for number, layer in enumerate(self.layers):
             cached = found.past_key_values.layers[number]
             layer.keys[:, :, :count] = cached.keys
@@ -327,52 +322,80 @@ class Decoder:
         """Decode one token of every sequence; waits for the ids only if the host finds the rows."""
         self._renew()
         if not self.hosted:
-            self._run("_step")
+            self._run()
             return
         self.seen.copy_(self.ids, non_blocking=True)
         if self.copied is not None:
             self.copied.record(torch.cuda.current_stream(self.device))
-        self._run("_open")  # meanwhile the host finds the rows
-        if self.copied is not None:
-            self.copied.synchronize()
-        if not self.leased:
-            self.staging.copy_(self.store.read(self.seen), non_blocking=True)
-            self._run("_close")
-            return
-        with self.store.lease(self.seen) as slots:
-            self.slots.copy_(torch.tensor(slots))
-            self.places.copy_(self.slots, non_blocking=True)
-            self._run("_close")
+        with self.store.lease() if self.leased else nullcontext(self._read) as find:
+            try:
+                if self.ahead:
+                    self._run()
+                if self.copied is not None:
+                    self.copied.synchronize()
+                self._answer(find(self.seen.tolist(), self.landing))
+            except BaseException:
+                self._answer(None)
+                raise
+            finally:
+                if self.ahead:
+                    self._ready[0] = self.turns  # whatever happened: the device waits for it
+            if not self.ahead:
+                self.known.copy_(self.told, non_blocking=True)
+                self._run()
 
-    def _run(self, part: str) -> None:
-        """Run a part of a step, or replay it; it is captured when it comes for the first time."""
-        way = "" if part == "_open" else self._way
-        if (part, way) not in self._graphs:
-            # One compiled block serves all decoders of a process, in a version for each shape.
-            with torch._dynamo.config.patch(recompile_limit=64):
-                if not self.captured:
-                    getattr(self, part)()
-                    return
-                self._graphs[part, way] = self._capture(getattr(self, part))
-        self._graphs[part, way].replay()
+    def _read(self, wanted: list[int], landing: Tensor) -> tuple[list[int], list[int]]:
+        """Read all rows of a step, as `CachedStore.lease` has it; none of them is kept."""
+        landing.copy_(self.store.read(torch.tensor(wanted)))
+        return [-1] * len(wanted), list(range(len(wanted)))
 
-    def _capture(self, part: Callable[[], None]) -> Any:
-        """Return a part of a step as a graph; what the rehearsals changed is put back."""
-        kept = [t.clone() for t in (self.ids, self.position, self.history)]
+    def _answer(self, found: tuple[list[int], list[int]] | None) -> None:
+        """Tell the step where its rows are; without an answer it takes any and keeps none."""
+        slots, landed = found or ([-1] * self.batch, list(range(self.batch)))
+        self._told[:] = slots, landed
+
+    def _run(self) -> None:
+        """Run a step, or replay it; it is captured when it comes for the first time."""
+        with self._on_device():
+            if self._way not in self._graphs:
+                # One compiled block serves all decoders of a process, in a version for each shape.
+                with torch._dynamo.config.patch(recompile_limit=64):
+                    if not self.captured:
+                        self._step()
+                        return
+                    self._graphs[self._way] = self._capture()
+            self._graphs[self._way].replay()
+            self.turns += 1
+
+    def _capture(self) -> Any:
+        """Return a step as a graph; what the rehearsals changed is put back."""
+        changed = [self.ids, self.position, self.history]
+        if self.ahead:
+            changed.append(self.turn)
+            self._answer(None)
+            self._ready[0] = _NO_WAIT
+        kept = [tensor.clone() for tensor in changed]
         rehearsal = torch.cuda.Stream(self.device)
         rehearsal.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(rehearsal):
             for _ in range(2):
                 self.position.copy_(kept[1])
-                part()
+                self._step()
         torch.cuda.current_stream(self.device).wait_stream(rehearsal)
         graph = torch.cuda.CUDAGraph()
         self.position.copy_(kept[1])
         with torch.cuda.graph(graph):
-            part()
-        for tensor, value in zip((self.ids, self.position, self.history), kept, strict=True):
+            self._step()
+        for tensor, value in zip(changed, kept, strict=True):
             tensor.copy_(value)
+        if self.ahead:
+            rehearsal.synchronize()
+            self._ready[0] = self.turns
         return graph
+
+    def _on_device(self) -> Any:
+        """Return a context in which kernels are launched on the model's device."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def generate(
         self,

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from ..kernels.combine import combine_norm
 from ..modeling.attention import rotate
+from .mixture import mixture
 
 
 class Layer(NamedTuple):
-    """One layer's weights as the step reads them."""
+    """One layer's weights as the step reads them; a router of its own has a mixture of experts."""
 
     qkv: Tensor
     out: Tensor
@@ -21,6 +22,8 @@ class Layer(NamedTuple):
     next: Tensor
     keys: Tensor
     values: Tensor
+    router: Tensor | None = None
+    top_k: int = 0
 
 
 def compute(
@@ -52,6 +55,9 @@ def compute(
     )
     hidden = hidden + nn.functional.linear(attended.reshape(batch, dim), layer.out)
     x = nn.functional.rms_norm(hidden, (dim,), layer.post, eps)
+    if layer.router is not None:
+        update = mixture(x, layer.router, layer.up, layer.down, layer.top_k, act)
+        return hidden, update, update[:, :0]
     up = nn.functional.linear(x, layer.up)
     update = nn.functional.linear(act(up[:, :inner]), layer.down)
     return hidden, update, up[:, inner:]
@@ -72,25 +78,6 @@ def end(
     values, scales = rows
     logits = logits[:, : values.shape[1]]
     return combine_norm(logits, values, hidden, update, layer.next, eps, scales)
-
-
-def block(
-    hidden: Tensor,
-    normed: Tensor,
-    layer: Layer,
-    cos: Tensor,
-    sin: Tensor,
-    position: Tensor,
-    mask: Tensor,
-    rows: tuple[Tensor, Tensor | None] | None,
-    heads: int,
-    inner: int,
-    eps: float,
-    act: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Return the residual stream after one layer, and its norm for the next; one token each."""
-    computed = compute(hidden, normed, layer, cos, sin, position, mask, heads, inner, eps, act)
-    return end(*computed, layer, rows, eps)
 
 
 def fused(weights: list[nn.Parameter], rows: int) -> Tensor:
@@ -115,4 +102,4 @@ def fused(weights: list[nn.Parameter], rows: int) -> Tensor:
     return fused
 
 
-__all__ = ["Layer", "block", "compute", "end", "fused"]
+__all__ = ["Layer", "compute", "end", "fused"]

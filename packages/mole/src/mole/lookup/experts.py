@@ -32,16 +32,23 @@ class Lookup(nn.Module):
             self.act = ACT2FN[config.hidden_act]
 
     def values(
-        self, embeddings: Float[Tensor, "*tokens dim"]
+        self, embeddings: Float[Tensor, "*tokens dim"], wide: bool = False
     ) -> Float[Tensor, "*tokens experts dim"]:
         """Return every expert's output, `FFN_j(RMSNorm(e))`, for raw input embeddings `e`.
+
+        Args:
+            embeddings: Rows of the embedding matrix.
+            wide: Compute in float32, whatever the weights are in; for float32 embeddings.
 
         Source: Jie et al. 2025 (arXiv 2503.15798), section 3.2.
         """
         *tokens, dim = embeddings.shape
-        inner = self.act(nn.functional.linear(self.norm(embeddings), self.up))
-        inner = inner.view(-1, self.num_experts, self.up.shape[0] // self.num_experts)
-        down = self.down_t.view(self.num_experts, -1, dim).to(inner.dtype)
+        weights = self.norm.weight, self.up, self.down_t
+        norm, up, down_t = (weight.float() for weight in weights) if wide else weights
+        normed = nn.functional.rms_norm(embeddings, (dim,), norm, self.norm.eps)
+        inner = self.act(nn.functional.linear(normed, up))
+        inner = inner.view(-1, self.num_experts, up.shape[0] // self.num_experts)
+        down = down_t.view(self.num_experts, -1, dim).to(inner.dtype)
         values = torch.bmm(inner.transpose(0, 1), down)
         return values.transpose(0, 1).reshape(*tokens, self.num_experts, dim)
 

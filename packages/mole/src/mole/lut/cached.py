@@ -1,7 +1,7 @@
 """The store that keeps recently used rows in front of a slower one."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from .base import LutStore
 
 _STAGED = 64  # rows that are read at a time
+Find = Callable[[list[int], Tensor], tuple[list[int], list[int]]]
 
 
 class CachedStore(LutStore):
@@ -52,26 +53,61 @@ class CachedStore(LutStore):
         self._done: Any = None  # on a GPU, what the last reader's stream has to reach
 
     @contextmanager
-    def lease(self, ids: Int[Tensor, " tokens"]) -> Iterator[list[int]]:
-        """Give the slots of the ids' rows in `table`, which keep them while the context is open.
+    def lease(self) -> Iterator[Find]:
+        """Have the slots for oneself; the function that is given finds those of rows in `table`.
 
-        On a GPU, work that reads the rows is to be queued on the current stream within the context;
-        it need not be done when the context ends.
+        It takes ids, and host memory with a place for each. Rows that are not there yet are read
+        into that memory; whoever leases copies them into their slots, on a GPU as work of the
+        current stream that is queued before the context ends. It returns every id's slot, and its
+        place in the memory, -1 if its row is in the slot already. It queues nothing on a stream:
+        work that waits for the rows may be queued before they are found.
 
         Raises:
-            ValueError: There are more distinct ids than slots.
+            ValueError: The store was closed; or, of the function, there are more distinct ids than
+                slots.
         """
         self._check_open()
-        wanted = ids.tolist()
-        distinct = list(dict.fromkeys(wanted))
-        if len(distinct) > self.capacity:
-            raise ValueError(
-                f"`ids` must have at most {self.capacity} distinct ids, the cache's slots; "
-                f"got {len(distinct)}."
-            )
-        with self._in_turn():
-            self._admit(distinct)
-            yield [self._slot[row] for row in wanted]
+        missing: list[int] = []
+
+        def find(wanted: list[int], landing: Tensor) -> tuple[list[int], list[int]]:
+            if done is not None:
+                done.synchronize()  # what others put into slots is there
+            slot, used = self._slot, self._used
+            slots: list[Any] = list(map(slot.get, wanted))
+            distinct = dict.fromkeys(wanted)
+            if len(distinct) > self.capacity:
+                raise ValueError(
+                    f"`wanted` must have at most {self.capacity} distinct ids, the cache's slots; "
+                    f"got {len(distinct)}."
+                )
+            for place in slots:
+                if place is not None:
+                    used[place] = 1
+            fresh = [row for row in distinct if row not in slot] if None in slots else []
+            self.hits += len(distinct) - len(fresh)
+            self.misses += len(fresh)
+            if not fresh:
+                return slots, [-1] * len(wanted)
+            self.store.read_into(fresh, list(landing[: len(fresh)]))
+            held = {place for place in slots if place is not None}
+            for row in fresh:
+                held.add(self._claim(row, held))
+            missing.extend(fresh)
+            landed = {row: place for place, row in enumerate(fresh)}
+            return [slot[row] for row in wanted], [landed.get(row, -1) for row in wanted]
+
+        with self._lock:
+            # Not waited for here, before the caller has queued his own work.
+            done = self._done
+            try:
+                yield find
+            except BaseException:
+                for row in missing:  # they may never get into their slots
+                    self._owner[self._slot.pop(row)] = None
+                raise
+            finally:
+                if self.table.is_cuda:
+                    self._done = torch.cuda.current_stream(self.table.device).record_event()
 
     def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
         """Return whole rows as they are on disk, on the ids' device."""

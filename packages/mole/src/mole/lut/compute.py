@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .base import LutStore
 from .format import LutRows
+from .plan import expert_values, plan
 
 
 class ComputeStore(LutStore):
@@ -19,15 +20,11 @@ class ComputeStore(LutStore):
     """
 
     def __init__(self, model: Any, fmt: str = "fp32") -> None:
-        from ..conversion import plan  # conversion needs stores to verify
-
         super().__init__(plan(model, fmt))
         self._model = model
 
     def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
         """Return whole rows as conversion would write them, on the ids' device."""
-        from ..conversion import expert_values
-
         with torch.no_grad():
             values = expert_values(self._model, self._host_ids(ids))
         return LutRows.encode(values, self.meta).to_bytes(self.meta).to(ids.device)

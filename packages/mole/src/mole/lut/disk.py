@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from .aio import AsyncReads
 from .base import LutStore, Ticket
 from .errors import LutTruncatedError
 from .files import check_length
@@ -27,9 +28,9 @@ _SPARE_BYTES = 2**25  # memory that is kept for the next rows
 class DiskStore(LutStore):
     """Rows read from the file past the page cache, many at a time, each distinct id once.
 
-    Threads read with `preadv`, which lets others run meanwhile, in pieces of 64 KiB, into aligned
-    memory. Where the file system refuses direct reads, a warning says so and the page cache is
-    used.
+    Whoever waits for rows has the system read them side by side (`AsyncReads`). Where it does not,
+    and for `prefetch`, threads read with `preadv`, in pieces of 64 KiB. Where the file system
+    refuses direct reads, a warning says so and the page cache is used.
 
     Args:
         folder: Folder of the table.
@@ -47,7 +48,11 @@ class DiskStore(LutStore):
         self._frame = (-(-self.meta.row_stride // _DIRECT_ALIGNMENT) + 1) * _DIRECT_ALIGNMENT
         self._spare: list[memoryview] = []
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lut")
-        self._release = weakref.finalize(self, _end, self._pool, self._file)
+        self._aio: AsyncReads | None = None
+        if self.direct:
+            with suppress(OSError):  # not everywhere; threads read then
+                self._aio = AsyncReads(self._file, threads)
+        self._release = weakref.finalize(self, _end, self._pool, self._file, self._aio)
 
     def _open(self, path: Path) -> int:
         """Return a descriptor for direct reads, or a plain one with a warning."""
@@ -106,8 +111,8 @@ class DiskStore(LutStore):
     def _begin(self, rows: list[int], out: list[Tensor], waiting: bool) -> Callable[[], None]:
         """Begin to read rows into memory; the function that is returned waits for them.
 
-        What the page cache has is read at once, if it is used at all. A caller who waits anyway
-        reads the last piece himself: one alone needs no other thread.
+        A caller who waits anyway has direct reads done at once, and what the page cache has; of
+        other reads he does the last piece himself: one alone needs no other thread.
         """
         stride = self.meta.row_stride
         frames = self._frames(len(rows)) if self.direct else []
@@ -129,6 +134,12 @@ class DiskStore(LutStore):
                     continue
             for start in range(0, len(view), _PIECE):
                 pieces.append((view[start : start + _PIECE], first + start))
+        aio = self._aio if waiting and len(pieces) > 1 else None
+        if aio is not None and aio.lock.acquire(blocking=False):
+            try:
+                pieces = self._read_aside(aio, pieces)
+            finally:
+                aio.lock.release()
         own = pieces.pop() if waiting and pieces else None
         futures = [self._pool.submit(self._fill, *piece) for piece in pieces]
 
@@ -143,6 +154,24 @@ class DiskStore(LutStore):
                 self._spare.extend(frames)  # a ticket's rows may be asked for once more
 
         return wait
+
+    def _read_aside(
+        self, aio: AsyncReads, pieces: list[tuple[memoryview, int]]
+    ) -> list[tuple[memoryview, int]]:
+        """Fill the views side by side; return those that got less than the file has for them."""
+        addresses = [torch.frombuffer(view, dtype=torch.uint8).data_ptr() for view, _ in pieces]
+        got = aio.read(
+            [
+                (address, len(view), offset)
+                for address, (view, offset) in zip(addresses, pieces, strict=True)
+            ]
+        )
+        end = self.meta.file_bytes
+        return [
+            (view, offset)
+            for (view, offset), count in zip(pieces, got, strict=True)
+            if count < min(len(view), end - offset)
+        ]
 
     def _frames(self, count: int) -> list[memoryview]:
         """Return aligned memory for rows, as far as possible what the system has given already."""
@@ -185,9 +214,11 @@ class DiskStore(LutStore):
             self._release()
 
 
-def _end(pool: ThreadPoolExecutor, file: int) -> None:
+def _end(pool: ThreadPoolExecutor, file: int, aio: AsyncReads | None) -> None:
     """End threads that have nothing left to read, and close their file."""
     pool.shutdown(wait=False)
+    if aio is not None:
+        aio.close()
     os.close(file)
 
 

@@ -117,7 +117,7 @@ def train(
         stop_after: Stop, with a checkpoint, after this step; the schedule stays that of
             `settings.steps`.
         mixed_precision: `"no"` or `"bf16"`; if None bf16 on a GPU that has it.
-        compiled: Compile the layers.
+        compiled: Compile the layers, while they are trained.
         sharded: Split weights, gradients and optimiser state over the processes (FSDP2). Needs at
             least two, and `dedup` `"off"` or `"micro"`. The model that is returned is split, the
             saved one whole.
@@ -213,6 +213,9 @@ def train(
             if main:
                 _save(state, output)
     bar.close()
+    if compiled:
+        for layer in model.model.layers:  # what comes next has shapes of its own
+            layer._compiled_call_impl = None
     accelerator.wait_for_everyone()
     weights = get_model_state_dict(model, options=_WHOLE) if last == settings.steps else {}
     if main and last == settings.steps:

@@ -11,7 +11,9 @@ where there is none. The gradient of a slope of ALiBi is the sum of `-dS |distan
 is in `bias.py`.
 
 1. *Queries*: one program per tile of queries; the first sweep over its active blocks adds up delta,
-   the second dQ.
+   the second dQ. In half formats at alpha 1.5 the first one takes a few blocks of a long list. They
+   give a guess d of delta, and dQ = scale (A - (delta - d) B), A the sum of u (dP - d) k and B that
+   of u k: as d is near, the difference cancels no digits.
 2. *Keys*: one program per tile of keys; for every query head of its group it visits the tiles of
    queries that give these keys weight, and adds up dK and dV.
 
@@ -33,7 +35,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch
+from ..launch import interpreted, launch
 from .bias import bias_gradient
 from .philox import words
 from .scores import (
@@ -55,15 +57,48 @@ from .tiles import (
     UNALIGNED,
     aligned,
     describe,
+    excess,
     hide,
     is_partly_hidden,
     list_marked,
     n_slots,
     padded,
+    partial_sums,
     pose,
-    roots,
     store_rows,
 )
+
+_SAMPLE = tl.constexpr(8)  # blocks that delta is guessed from
+
+
+@triton.jit
+@no_type_check
+def _block(
+    q, k, do, v, tau, mask_ptr, terms, plane, row_at, first, start, seq_q, seq_k, left, right,
+    factor, power, seed_ptr, drop_below, keep_scale,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr, SATURATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return x, u and dP of the rows from `first` on and the keys from `start` on, and c'."""
+    s, gate = scores(
+        q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
+        IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    x, u = excess(s, factor, tau[:, None], power, HALF, SATURATE)
+    dp = tl.dot(do, v.T, input_precision="ieee")
+    if DROPOUT:
+        drawn = words(tl.load(seed_ptr), plane, row_at + first, start, BLOCK_M, BLOCK_N)
+        dp = tl.where(drawn >= drop_below, dp * keep_scale, 0.0)
+    return x, u, dp, gate
+
+
+@triton.jit
+@no_type_check
+def _ratio(weighted, total):
+    """Return the quotient of sums of rows, 0 where the lower is."""
+    total = tl.sum(total, 1)
+    return tl.sum(weighted, 1) / tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
@@ -76,10 +111,16 @@ def _queries_kernel(
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
     seed_ptr, drop_below, keep_scale, dim_head,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr, ALPHA_GRAD: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
+    QUICK: tl.constexpr, SATURATE: tl.constexpr, ALPHA_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Write delta and dQ of one tile of queries."""
+    """Write delta and dQ of one tile of queries.
+
+    QUICK: delta of a long list is guessed from some of its blocks. The second sweep finds what the
+    guess lacks, and takes it off with what all weights alike would give.
+    """
+    PARTS: tl.constexpr = 4 if QUICK else 1
     place = tl.program_id(0)
     plane, tile = place // n_tiles, n_tiles - 1 - place % n_tiles
     line = (plane * n_tiles + tile).to(tl.int64)
@@ -107,27 +148,27 @@ def _queries_kernel(
         bias_batch, bias_head, bias_row, bias_key, FORM,
     )  # fmt: skip
 
-    weighted = tl.zeros([BLOCK_M], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    some, step = count, 1
+    if QUICK:
+        some = tl.minimum(count, _SAMPLE)
+        step = tl.maximum(count // _SAMPLE, 1)
+    weighted = tl.zeros([BLOCK_M, PARTS], tl.float32)
+    total = tl.zeros([BLOCK_M, PARTS], tl.float32)
     p_sum = tl.zeros([BLOCK_M], tl.float32)
     p_dp = tl.zeros([BLOCK_M], tl.float32)
     log_dp = tl.zeros([BLOCK_M], tl.float32)
     entropy = tl.zeros([BLOCK_M], tl.float32)
-    for index in range(0, count):
-        start = tl.load(list_ptr + index) * BLOCK_N
+    for index in range(0, some):
+        start = tl.load(list_ptr + index * step) * BLOCK_N
         k = load_part(k_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_D)
         v = load_part(v_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_DV)
-        s, gate = scores(
-            q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
-            IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
+        x, u, dp, _gate = _block(
+            q, k, do, v, tau, mask_ptr, terms, plane, row_at, first, start, seq_q, seq_k,
+            left, right, factor, power, seed_ptr, drop_below, keep_scale,
+            IS_CAUSAL, HAS_MASK, HAS_WINDOW, HALF, FORM, DROPOUT, SATURATE, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        x, u = roots(s * factor, tau[:, None], power, HALF)
-        dp = tl.dot(do, v.T, input_precision="ieee")
-        if DROPOUT:
-            drawn = words(tl.load(seed_ptr), plane, row_at + first, start, BLOCK_M, BLOCK_N)
-            dp = tl.where(drawn >= drop_below, dp * keep_scale, 0.0)
-        weighted += tl.sum(u * dp, 1)
-        total += tl.sum(u, 1)
+        weighted += partial_sums(u * dp, BLOCK_M, BLOCK_N, QUICK)
+        total += partial_sums(u, BLOCK_M, BLOCK_N, QUICK)
         if ALPHA_GRAD:
             p = x * u
             log_p = p * power * tl.log(tl.where(x == 0.0, 1.0, x))  # p ln p
@@ -135,38 +176,57 @@ def _queries_kernel(
             p_dp += tl.sum(p * dp, 1)
             log_dp += tl.sum(log_p * dp, 1)
             entropy += tl.sum(log_p, 1)
-    delta = weighted / tl.where(total == 0.0, 1.0, total)
-    tl.store(delta_ptr + row_base + rows, delta, mask=rows < seq_q)
+    delta = _ratio(weighted, total)
     if ALPHA_GRAD:  # with the sum of p itself: what it lacks to 1 would be blown up near alpha 1
         dalpha = (p_dp - delta * p_sum) * power - (log_dp - delta * entropy)
         tl.store(dalpha_ptr + row_base + rows, dalpha * power, mask=rows < seq_q)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dslope = tl.zeros([BLOCK_M], tl.float32)
-    for index in range(0, count):
-        start = tl.load(list_ptr + index) * BLOCK_N
-        k = load_part(k_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_D)
-        v = load_part(v_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_DV)
-        s, gate = scores(
-            q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
-            IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        x, u = roots(s * factor, tau[:, None], power, HALF)
-        dp = tl.dot(do, v.T, input_precision="ieee")
-        if DROPOUT:
-            drawn = words(tl.load(seed_ptr), plane, row_at + first, start, BLOCK_M, BLOCK_N)
-            dp = tl.where(drawn >= drop_below, dp * keep_scale, 0.0)
-        ds = u * (dp - delta[:, None])
+    if some < count:
+        plain = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        weighted = tl.zeros([BLOCK_M, PARTS], tl.float32)
+        total = tl.zeros([BLOCK_M, PARTS], tl.float32)
+        for index in range(0, count):
+            start = tl.load(list_ptr + index) * BLOCK_N
+            k = load_part(k_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_D)
+            v = load_part(v_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_DV)
+            _x, u, dp, _gate = _block(
+                q, k, do, v, tau, mask_ptr, terms, plane, row_at, first, start, seq_q, seq_k,
+                left, right, factor, power, seed_ptr, drop_below, keep_scale,
+                IS_CAUSAL, HAS_MASK, HAS_WINDOW, HALF, FORM, DROPOUT, SATURATE, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            ds = u * (dp - delta[:, None])
+            weighted += partial_sums(ds, BLOCK_M, BLOCK_N, QUICK)
+            total += partial_sums(u, BLOCK_M, BLOCK_N, QUICK)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+            plain = tl.dot(u.to(k.dtype), k, plain, input_precision="ieee")
+        rest = _ratio(weighted, total)
+        dq = dq - rest[:, None] * plain
+        delta += rest
+    else:
+        dslope = tl.zeros([BLOCK_M], tl.float32)
+        for index in range(0, count):
+            start = tl.load(list_ptr + index) * BLOCK_N
+            k = load_part(k_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_D)
+            v = load_part(v_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_DV)
+            _x, u, dp, gate = _block(
+                q, k, do, v, tau, mask_ptr, terms, plane, row_at, first, start, seq_q, seq_k,
+                left, right, factor, power, seed_ptr, drop_below, keep_scale,
+                IS_CAUSAL, HAS_MASK, HAS_WINDOW, HALF, FORM, DROPOUT, SATURATE, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            ds = u * (dp - delta[:, None])
+            if SLOPED & FORM:
+                keys = start + tl.arange(0, BLOCK_N)
+                dslope -= tl.sum(ds * distance_of(rows[:, None], keys[None, :], seq_q, seq_k), 1)
+            if CAPPED & FORM:
+                ds = ds * gate
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         if SLOPED & FORM:
-            keys = start + tl.arange(0, BLOCK_N)
-            dslope -= tl.sum(ds * distance_of(rows[:, None], keys[None, :], seq_q, seq_k), 1)
-        if CAPPED & FORM:
-            ds = ds * gate
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    dq = dq * scale
+            tl.store(dslope_ptr + row_base + rows, dslope, mask=rows < seq_q)
+    delta = tl.where(tau != tau, tau, delta)
+    tl.store(delta_ptr + row_base + rows, delta, mask=rows < seq_q)
+    dq = tl.where((tau != tau)[:, None], float("nan"), dq * scale)
     store_rows(dq_ptr + row_base * dim_head, dq, rows, seq_q, dim_head, BLOCK_D)
-    if SLOPED & FORM:
-        tl.store(dslope_ptr + row_base + rows, dslope, mask=rows < seq_q)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
@@ -180,6 +240,7 @@ def _keys_kernel(
     seed_ptr, drop_below, keep_scale, list_width, dim_head, dim_value,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
+    SATURATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of one block of keys, summed over the query heads that share them.
@@ -239,7 +300,7 @@ def _keys_kernel(
                     s, rows[None, :], keys[:, None], seq_q, seq_k, mask_ptr, left, right,
                     IS_CAUSAL, HAS_MASK, HAS_WINDOW,
                 )  # fmt: skip
-            x, u = roots(s * factor, tau[None, :], power, HALF)
+            x, u = excess(s, factor, tau[None, :], power, HALF, SATURATE)
             p = x * u
             if DROPOUT:
                 drawn = words(tl.load(seed_ptr), plane, row_at + start, first_key, BLOCK_M, BLOCK_N)
@@ -315,6 +376,7 @@ def launch_backward(
     constants = {
         **problem.switches,
         "DROPOUT": terms.dropout > 0.0,
+        "SATURATE": problem.quick and not interpreted(_queries_kernel),
         "BLOCK_DV": padded(dim_value),
         "num_warps": tiles.num_warps,
         "num_stages": tiles.back_stages,
@@ -323,7 +385,8 @@ def launch_backward(
     launch(
         _queries_kernel, n_tiles * problem.planes, kind,
         *sources, dq, delta, dalpha, dslope, *numbers, dim_head,
-        ALPHA_GRAD=alpha is not None, **constants,
+        QUICK=problem.quick and terms.form in (0, PACKED.value), ALPHA_GRAD=alpha is not None,
+        **constants, maxnreg=tiles.most.queries,
     )  # fmt: skip
     launch(
         _keys_kernel, slots * k.shape[0] * k.shape[1], kind,

@@ -93,11 +93,20 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
         )
 
 
+def check_number(name: str, x: object) -> None:
+    """Refuse what is not a number."""
+    if not torch.compiler.is_compiling() and not hasattr(x, "__float__"):
+        raise TypeError(f"`{name}` must be a number; got {x!r}.")
+
+
 def check_options(q: Tensor, k: Tensor, alpha: float | Tensor, options: Options) -> None:
     """Refuse options that do not fit q and k."""
     mask, window, softcap = options.key_mask, options.window, options.softcap
     slopes, bias, scale, dropout = options.slopes, options.bias, options.scale, options.dropout
     heads = tuple(q.shape[:2])
+    check_number("alpha", alpha)
+    check_number("softcap", 1.0 if softcap is None else softcap)
+    check_number("dropout_p", dropout)
     if isinstance(alpha, Tensor):
         if tuple(alpha.shape) not in ((), heads[1:], heads):
             raise ValueError(
@@ -121,8 +130,14 @@ def check_options(q: Tensor, k: Tensor, alpha: float | Tensor, options: Options)
             )
         if mask.device != q.device:
             raise ValueError(f"`key_padding_mask` must be on {q.device}; got {mask.device}.")
-    if window is not None and (len(window) != 2 or min(window) < -1):
-        raise ValueError(f"`window` must be two lengths, at least 0, or -1 for all; got {window}.")
+    if window is not None and not (
+        isinstance(window, tuple | list)
+        and len(window) == 2
+        and all(isinstance(side, int) and side >= -1 for side in window)
+    ):
+        raise ValueError(
+            f"`window` must be two whole numbers, at least 0, or -1 for all; got {window!r}."
+        )
     if slopes is not None and tuple(slopes.shape) not in (heads[1:], heads):
         raise ValueError(
             f"`alibi_slopes` must have shape {heads[1:]} or {heads}; got {tuple(slopes.shape)}."

@@ -11,7 +11,14 @@ from torch import Tensor
 from fourfold_common import triton_status
 
 from . import reference
-from .checks import KERNEL_DTYPES, check_once, check_options, check_packed, check_tensors
+from .checks import (
+    KERNEL_DTYPES,
+    check_number,
+    check_once,
+    check_options,
+    check_packed,
+    check_tensors,
+)
 from .diagnostics import AttentionAux, attention_aux
 from .dropout import fresh_seed
 from .operators import attend, unheard
@@ -113,7 +120,8 @@ def adasplash(
         window: How many keys to the left and right of its own position a row sees; -1 for all.
         alibi_slopes: The distance to a key times the slope of the head is taken off the score;
             `[heads]` or `[batch, heads]`.
-        attn_bias: Added to the scores; broadcasts to `[batch, heads, seq_q, seq_k]`.
+        attn_bias: Added to the scores; broadcasts to `[batch, heads, seq_q, seq_k]`. -inf and the
+            smallest number of its dtype hide a key.
         softcap: Products become `softcap * tanh(s / softcap)` before anything is added.
         dropout_p: Probability with which a weight is dropped and the others are scaled up.
         key_padding_mask: True for keys to attend to; holes are allowed.
@@ -144,6 +152,8 @@ def adasplash(
         raise ValueError(
             f"`return_aux` needs an `alpha` above 1, softmax has no threshold; got {alpha}."
         )
+    if scale is not None:
+        check_number("scale", scale)
     options = reference.Options(
         scale=max(1, q.shape[-1]) ** -0.5 if scale is None else float(scale), is_causal=is_causal,
         key_mask=key_padding_mask, window=window, softcap=softcap, slopes=alibi_slopes,

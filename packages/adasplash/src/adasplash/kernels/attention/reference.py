@@ -29,7 +29,7 @@ class Options(NamedTuple):
     window: tuple[int, int] | None = None
     softcap: float | None = None
     slopes: Tensor | None = None  # [heads] or [batch, heads]
-    bias: Tensor | None = None  # broadcasts to [batch, heads, seq_q, seq_k]
+    bias: Tensor | None = None  # to [batch, heads, seq_q, seq_k]; -inf and finfo.min hide keys
     dropout: float = 0.0
     seed: Tensor | None = None  # of the dropout, int64 [1]
     bounds_q: Tensor | None = None  # of packed sequences, int [sequences + 1]
@@ -93,6 +93,7 @@ def widen(
     if slopes is not None:
         slopes = slopes.to(q.device, wide).expand(q.shape[:2])[..., None, None]
     if bias is not None:
+        bias = bias.masked_fill(bias <= torch.finfo(bias.dtype).min, -torch.inf)
         bias = bias.to(q.device, wide).expand(*q.shape[:3], k.shape[2])
     return keys, alpha, options._replace(slopes=slopes, bias=bias)
 
@@ -199,22 +200,25 @@ class _Weights(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, alpha: float | Tensor) -> Tensor:
-        x, _ = excess(scores, alpha)
-        power = 1.0 / (alpha - 1.0)
-        p = x.pow(power)
+        p = excess(scores, alpha)[0].pow(1.0 / (alpha - 1.0))
         is_tensor = isinstance(alpha, Tensor)
-        ctx.save_for_backward(p, _power(x, power - 1.0), alpha if is_tensor else None)
+        ctx.save_for_backward(p, alpha if is_tensor else None)
+        ctx.number = None if is_tensor else alpha
         return p
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        p, u, alpha = ctx.saved_tensors
+        p, alpha = ctx.saved_tensors
+        # From p, an output, so that second derivatives go through it; NaN stays.
+        held = ~(p <= 0.0)
+        safe = torch.where(held, p, 1.0)
+        u = safe.pow(2.0 - (ctx.number if alpha is None else alpha)).masked_fill(~held, 0.0)
         total = u.sum(-1, keepdim=True)
         delta = (u * grad).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
         grad_scores = u * (grad - delta)
         if alpha is None or not ctx.needs_input_grad[1]:
             return grad_scores, None
-        entropy = torch.special.xlogy(p, p)  # p ln p
+        entropy = p * safe.log()
         grad_alpha = p * (grad - delta) / (alpha - 1.0) - entropy * (grad - delta)
         return grad_scores, (grad_alpha / (alpha - 1.0)).sum_to_size(alpha.shape)
 

@@ -72,6 +72,18 @@ def distance_of(rows, keys, seq_q, seq_k):
 
 @triton.jit
 @no_type_check
+def lowest(ptr):
+    """Return the smallest finite number of a pointer's dtype: as a bias it hides keys, as -inf."""
+    if ptr.dtype.element_ty == tl.float16:
+        return -65504.0
+    elif ptr.dtype.element_ty == tl.bfloat16:
+        return -3.3895313892515355e38
+    else:
+        return -3.4028234663852886e38
+
+
+@triton.jit
+@no_type_check
 def shaped(s, rows, keys, first, seq_q, seq_k, terms, FORM: tl.constexpr):
     """Return scores times alpha - 1 for products, and the slope of the cap, 1 without one.
 
@@ -92,7 +104,8 @@ def shaped(s, rows, keys, first, seq_q, seq_k, terms, FORM: tl.constexpr):
             bias_ptr += tl.cast(first, tl.int64) * bias_row
             places = bias_ptr + (rows - first) * bias_row + keys * bias_key
             inside = (rows < seq_q) & (keys < seq_k)
-            s = s + tl.load(places, mask=inside, other=0.0).to(tl.float32)
+            bias = tl.load(places, mask=inside, other=0.0)
+            s = s + tl.where(bias <= lowest(bias_ptr), float("-inf"), bias.to(tl.float32))
         s = s * degree
     return s, gate
 

@@ -34,7 +34,7 @@ from .scores import (
     slots_of,
     terms_of,
 )
-from .threshold import step_left
+from .solver import power_step, step_left
 from .tiles import (
     SIZES,
     UNALIGNED,
@@ -52,6 +52,7 @@ _CHUNK, _LISTED, _WARPS = 4, 64, 1  # of the second kernel: blocks at a time
 _LIST_SWITCHES = "IS_CAUSAL", "HAS_WINDOW", "HALF", "FORM", "BLOCK_M", "BLOCK_N"
 _MASKED_N = 64  # keys of a tile where each is asked whether it is hidden: more spill registers
 _STEPS = tl.constexpr(3)
+_SHARE = tl.constexpr(0.8)  # of the weight of a row, that of the maxima of blocks alone; a guess
 
 
 class Candidates(NamedTuple):
@@ -60,12 +61,14 @@ class Candidates(NamedTuple):
     Args:
         top: Largest z of every row, float32 `[batch, heads, seq_q]`; -inf for empty rows.
         bound: A lower bound of tau, as large.
+        start: A guess of tau not below that.
         listed: Blocks that may hold weight, right to left, int32 `[batch, heads, tiles, blocks]`.
         length: How many they are, int32 `[batch, heads, tiles]`.
     """
 
     top: torch.Tensor
     bound: torch.Tensor
+    start: torch.Tensor
     listed: torch.Tensor
     length: torch.Tensor
 
@@ -109,10 +112,8 @@ def _range(
 def _store_peaks(
     peak_ptr, peaks, rows, first_block, n_blocks, TILE_M: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """Store the maxima of some blocks; a finite one stays finite."""
+    """Store the maxima of some blocks."""
     blocks = first_block + tl.arange(0, PARTS)[None, :]
-    peaks = tl.where((peaks < -65504.0) & (peaks > float("-inf")), -65504.0, peaks)
-    peaks = tl.where(peaks > 65504.0, 65504.0, peaks)
     tl.store(
         peak_ptr + blocks * TILE_M + rows[:, None], peaks.to(tl.float16), mask=blocks < n_blocks
     )
@@ -133,30 +134,30 @@ def _whole_tiles(
     anyway; till then numbers are compared.
     """
     PARTS: tl.constexpr = TILE_N // BLOCK_N
-    LEAD: tl.constexpr = 4  # tiles between two questions whether every row has
-    done, low = 0, 1
-    while (done < full) & (low > 0):
-        stop = tl.minimum(done + LEAD, full)
-        for index in range(done, stop):
-            tile = full - 1 - index  # the diagonal's neighbours first
-            k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
-            z = tl.dot(q, k.T, input_precision="ieee")
-            # The scale is positive: the largest product has the largest score.
-            peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED) * factor
-            top = _larger(top, _highest(peaks, 1, INTERPRETED))
-            _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
-        done = stop
-        # With what the second kernel allows for rounding, and as much again.
-        high = (top >= 1.0 + (tl.abs(top) + 1.0) * 2.0**-9) | (top != top) | (rows >= seq_q)
-        low = tl.max(tl.where(high, 0, 1), 0)
-    for index in range(done, full):
+    LEAD: tl.constexpr = 4  # tiles before the question whether every row has one
+    lead = tl.minimum(LEAD, full)
+    for index in range(0, lead):
+        tile = full - 1 - index  # the diagonal's neighbours first
+        k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
+        z = tl.dot(q, k.T, input_precision="ieee")
+        # The scale is positive: the largest product has the largest score.
+        peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED) * factor
+        top = _larger(top, _highest(peaks, 1, INTERPRETED))
+        _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
+    # With what the second kernel allows for rounding, and as much again.
+    high = (top >= 1.0 + (tl.abs(top) + 1.0) * 2.0**-9) | (top != top) | (rows >= seq_q)
+    by_bits = tl.min(tl.where(high, 1, 0), 0)
+    for index in range(lead, full):
         tile = full - 1 - index
         k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
         z = tl.dot(q, k.T, input_precision="ieee")
-        if INTERPRETED:
-            z = tl.where(z != z, float("nan"), z)  # that of the tensor cores is positive
-        bits = tl.reshape(z.to(tl.int32, bitcast=True), [TILE_M, PARTS, BLOCK_N])
-        peaks = _larger(tl.max(bits, 2).to(tl.float32, bitcast=True), 0.0) * factor
+        if by_bits > 0:
+            if INTERPRETED:
+                z = tl.where(z != z, float("nan"), z)  # that of the tensor cores is positive
+            bits = tl.reshape(z.to(tl.int32, bitcast=True), [TILE_M, PARTS, BLOCK_N])
+            peaks = _larger(tl.max(bits, 2).to(tl.float32, bitcast=True), 0.0) * factor
+        else:
+            peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED) * factor
         top = _larger(top, _highest(peaks, 1, INTERPRETED))
         _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
     return top
@@ -257,10 +258,17 @@ def _peaks(peak_ptr, blocks, rows, real, TILE_M: tl.constexpr):
     return peaks.to(tl.float32)
 
 
+@triton.jit
+@no_type_check
+def _limit(bound, slack, known, real):
+    """Return what maxima must not exceed in a block without weight; NaN where all have to stay."""
+    return tl.where(real, tl.where(known, bound - slack, float("nan")), float("inf"))
+
+
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 @no_type_check
 def _list_kernel(
-    alpha_ptr, top_ptr, peak_ptr, bound_ptr, list_ptr, count_ptr, first_place,
+    alpha_ptr, top_ptr, peak_ptr, bound_ptr, start_ptr, list_ptr, count_ptr, first_place,
     bounds_q_ptr, bounds_k_ptr, n_seq,
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HALF: tl.constexpr, FORM: tl.constexpr,
@@ -299,11 +307,11 @@ def _list_kernel(
         begin, end = _range(first, BLOCK_M, seq_q, seq_k, left, right, IS_CAUSAL, HAS_WINDOW)
         begin, end = begin // BLOCK_N, tl.minimum(tl.cdiv(end, BLOCK_N), n_blocks)
 
-        # What the maxima near the top were rounded by, at most; beyond float16 nothing is known.
-        size = tl.abs(top)
-        slack = tl.where(size < 60000.0, (size + 1.0) * 2.0**-10, float("inf"))
-        bound = tl.where(top == float("-inf"), 0.0, top - 1.0)
-        limit = tl.where(rows < seq_q, bound - slack, float("inf"))
+        empty, size = top == float("-inf"), tl.abs(top)
+        slack = (size + 1.0) * 2.0**-10  # what the maxima near the top were rounded by, at most
+        known = empty | (size < 60000.0)  # beyond float16 nothing is
+        lowest = tl.where(empty, 0.0, top - 1.0)
+        limit = _limit(lowest, slack, known, rows < seq_q)
         count = 0
         for offset in range(0, end - begin, LISTED):
             blocks = end - 1 - offset - tl.arange(0, LISTED)
@@ -318,7 +326,7 @@ def _list_kernel(
         tl.debug_barrier()  # other threads read the list
 
         # Newton's method and the like on the maxima alone, until it hardly moves.
-        t, steps, moving = bound, 0, 1
+        bound, t, guess, steps, moving = lowest, lowest, lowest, 0, 1
         while (steps < _STEPS) & (moving > 0):
             sum_p = tl.zeros([CHUNK, BLOCK_M], tl.float32)
             sum_u = tl.zeros([CHUNK, BLOCK_M], tl.float32)
@@ -329,7 +337,7 @@ def _list_kernel(
                 blocks = tl.load(list_ptr + index, mask=real, other=0)
                 peaks = _peaks(peak_ptr, blocks, inner, real, TILE_M)
                 if SATURATE:
-                    x = saturated(peaks, 1.0, -(t + slack)[None, :])
+                    x = saturated(peaks, 1.0, (t + slack)[None, :])
                     u, sign = x, saturated(x, 1e30, 0.0)
                 else:
                     x, u = roots(peaks, (t + slack)[None, :], power, HALF)
@@ -337,6 +345,11 @@ def _list_kernel(
                 sum_p, sum_u, support = sum_p + x * u, sum_u + u, support + sign
             a0, a1, a2 = tl.sum(sum_p, 0), tl.sum(sum_u, 0), tl.sum(support, 0)
             t_next, below, _ = step_left(t, a0, 1.0, a1, a2, power, HALF)
+            if HALF:  # what is not the maximum of its block has some weight, too
+                some = a0 > 0.0
+                guess = power_step(
+                    t, tl.where(some, a0, 1.0), _SHARE, tl.where(some, a1, 1.0), 1.0 / 3.5
+                )
             # What rounds in these sums must not lift a bound over tau.
             below = tl.where(a1 > 0.0, below - 1e-6 * (1.0 + tl.abs(below)), bound)
             moved = below > bound + 0.02
@@ -344,9 +357,12 @@ def _list_kernel(
             t = tl.where(t_next > bound, t_next, bound)
             moving = tl.max(moved.to(tl.int32), 0)
             steps += 1
+        bound = tl.where(known, bound, lowest)
         tl.store(bound_ptr + row_base + rows, bound, mask=rows < seq_q)
+        guess = tl.minimum(tl.maximum(guess, bound), 0.5 * (bound + top))
+        tl.store(start_ptr + row_base + rows, guess, mask=rows < seq_q)
 
-        limit = tl.where(rows < seq_q, bound - slack, float("inf"))
+        limit = _limit(bound, slack, known, rows < seq_q)
         kept = 0
         for offset in range(0, count, CHUNK):
             index = offset + tl.arange(0, CHUNK)
@@ -369,6 +385,7 @@ def screen(problem: Problem, *, skip: bool = True) -> Candidates:
     device, (n_tiles, n_blocks) = q.device, problem.grid
     top = problem.new(*q.shape[:3], dtype=torch.float32)
     bound = problem.new(*q.shape[:3], dtype=torch.float32)
+    start = torch.empty_like(bound)
     listed = torch.empty((*q.shape[:2], n_tiles, n_blocks), dtype=torch.int32, device=device)
     count = problem.new(*q.shape[:2], n_tiles, dtype=torch.int32)
     places = n_slots(q.shape[2], tiles.screen_m, problem.terms.n_seq) * problem.planes
@@ -387,13 +404,14 @@ def screen(problem: Problem, *, skip: bool = True) -> Candidates:
             *problem.sizes, problem.scale,
             **switches, TILE_M=tiles.screen_m, TILE_N=tile_n, INTERPRETED=interpreting,
             num_warps=tiles.screen_warps, num_stages=tiles.screen_stages,
+        maxnreg=tiles.most.screen,
         )  # fmt: skip
         launch(
             _list_kernel, some * (tiles.screen_m // tiles.block_m), problem.kind,
-            problem.alpha, top, peaks, bound, listed, count, first, *problem.added[2:5],
+            problem.alpha, top, peaks, bound, start, listed, count, first, *problem.added[2:5],
             *problem.sizes,
             **{name: switches[name] for name in _LIST_SWITCHES}, SKIP=skip,
             SATURATE=switches["HALF"] and not interpreting, TILE_M=tiles.screen_m,
             CHUNK=_CHUNK, LISTED=_LISTED, num_warps=_WARPS,
         )  # fmt: skip
-    return Candidates(top, bound, listed, count)
+    return Candidates(top, bound, start, listed, count)

@@ -26,12 +26,22 @@ from .terms import PLAIN, Terms
 
 # Arguments of every kernel; no value of them compiles anything.
 SIZES = ["first_place", "stride_mask", "left", "right", "heads", "group", "seq_q", "seq_k",
-         "n_tiles", "n_blocks", "max_passes", "n_seq", "bias_batch", "bias_head", "bias_row",
-         "bias_key", "drop_below", "list_width", "its_heads", "batches", "n_heads"]  # fmt: skip
+         "n_tiles", "n_blocks", "max_passes", "max_tries", "n_seq", "bias_batch", "bias_head",
+         "bias_row", "bias_key", "drop_below", "list_width", "its_heads", "batches",
+         "n_heads"]  # fmt: skip
 # The caller's own, at any address.
 UNALIGNED = ["mask_ptr", "alpha_ptr", "slopes_ptr", "bias_ptr", "bounds_q_ptr", "bounds_k_ptr",
              "seed_ptr"]  # fmt: skip
 TINY = 1e-30  # stands for a scale of 0, by which the -inf of hidden keys cannot be multiplied
+
+
+class Registers(NamedTuple):
+    """What a thread may take at most: with less, more programs fit. None: what it asks for."""
+
+    screen: int | None = None
+    threshold: int | None = None
+    output: int | None = None
+    queries: int | None = None
 
 
 class Tiles(NamedTuple):
@@ -46,11 +56,12 @@ class Tiles(NamedTuple):
     screen_warps: int
     screen_stages: int
     back_stages: int
+    most: Registers = Registers()
 
 
 # By the padded head size; float32 products need twice the room.
 _HALF = {
-    64: Tiles(64, 64, 4, 2, 128, 128, 4, 3, 2),
+    64: Tiles(64, 64, 4, 2, 128, 128, 4, 3, 2, Registers(168, 64, 96, 168)),
     128: Tiles(64, 64, 4, 2, 128, 128, 8, 2, 2),
     256: Tiles(64, 32, 8, 2, 64, 64, 4, 2, 2),
 }
@@ -136,6 +147,11 @@ class Problem(NamedTuple):
         return self.sizes[-2], self.sizes[-1]
 
     @property
+    def quick(self) -> bool:
+        """Whether weights are divided by their sum, and tau need not be exact to the last digit."""
+        return self.q.element_size() == 2 and bool(self.switches["HALF"])
+
+    @property
     def drop(self) -> tuple[torch.Tensor, int, float]:
         """Seed of the dropout, the least word that is kept, and the scale of what is."""
         p = self.terms.dropout
@@ -164,6 +180,7 @@ def pose(
     plan = _plan(
         q.shape, k.shape[1:3], v.shape[-1], q.dtype, q.device.index, key_mask is not None, stride,
         alpha is None, is_causal, window, terms.n_seq, terms.max_k, terms.form,
+        terms.dropout > 0.0,
     )  # fmt: skip
     tiles, sizes, switches, kind = plan
     m, n = tiles.block_m, tiles.block_n
@@ -194,6 +211,7 @@ def _plan(
     n_seq: int,
     max_k: int,
     form: int,
+    drops: bool,
 ) -> tuple[Tiles, tuple[int, ...], dict[str, Any], tuple[Any, ...]]:
     """Return tiles, sizes, switches and kind of a problem; made once for each shape."""
     heads, seq_q, dim_head = shape[1:]
@@ -201,6 +219,8 @@ def _plan(
     tiles = _tiles(dtype, max(dim_head, dim_value))
     if form % 8:  # what shapes the scores takes registers: no larger tiles than the blocks
         tiles = tiles._replace(screen_m=tiles.block_m, screen_n=tiles.block_n)
+    if form or drops or has_mask or window is not None or not half:
+        tiles = tiles._replace(most=Registers())
     sizes = (stride_mask, *(window or (0, 0)), heads, heads // heads_kv, seq_q, seq_k,
              *marks_of(shape, seq_k, tiles, n_seq, max_k))  # fmt: skip
     switches = {
@@ -256,6 +276,20 @@ def list_marked(marked_ptr, stride, n_items, list_ptr, DESCENDING: tl.constexpr)
 
 @triton.jit
 @no_type_check
+def partial_sums(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
+    """Return sums over the columns, `[BLOCK_M, 1]`; where SPLIT in four parts, `[BLOCK_M, 4]`.
+
+    Of a product of tensor cores each of four threads holds a pair of every eight columns: the parts
+    are what a thread adds up alone.
+    """
+    if SPLIT:
+        return tl.sum(tl.sum(tl.reshape(x, [BLOCK_M, BLOCK_N // 8, 4, 2]), 3), 1)
+    else:
+        return tl.sum(x, 1, keep_dims=True)
+
+
+@triton.jit
+@no_type_check
 def relu(x):
     """Return the positive part; NaN stays NaN."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -286,12 +320,15 @@ def hide(
 
     `rows` and `keys` are index tensors that broadcast to the shape of `z`.
     """
-    visible = (keys < seq_k) & (rows < seq_q)
+    place = rows + (seq_k - seq_q)
+    last = tl.where(rows < seq_q, seq_k - 1, -1)  # one comparison for each score
     if IS_CAUSAL:
-        visible = visible & (keys <= rows + (seq_k - seq_q))
+        last = tl.minimum(last, place)
     if HAS_WINDOW:
-        distance = keys - rows - (seq_k - seq_q)
-        visible = visible & (distance >= -left) & (distance <= right)
+        last = tl.minimum(last, place + right)
+    visible = keys <= last
+    if HAS_WINDOW:
+        visible = visible & (keys >= place - left)
     if HAS_MASK:
         visible = visible & (tl.load(mask_ptr + keys, mask=keys < seq_k, other=0) != 0)
     return tl.where(visible, z, float("-inf"))
@@ -340,8 +377,31 @@ def products(
 @triton.jit
 @no_type_check
 def saturated(a, b, c):
-    """Return a b + c between 0 and 1, NaN as 0, in one instruction; not in the interpreter."""
+    """Return a b - c between 0 and 1, NaN as 0, in one instruction; not in the interpreter."""
     return tl.inline_asm_elementwise(
-        "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c],
+        "{ .reg .f32 m; neg.f32 m, $3; fma.rn.sat.f32 $0, $1, $2, m; }", "=f,f,f,f", [a, b, c],
         dtype=tl.float32, is_pure=True, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def excess(s, factor, t, power, HALF: tl.constexpr, SATURATE: tl.constexpr):
+    """Return what `roots` does for scores times `factor`.
+
+    SATURATE, for alpha 1.5 on a GPU: t is at least the maximum - 1, so x is at most 1, and one
+    instruction makes it; NaN becomes 0. For alpha 2, where `power` is 1, there is no power to take.
+    """
+    if SATURATE:
+        x = saturated(s, factor, t)
+        return x, x
+    elif HALF:
+        return roots(s * factor, t, power, HALF)
+    else:
+        z = s * factor
+        if power == 1.0:
+            x = relu(z - t)
+            u = tl.where(x == 0.0, 0.0, 1.0)
+        else:
+            x, u = roots(z, t, power, HALF)
+        return x, u

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..attention.threshold import MAX_PASSES, TOLERANCE, improve
+from ..attention.solver import MAX_PASSES, TOLERANCE, improve
 from ..attention.tiles import padded, roots
 
 # Programs in all, for a large GPU; those of the output also write as many partial sums.

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from fourfold_common import triton_status
 
-from ..attention.threshold import improve
+from ..attention.solver import improve
 
 HELD = 16384
 _CHUNK = 8192

@@ -144,6 +144,8 @@ def _one(shape: torch.Size, dim: int) -> list[int]:
 def _check(x: Tensor, alpha: float | Tensor, dim: int, mask: Tensor | None) -> None:
     if not x.is_floating_point():
         raise TypeError(f"`x` must be floating point; got {x.dtype}.")
+    if x.ndim == 0:
+        raise ValueError("`x` must have at least one dimension; got a scalar.")
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"`dim` must be between {-x.ndim} and {x.ndim - 1}; got {dim}.")
     if x.shape[dim] == 0:

@@ -85,7 +85,7 @@ def few_row_linear(
     y = torch.empty(len(weights), images, tokens, columns, device=x.device, dtype=x.dtype)
     first, second, third = (*weights, *weights[:1], *weights[:1])[:3]
     given = [first] * 3 if biases is None else [*biases, *biases[:1], *biases[:1]][:3]
-    gated = x if gate is None else _unit(gate)
+    gated = x if gate is None else _each(gate, images)
     options = options or tile(features, rows, x.element_size())
     launch(
         _kernels().few_rows, (cdiv(columns, options["BLOCK_N"]), len(weights)),
@@ -104,7 +104,7 @@ def prepare(x: Tensor, norm: Norm, act: Activation, features: int) -> Tensor:
     """Return activated, normalised and modulated rows, (images, tokens, features)."""
     images, tokens = x.shape[:2]
     y = x.new_empty(images, tokens, features)
-    scale, shift = (x if part is None else _unit(part) for part in (norm.scale, norm.shift))
+    scale, shift = (x if part is None else _each(part, images) for part in (norm.scale, norm.shift))
     block = 1024 if norm.eps is None else power_of_2(features)
     launch(
         _kernels().prepare_rows, (images * tokens, cdiv(features, block)),
@@ -123,5 +123,7 @@ def _kernels() -> Any:
     return kernel
 
 
-def _unit(part: Tensor) -> Tensor:
-    return part if part.stride(-1) == 1 else part.contiguous()
+def _each(part: Tensor, images: int) -> Tensor:
+    """Return one row per image, of contiguous features."""
+    part = part if part.stride(-1) == 1 else part.contiguous()
+    return part if len(part) == images else part.expand(images, -1, -1)

@@ -116,8 +116,28 @@ def _combine_kernel(
 
 @triton.jit
 @no_type_check
+def _weights(logits_row, experts, BLOCK_N: tl.constexpr):
+    """Largest logit, and one over the sum of the softmax's numerators, as scalars of the program.
+
+    Every thread has them without asking others, and so has each expert's weight in `_part`.
+    """
+    top = tl.load(logits_row).to(tl.float32)
+    for j in tl.static_range(1, BLOCK_N):
+        logit = tl.load(logits_row + j, mask=j < experts, other=float("-inf"))
+        top = tl.maximum(top, logit.to(tl.float32))
+    total = 0.0
+    for j in tl.static_range(BLOCK_N):
+        logit = tl.load(logits_row + j, mask=j < experts, other=float("-inf"))
+        total += tl.exp(logit.to(tl.float32) - top)
+    return top, 1.0 / total
+
+
+@triton.jit
+@no_type_check
 def _part(
-    gates,
+    logits_row,
+    top,
+    inverse,
     row,
     scale_row,
     stride_vn,
@@ -135,13 +155,12 @@ def _part(
     BLOCK_D: tl.constexpr,
 ):  # [BLOCK_D]
     """Sum for the `SIZE` channels of part `PART`; the loop keeps all of a channel in one thread."""
-    n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     c = PART * SIZE + d
-    total = tl.load(residual_ptr + c, mask=d < SIZE, other=0.0).to(tl.float32)
-    total += tl.load(update_ptr + c, mask=d < SIZE, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK_D], dtype=tl.float32)
     for j in tl.static_range(BLOCK_N):
-        gate = tl.sum(tl.where(n == j, gates, 0.0), axis=0)
+        logit = tl.load(logits_row + j, mask=j < experts, other=float("-inf"))
+        weight = tl.exp(logit.to(tl.float32) - top)
         mask = (d < SIZE) & (j < experts)
         values_row, scales = row + j * stride_vn, scale_row + j * stride_sn
         if FORMAT == "nf4":  # a part is one half of the channels: every byte is read whole
@@ -150,13 +169,15 @@ def _part(
             values = tl.load(codebook_ptr + codes, mask=mask, other=0.0)
             if BLOCK_SIZE % SIZE == 0:  # one block covers the part
                 scale = scales + PART * SIZE // BLOCK_SIZE
-                gate *= tl.load(scale, mask=j < experts, other=0.0).to(tl.float32)
+                weight *= tl.load(scale, mask=j < experts, other=0.0).to(tl.float32)
             else:
                 values *= tl.load(scales + c // BLOCK_SIZE, mask=mask, other=0.0).to(tl.float32)
         else:
             values = _vectors(values_row, scales, d, mask, DIM, BLOCK_SIZE, codebook_ptr, FORMAT)
-        total += gate * values
-    return total
+        total += weight * values
+    residual = tl.load(residual_ptr + c, mask=d < SIZE, other=0.0).to(tl.float32)
+    update = tl.load(update_ptr + c, mask=d < SIZE, other=0.0).to(tl.float32)
+    return residual + update + inverse * total
 
 
 @triton.jit
@@ -188,18 +209,19 @@ def _combine_norm_kernel(
 ):
     """One program computes all channels of one token; sizes are constants, for cheap indices."""
     token = tl.program_id(0).to(tl.int64)
-    n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    logits_row = logits_ptr + token * stride_lt
     row, scale_row = values_ptr + token * stride_vt, scales_ptr + token * stride_st
-    logits = tl.load(logits_ptr + token * stride_lt + n, mask=n < experts, other=float("-inf"))
-    gates = _softmax(logits.to(tl.float32))  # [BLOCK_N]
+    top, inverse = _weights(logits_row, experts, BLOCK_N)
     PARTS: tl.constexpr = 2 if FORMAT == "nf4" else 1
     SIZE: tl.constexpr = DIM // PARTS
     residual_row = residual_ptr + token * stride_rt
     update_row = update_ptr + token * stride_ut
     first_weight = tl.load(weight_ptr + d, mask=d < SIZE, other=0.0).to(tl.float32)
     first = _part(
-        gates,
+        logits_row,
+        top,
+        inverse,
         row,
         scale_row,
         stride_vn,
@@ -220,7 +242,9 @@ def _combine_norm_kernel(
     if PARTS == 2:
         second_weight = tl.load(weight_ptr + SIZE + d, mask=d < SIZE, other=0.0).to(tl.float32)
         second = _part(
-            gates,
+            logits_row,
+            top,
+            inverse,
             row,
             scale_row,
             stride_vn,
@@ -238,15 +262,15 @@ def _combine_norm_kernel(
             BLOCK_D,
         )
         squares += second * second
-    inverse = tl.rsqrt(tl.sum(squares, axis=0) / DIM + eps)
+    rms = tl.rsqrt(tl.sum(squares, axis=0) / DIM + eps)
     out_row = out_ptr + token * DIM + d
     normed_row = normed_ptr + token * DIM + d
     kind = out_ptr.dtype.element_ty
     tl.store(out_row, first.to(kind), mask=d < SIZE)
-    tl.store(normed_row, (first * inverse * first_weight).to(kind), mask=d < SIZE)
+    tl.store(normed_row, (first * rms * first_weight).to(kind), mask=d < SIZE)
     if PARTS == 2:
         tl.store(out_row + SIZE, second.to(kind), mask=d < SIZE)
-        tl.store(normed_row + SIZE, (second * inverse * second_weight).to(kind), mask=d < SIZE)
+        tl.store(normed_row + SIZE, (second * rms * second_weight).to(kind), mask=d < SIZE)
 
 
 def _warps(elements: int, form: str) -> int:

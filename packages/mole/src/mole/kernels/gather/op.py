@@ -44,6 +44,8 @@ def gather(
         raise ValueError(
             f"`first` and `last` must be multiples of 8 from 0 to {stride}; got {first}, {last}."
         )
+    if backend not in ("auto", "triton", "reference"):
+        raise ValueError(f"`backend` must be 'auto', 'triton' or 'reference'; got {backend!r}.")
     if backend == "reference" or (backend == "auto" and not ids.is_cuda):
         gather_reference(table, ids, out, flag, first, last)
         return

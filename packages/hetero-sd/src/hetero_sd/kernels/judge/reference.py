@@ -1,0 +1,243 @@
+"""The same in PyTorch: the oracle of the kernels, and what runs without Triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ...acceptance import settle
+from .noise import COINS, DRAFT, FOLLOWING, exponential, uniform
+
+CERTAIN, COLUMNS, DENSE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Law:
+    """The laws of proposals, as the rules of judging read them.
+
+    Attributes:
+        kind: `CERTAIN`: point masses, the rest is not read. `COLUMNS`: softmax of scores over
+            distinct target ids. `DENSE`: masses over the target's vocabulary.
+        weights: Scores `(rows, proposals, columns)`, or masses `(rows, proposals, vocab)`.
+        norms: Logarithm of each sum of exponentials, or the sum of the masses. Shape
+            `(rows, proposals)`.
+        column_of: Column of each target id in int32, −1 where it has none. Shape `(vocab,)`.
+    """
+
+    kind: int
+    weights: Tensor
+    norms: Tensor
+    column_of: Tensor
+
+    @classmethod
+    def certain(cls, device: torch.device) -> Law:
+        """Return the law of proposals that were certain."""
+        nothing = torch.zeros(1, 1, 1, device=device)
+        return cls(CERTAIN, nothing, nothing[0], nothing[0, 0].int())
+
+    def dense(self, tokens: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+        """Return probabilities over the target's vocabulary, shape `(rows, proposals, vocab)`."""
+        rows, count = tokens.shape
+        if self.kind == CERTAIN:
+            zeros = torch.zeros(rows, count, vocab, dtype=dtype, device=tokens.device)
+            return zeros.scatter_(2, tokens[:, :, None], 1.0)
+        weights, norms = self.weights[:, :count], self.norms[:, :count, None]
+        if self.kind == DENSE:
+            return (weights / norms).to(dtype)
+        law = (weights - norms).exp().to(dtype)
+        column = self.column_of.long()
+        return law[:, :, column.clamp(min=0)].masked_fill(column < 0, 0.0)
+
+
+Cut = tuple[Tensor, Tensor]
+
+
+def softer(z: Tensor, temperature: float, cut: Cut | None) -> Tensor:
+    """Return logits over the temperature, −inf where they are cut off.
+
+    Args:
+        z: Logits, shape `(lines, size)`.
+        temperature: Above 0.
+        cut: For each line the least value kept, and of those equal to it the first place kept.
+    """
+    z = z.to(torch.promote_types(z.dtype, torch.float32)) / temperature
+    if cut is None:
+        return z
+    floor, tie = cut[0][:, None].to(z), cut[1][:, None]
+    place = torch.arange(z.shape[1], device=z.device)
+    keep = (z > floor) | ((z == floor) & (place >= tie))
+    return z.masked_fill(~keep, float("-inf"))
+
+
+def combine(logits: Tensor, among: Tensor | None) -> Tensor:
+    """Return logits of columns, each of one id or of the sum of some ids' probabilities.
+
+    Args:
+        logits: Shape `(rows, ids)`.
+        among: Ids of each column, padded with −1, shape `(columns, most)`; one by one if missing.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if among is None:
+        return logits
+    parts = logits[:, among.clamp(min=0)].masked_fill(among < 0, float("-inf"))
+    return parts[:, :, 0] if among.shape[1] == 1 else parts.logsumexp(dim=2)
+
+
+def pick(
+    logits: Float[Tensor, "rows ids"],
+    among: Int[Tensor, "columns most"] | None,
+    forth: Int[Tensor, " columns"],
+    columns: Int[Tensor, " rows"],
+    following: Int[Tensor, " rows"],
+    draws: tuple[Tensor, Tensor, Tensor, float, int] | None = None,
+    cut: Cut | None = None,
+) -> None:
+    """Choose a column of each row, the likeliest or drawn.
+
+    Args:
+        logits: The drafter's.
+        among: As for `combine`.
+        forth: The drafter id that each column goes on with.
+        columns: Where to write the columns.
+        following: Where to write the ids to go on with.
+        draws: Scores to write, shape `(rows, columns)`, their logarithmic sums, shape `(rows,)`,
+            the noise's state, temperature and step of the draft; nothing is drawn if missing.
+        cut: As for `softer`.
+    """
+    z = combine(logits, among)
+    if draws is not None:
+        scores, norms, state, temperature, step = draws
+        z = softer(z, temperature, cut)
+        scores.copy_(z)
+        norms.copy_(z.logsumexp(dim=1))
+        z = z - exponential(state, DRAFT + step, z.shape[0], z.shape[1], z.dtype).log()
+    best = z.argmax(dim=1)
+    columns.copy_(best)
+    following.copy_(forth[best])
+
+
+def pack(
+    columns: Int[Tensor, "rows most"],
+    runs: Int[Tensor, "columns longest"],
+    tokens: Int[Tensor, "rows room"],
+    origin: Int[Tensor, "rows room"],
+    total: Int[Tensor, " rows"],
+    steps: int,
+) -> None:
+    """Lay the target tokens of the columns picked one after another, as far as there is room.
+
+    Args:
+        columns: Columns picked.
+        runs: Target tokens of each column, padded with −1; each has at least one.
+        tokens: Where to write the tokens.
+        origin: Where to write for each its step, times `longest`, plus its place in its run.
+        total: Where to write how many there are in each row.
+        steps: Columns picked in each row.
+    """
+    run = runs[columns[:, :steps]]
+    real = run >= 0
+    length = real.sum(dim=2)
+    room, longest = tokens.shape[1], runs.shape[1]
+    depth = torch.arange(longest, device=runs.device)
+    place = (length.cumsum(dim=1) - length)[:, :, None] + depth
+    source = torch.arange(steps, device=runs.device)[:, None] * longest + depth
+    place = torch.where(real & (place < room), place, room).flatten(1)  # The rest behind it.
+    for wanted, values in ((tokens, run), (origin, source.expand_as(run))):
+        wide = torch.cat([wanted, wanted[:, :1]], dim=1)
+        wanted.copy_(wide.scatter_(1, place, values.flatten(1))[:, :room])
+    total.copy_(length.sum(dim=1).clamp(max=room))
+
+
+def spread(
+    scores: Float[Tensor, "rows steps columns"],
+    norms: Float[Tensor, "rows steps"],
+    columns: Int[Tensor, "rows most"],
+    runs: Int[Tensor, "columns longest"],
+    origin: Int[Tensor, "rows room"],
+    total: Int[Tensor, " rows"],
+    law: Float[Tensor, "rows room vocab"],
+    mass: Float[Tensor, "rows room"],
+) -> None:
+    """Write the law of each token that `pack` laid, given the tokens before it.
+
+    Its masses are those of all columns whose runs agree with the chosen one so far and go on with
+    a token; that the chosen run does not end there is given.
+
+    Args:
+        scores: As `pick` wrote them, for each step.
+        norms: The same.
+        columns: The same.
+        runs: As for `pack`.
+        origin: As `pack` wrote it.
+        total: The same.
+        law: Where to write the masses.
+        mass: Where to write their sums.
+    """
+    rows, room, _ = law.shape
+    longest = runs.shape[1]
+    row = torch.arange(rows, device=law.device)[:, None]
+    there = torch.arange(room, device=law.device) < total[:, None]
+    origin = torch.where(there, origin, 0)
+    step, depth = origin // longest, origin % longest
+    weight = (scores[row, step] - norms[row, step, None]).exp()
+    chosen = runs[columns[row, step]]
+    place = torch.arange(longest, device=law.device)
+    before = place < depth[:, :, None]
+    agree = ((runs == chosen[:, :, None]) | ~before[:, :, None]).all(dim=3)
+    going = runs.T[depth]
+    weight = torch.where(agree & (going >= 0) & there[:, :, None], weight, 0.0)
+    law.zero_().scatter_add_(2, going.clamp(min=0), weight.to(law.dtype))
+    mass.copy_(weight.sum(dim=2))
+
+
+def judge(
+    logits: Float[Tensor, "lines vocab"],
+    tokens: Int[Tensor, "rows proposals"],
+    limits: Int[Tensor, " rows"],
+    law: Law,
+    accepted: Int[Tensor, " rows"],
+    following: Int[Tensor, " rows"],
+    draws: tuple[Tensor, float] | None = None,
+    block: bool = False,
+    cut: Cut | None = None,
+) -> None:
+    """Accept or refuse proposals, and choose the token after them; see `acceptance.settle`.
+
+    Args:
+        logits: The target's at each proposal and after the last, for each row.
+        tokens: Proposals.
+        limits: How many of a row's count.
+        law: What they were drawn from; not read unless something is drawn.
+        accepted: Where to write how many are accepted; −1 where a logit is no number.
+        following: Where to write the token after them.
+        draws: The noise's state, whose number of the round goes up, and the temperature; the
+            likeliest tokens are taken if missing.
+        block: Whether drafts are judged as blocks, unless they were certain.
+        cut: As for `softer`, by line.
+    """
+    rows, count = tokens.shape
+    broken = logits.isnan().any(dim=1).view(rows, -1).any(dim=1)
+    if draws is None:
+        best = logits.argmax(dim=1).view(rows, -1)
+        counts = torch.arange(count, device=tokens.device) < limits[:, None]
+        fits = (best[:, :count] == tokens) & counts
+        taken = fits.long().cumprod(dim=1).sum(dim=1)
+        after = best.gather(1, taken[:, None])[:, 0]
+    else:
+        state, temperature = draws
+        state[1] += 1
+        p = softer(logits, temperature, cut).softmax(dim=1).view(rows, count + 1, -1)
+        vocab = p.shape[2]
+        coins = uniform(state, COINS, rows, count, p.dtype)
+        noise = exponential(state, FOLLOWING, rows, vocab, p.dtype)
+        there = torch.arange(count, device=tokens.device) < limits[:, None]
+        proposed = torch.where(there, tokens, 0)
+        q = law.dense(proposed, vocab, p.dtype)
+        everything = torch.arange(vocab, device=p.device)
+        block = block and law.kind != CERTAIN
+        taken, after = settle(p, proposed, limits, coins, noise, q, proposed, everything, block)
+    accepted.copy_(torch.where(broken, -1, taken))
+    following.copy_(after)
