@@ -272,6 +272,7 @@ class Checked(NamedTuple):
     error: float | None
     peaks: list[float | None]
     calls: list[Callable[[], object]]
+    plain: list[Callable[[], object]]  # hold the tensors that the graphs in `calls` read
 
 
 class Bench:
@@ -343,13 +344,13 @@ class Bench:
             self.failed.append(f"{provider}, {case}: error {error:.2e}")
             print(self.failed[-1], flush=True)
             return None
-        calls: list[Callable[[], object]] = [forward, both]
-        peaks = [peak_of(timed, self.device) for timed in calls]
+        plain: list[Callable[[], object]] = [forward, both]
+        calls, peaks = plain, [peak_of(timed, self.device) for timed in plain]
         if self.device.type == "cuda":
             from _gpu import graphed
 
-            calls = [graphed(timed) for timed in calls]
-        return Checked(provider, dict(case), error, peaks, calls)
+            calls = [graphed(timed) for timed in plain]
+        return Checked(provider, dict(case), error, peaks, calls, plain)
 
     def time(self, found: list[Checked]) -> None:
         """Time contenders and add their figures to the results."""
