@@ -8,7 +8,7 @@ The base is a GGUF file or a folder of transformers with a Llama-type or this pa
 All arms begin with its weights and see the same tokens in the same order with the same schedule:
 `continued` is the base itself, `experts` has lookup experts and trains all weights, `experts-only`
 trains routers and experts alone. With `--minutes` the steps are lowered so that all training fits
-into that time. What is written, again and again as figures come: `upcycling.json` (settings, losses on
+into that time. What is written, as soon as figures come: `upcycling.json` (settings, losses on
 held-out windows with bootstrap intervals, paired differences), `upcycling_log.csv` and, with
 matplotlib, `upcycling.png`.
 """
