@@ -445,19 +445,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=OPTIONS)
-    parser.add_argument("--length", type=int, default=8192, help="tokens; packed: four times")
-    parser.add_argument("--tokens", type=int, default=262144, help="batch x heads x length")
+    parser.add_argument("--length", type=int, help="tokens; packed: four times; 8192 if left out, "
+                        "256 on a CPU")  # fmt: skip
+    parser.add_argument("--tokens", type=int, help="batch x heads x length; 262144 if left out, "
+                        "1024 on a CPU")  # fmt: skip
     parser.add_argument("--gain", type=float, default=1.0, help="strength of a block's topic")
     parser.add_argument("--budget", type=float, help="stop after so many seconds")
     parser.add_argument("--rep", type=float, default=50, help="ms of timed runs for a figure")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
-    bench = Bench(options, pick_device(options.device)[0])
+    device = pick_device(options.device)[0]
+    gpu = device.type == "cuda"
+    options.length = options.length or (8192 if gpu else 256)
+    options.tokens = options.tokens or (262144 if gpu else 1024)
+    bench = Bench(options, device)
     if options.worker:
         work(bench, options.options[0], options.worker)
         return
-    if bench.device.type == "cuda":
+    if gpu:
         same = [
             f"--{name}={getattr(options, name)}" for name in ("length", "tokens", "gain", "rep")
         ]

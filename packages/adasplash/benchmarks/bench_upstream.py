@@ -284,7 +284,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, help="stop after so many seconds")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("bench_upstream.py needs a CUDA device: the package has no CPU path")
+        print("bench_upstream.py needs a CUDA device: nothing was measured")
+        return
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as work:
         folder = options.upstream or install(Path(work, "package"))

@@ -203,6 +203,12 @@ def _write_chunks(
         bar,
     ):
         data.seek(HEADER_BYTES + first * meta.row_stride)
+        cuda = model.device.type == "cuda"
+        size = (meta.chunk, meta.row_stride)
+        # What comes from a GPU lands in memory that is used again.
+        landing = [
+            torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(_WAITING * cuda)
+        ]
         waiting: deque[tuple[int, Future[None], Future[int]]] = deque()
 
         def write(chunk: Any) -> None:
@@ -229,9 +235,12 @@ def _write_chunks(
                 for start in range(first, meta.vocab, meta.chunk):
                     ids = slice(start, min(start + meta.chunk, meta.vocab))
                     rows = LutRows.encode(expert_values(model, ids), meta).to_bytes(meta)
-                    chunk: Any = rows.cpu().numpy()
                     if len(waiting) == _WAITING:
                         note()
+                    if cuda:
+                        landing.append(landing.pop(0))  # the one that was noted last
+                        rows = landing[-1][: len(rows)].copy_(rows)
+                    chunk: Any = rows.numpy()
                     checked = checker.submit(zlib.crc32, chunk)
                     waiting.append((ids.stop - ids.start, writer.submit(write, chunk), checked))
             finally:

@@ -86,7 +86,7 @@ def fingerprint(model: Any) -> str:
 def _digest(weight: Tensor) -> bytes:
     digest = hashlib.sha256(f" {tuple(weight.shape)} ".encode())
     for part in weight.detach().split(4096):
-        digest.update(part.float().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(part.cpu().float().contiguous().view(torch.uint8).numpy())
     return digest.digest()
 
 
