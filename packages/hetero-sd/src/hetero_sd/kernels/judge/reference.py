@@ -238,6 +238,7 @@ def judge(
         q = law.dense(proposed, vocab, p.dtype)
         everything = torch.arange(vocab, device=p.device)
         block = block and law.kind != CERTAIN
-        taken, after = settle(p, proposed, limits, coins, noise, q, proposed, everything, block)
+        taken, left = settle(p, proposed, limits, coins, q, proposed, everything, block)
+        after = (left / noise).argmax(dim=1)
     accepted.copy_(torch.where(broken, -1, taken))
     following.copy_(after)
