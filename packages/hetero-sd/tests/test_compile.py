@@ -17,9 +17,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hetero_sd.kernels.judge import kernel, verdict
 
-FLOATS = ("floor", "scores", "part", "norms", "law", "mass", "logsum", "share", "excess")
+FLOATS = ("scores", "part", "norms", "law", "mass", "logsum", "share", "excess")
 TYPES = {f"{name}_ptr": "*fp32" for name in FLOATS} | {"logits_ptr": "*bf16"}
-TYPES |= {"tie_ptr": "*i32", "place_ptr": "*i32", "of_ptr": "*i32", "temperature": "fp32"}
+TYPES |= {"place_ptr": "*i32", "of_ptr": "*i32", "temperature": "fp32"}
 
 
 def build(function, warps=4, **constants):
@@ -33,21 +33,21 @@ def build(function, warps=4, **constants):
     print(function.__name__)
 
 
-cut = {"SLICES": 32, "BLOCK": kernel.BLOCK, "PLACES": 8}
+sizes = {"SLICES": 32, "BLOCK": kernel.BLOCK, "PLACES": 8}
 for multiple, draws in ((0, False), (0, True), (2, True)):
-    build(kernel._pick_kernel, MULTIPLE=multiple, DRAWS=draws, **cut)
-    build(kernel._picked_kernel, warps=1, DRAWS=draws, **cut)
+    build(kernel._pick_kernel, MULTIPLE=multiple, DRAWS=draws, **sizes)
+    build(kernel._picked_kernel, warps=1, DRAWS=draws, **sizes)
 build(kernel._pack_kernel, warps=1, LONGEST=3, STEPS=4, DEPTHS=4)
-build(kernel._spread_kernel, LONGEST=3, **cut)
+build(kernel._spread_kernel, LONGEST=3, **sizes)
 for draws in (False, True):
-    build(verdict._line_kernel, DRAWS=draws, **cut)
-build(verdict._scan_kernel, DRAWS=False, BLOCKWISE=False, KIND=0, **cut)
+    build(verdict._line_kernel, DRAWS=draws, **sizes)
+build(verdict._scan_kernel, DRAWS=False, BLOCKWISE=False, KIND=0, **sizes)
 for kind, block in ((0, False), (1, True), (1, False), (2, False)):
-    build(verdict._scan_kernel, DRAWS=True, BLOCKWISE=block, KIND=kind, **cut)
-    build(verdict._follow_kernel, BLOCKWISE=block, KIND=kind, **cut)
+    build(verdict._scan_kernel, DRAWS=True, BLOCKWISE=block, KIND=kind, **sizes)
+    build(verdict._follow_kernel, BLOCKWISE=block, KIND=kind, **sizes)
 for block in (False, True):
-    build(verdict._settled_kernel, warps=1, BLOCKWISE=block, **cut)
-build(verdict._excess_kernel, KIND=1, **cut)
+    build(verdict._settled_kernel, warps=1, BLOCKWISE=block, **sizes)
+build(verdict._excess_kernel, KIND=1, **sizes)
 """
 
 
