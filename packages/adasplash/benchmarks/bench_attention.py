@@ -407,17 +407,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--name", default="attention", help="start of the results' file names")
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS),
-                        help="the most important first")  # fmt: skip
+    parser.add_argument("--lengths", type=int, nargs="+", help="the most important first; "
+                        "1K to 128K if left out, 256 on a CPU")  # fmt: skip
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="head sizes")
-    parser.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES),
-                        help="shares of blocks that hold weight")  # fmt: skip
+    parser.add_argument("--densities", type=float, nargs="+", help="shares of blocks that "
+                        "hold weight; 0.02 to 1 if left out, fewer on a CPU")  # fmt: skip
     parser.add_argument("--causal", type=int, nargs="+", default=[1, 0], choices=[0, 1],
                         help="1: with a causal mask; 0: without")  # fmt: skip
     parser.add_argument("--backends", nargs="*", default=list(BACKENDS), choices=list(BACKENDS),
                         help="of softmax attention")  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=262144,
-                        help="batch x heads x length, as far as one head allows")  # fmt: skip
+    parser.add_argument("--tokens", type=int, help="batch x heads x length, as far as one head "
+                        "allows; 262144 if left out, 2048 on a CPU")  # fmt: skip
     parser.add_argument("--dtypes", nargs="*", default=["float32", "float16", "bfloat16"],
                         help="dtypes of the check of small shapes; none leaves it out")  # fmt: skip
     parser.add_argument("--budget", type=float, help="stop after so many seconds")
@@ -426,9 +426,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.causal = [bool(causal) for causal in options.causal]
     device = pick_device(options.device)[0]
+    gpu = device.type == "cuda"
+    options.lengths = options.lengths or (list(LENGTHS) if gpu else [256])
+    options.densities = options.densities or (list(DENSITIES) if gpu else [0.6, 1.0])
+    options.tokens = options.tokens or (262144 if gpu else 2048)
     torch.manual_seed(0)
     bench = Bench(options, device)
-    if options.dtypes and device.type == "cuda":
+    if options.dtypes and gpu:
         errors = Results("adasplash", command=COMMAND, seed=0)
         good = check(errors, options.dtypes, options.dims)
         errors.save(options.output / f"{options.name}_errors.json")

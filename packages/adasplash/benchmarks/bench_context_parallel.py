@@ -149,7 +149,7 @@ def work(rank: int, options: argparse.Namespace, meeting: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, help="2 if left out")
     parser.add_argument("--length", type=int, default=131072, help="tokens of the sequence")
     parser.add_argument("--checked", type=int, default=8192, help="tokens of the float32 check")
     parser.add_argument("--heads", type=int, default=8)
@@ -161,6 +161,11 @@ def main(arguments: list[str] | None = None) -> None:
     launched = "LOCAL_RANK" in os.environ  # by torchrun, on one machine
     if launched:
         options.ranks = int(os.environ["WORLD_SIZE"])
+    if options.ranks is None:
+        options.ranks = 2
+        if options.device == "cuda" and torch.cuda.device_count() < 2:
+            print("bench_context_parallel.py needs two CUDA devices: nothing was measured")
+            return
     if options.device == "cuda" and torch.cuda.device_count() < options.ranks:
         raise SystemExit(
             f"--ranks {options.ranks} needs as many GPUs; found {torch.cuda.device_count()}."

@@ -119,7 +119,7 @@ class Bench:
     def jobs(self, length: int) -> list[dict]:
         """Write the tensors of a length to files and return the jobs, the second version first."""
         made = []
-        for version, gain, niter in ((2, 1, 1), (2, 0, 1), (1, 1, 4), (1, 0, 4), (1, 1, 10)):
+        for version, gain, niter in ((2, 1, 1), (2, 0, 1), (1, 1, 4), (1, 0, 4)):
             file = self.upstream.work / f"{length}-{version}-{gain}-{niter}.pt"
             self.tensors[str(file)] = self.inputs(length, gain)
             torch.save(self.tensors[str(file)], file)
@@ -284,7 +284,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, help="stop after so many seconds")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("bench_upstream.py needs a CUDA device: the package has no CPU path")
+        print("bench_upstream.py needs a CUDA device: nothing was measured")
+        return
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as work:
         folder = options.upstream or install(Path(work, "package"))

@@ -124,7 +124,7 @@ def main(output: Path) -> None:
         results.add(name, "time a token", 1e3 * times[name], "ms", **spread, **where)
         results.add(name, "plain over it", times[name] / times["plain"], "x", **where)
         for other in {"transformers": ["plain"], "plain": []}.get(name, [name]):
-            verdict, _ = judge_greedy(target, [ids], [texts[other]], [texts["transformers"]])
+            verdict, _ = judge_greedy(target, [ids.cpu()], [texts[other]], [texts["transformers"]])
             results.add(other, "verdict", verdict, "", **where)
         results.save(output)
     click.echo(results.to_markdown())

@@ -467,7 +467,7 @@ def test_leased_slots_are_those_of_the_ids(fp16, capacity):
 
     def fetched(ids):
         with store.lease() as find:
-            slots, landed = (torch.tensor(part) for part in find(ids.tolist(), landing))
+            slots, landed = (torch.tensor(part) for part in find(ids.tolist(), list(landing)))
             admit(store.table, slots, landing, landed, out[: len(ids)])
         assert torch.equal(store.table[slots], table[ids])
         return out[: len(ids)]
@@ -483,10 +483,10 @@ def test_leased_slots_are_those_of_the_ids(fp16, capacity):
             pytest.raises(ValueError, match="at most 6 distinct ids, the cache's slots; got 7"),
             store.lease() as find,
         ):
-            find(ids.tolist(), landing)
+            find(ids.tolist(), list(landing))
     for bad in (-1, 60):
         with pytest.raises(LutIdError, match="between 0 and 59"), store.lease() as find:
-            find([bad], landing)
+            find([bad], list(landing))
     assert torch.equal(fetched(ids[:1]), table[:1])  # an error leaves no lock behind
     store.close()
     with pytest.raises(ValueError, match="was closed"), store.lease():
@@ -501,7 +501,7 @@ def test_rows_that_did_not_get_into_their_slots_are_found_again(fp16):
 
     def copies_nothing():
         with store.lease() as find:
-            find([2, 3, 4], landing)
+            find([2, 3, 4], list(landing))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -25,23 +24,23 @@ def _turned(x: Tensor, weight: Tensor) -> Tensor:
     return (weight @ x.t()).t()
 
 
-@lru_cache(maxsize=1)
-def _turning_pays() -> bool:
-    """Return whether PyTorch's library here is slow at few rows; measured once in a process."""
-    weights = torch.ones(16, 1024, 512)  # 32 MiB, beyond the nearest caches.
-    x = torch.ones(2, 512)
+@lru_cache(maxsize=_FEW_OF_MANY)
+def _turning_pays(rows: int) -> bool:
+    """Return whether PyTorch's library here is slow at so few rows; measured once in a process.
 
-    def best(product: Callable[[Tensor, Tensor], Tensor]) -> float:
-        seconds = []
-        for _ in range(3):
+    Both ways take turns, and the best of each counts, since other processes may be busy.
+    """
+    weights = torch.ones(16, 1024, 512)  # 32 MiB, beyond the nearest caches.
+    x = torch.ones(rows, 512)
+    best = {functional.linear: float("inf"), _turned: float("inf")}
+    for _ in range(5):
+        for product in best:
             begun = time.perf_counter()
             for weight in weights:
                 product(x, weight)
-            seconds.append(time.perf_counter() - begun)
-        return min(seconds)
-
-    straight, turned = best(functional.linear), best(_turned)
-    _logger.debug("two rows: %.1f ms straight, %.1f ms turned", 1e3 * straight, 1e3 * turned)
+            best[product] = min(best[product], time.perf_counter() - begun)
+    straight, turned = best.values()
+    _logger.debug("%d rows: %.1f ms straight, %.1f turned", rows, 1e3 * straight, 1e3 * turned)
     return turned < 0.8 * straight
 
 
@@ -59,7 +58,7 @@ def few_rows_linear(
         0 < len(x) <= few
         and x.dtype == torch.float32
         and x.device.type == "cpu"
-        and _turning_pays()
+        and _turning_pays(len(x))
     ):
         return _turned(x, weight)
     return functional.linear(x, weight)

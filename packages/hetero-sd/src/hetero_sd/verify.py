@@ -124,7 +124,7 @@ def gap_at_difference(target: Any, ids: Tensor, found: list[int], right: list[in
     place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if place is None:
         return float("inf")
-    history = torch.cat([ids, torch.tensor([right[:place]], dtype=ids.dtype)], dim=1)
+    history = torch.cat([ids, torch.tensor([right[:place]]).to(ids)], dim=1)
     logits = target(history.to(input_device(target))).logits[0, -1].float()
     spread = float(logits.max() - logits.mean())
     return abs(float(logits[found[place]] - logits[right[place]])) / spread

@@ -178,7 +178,7 @@ class Decoder:
         self.told = torch.zeros(2, self.batch, dtype=torch.long, pin_memory=cuda)
         self.known = torch.zeros(2, self.batch, dtype=torch.long, device=self.device)
         self.table = self.store.table if self.leased else self.staging
-        self._told = self.told.numpy()
+        self._told, self._landing = self.told.numpy(), list(self.landing)
         self._answer(None)
         self.seen = torch.zeros(self.batch, dtype=torch.long, pin_memory=cuda)
         self.copied = torch.cuda.Event() if cuda else None
@@ -333,7 +333,7 @@ class Decoder:
                     self._run()
                 if self.copied is not None:
                     self.copied.synchronize()
-                self._answer(find(self.seen.tolist(), self.landing))
+                self._answer(find(self.seen.tolist(), self._landing))
             except BaseException:
                 self._answer(None)
                 raise
@@ -344,9 +344,9 @@ class Decoder:
                 self.known.copy_(self.told, non_blocking=True)
                 self._run()
 
-    def _read(self, wanted: list[int], landing: Tensor) -> tuple[list[int], list[int]]:
+    def _read(self, wanted: list[int], landing: list[Tensor]) -> tuple[list[int], list[int]]:
         """Read all rows of a step, as `CachedStore.lease` has it; none of them is kept."""
-        landing.copy_(self.store.read(torch.tensor(wanted)))
+        self.landing.copy_(self.store.read(torch.tensor(wanted)))
         return [-1] * len(wanted), list(range(len(wanted)))
 
     def _answer(self, found: tuple[list[int], list[int]] | None) -> None:

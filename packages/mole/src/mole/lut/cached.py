@@ -12,7 +12,7 @@ from torch import Tensor
 from .base import LutStore
 
 _STAGED = 64  # rows that are read at a time
-Find = Callable[[list[int], Tensor], tuple[list[int], list[int]]]
+Find = Callable[[list[int], list[Tensor]], tuple[list[int], list[int]]]
 
 
 class CachedStore(LutStore):
@@ -56,7 +56,7 @@ class CachedStore(LutStore):
     def lease(self) -> Iterator[Find]:
         """Have the slots for oneself; the function that is given finds those of rows in `table`.
 
-        It takes ids, and host memory with a place for each. Rows that are not there yet are read
+        It takes ids, and rows of host memory, one for each. Rows that are not there yet are read
         into that memory; whoever leases copies them into their slots, on a GPU as work of the
         current stream that is queued before the context ends. It returns every id's slot, and its
         place in the memory, -1 if its row is in the slot already. It queues nothing on a stream:
@@ -69,7 +69,7 @@ class CachedStore(LutStore):
         self._check_open()
         missing: list[int] = []
 
-        def find(wanted: list[int], landing: Tensor) -> tuple[list[int], list[int]]:
+        def find(wanted: list[int], landing: list[Tensor]) -> tuple[list[int], list[int]]:
             if done is not None:
                 done.synchronize()  # what others put into slots is there
             slot, used = self._slot, self._used
@@ -88,7 +88,7 @@ class CachedStore(LutStore):
             self.misses += len(fresh)
             if not fresh:
                 return slots, [-1] * len(wanted)
-            self.store.read_into(fresh, list(landing[: len(fresh)]))
+            self.store.read_into(fresh, landing[: len(fresh)])
             held = {place for place in slots if place is not None}
             for row in fresh:
                 held.add(self._claim(row, held))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int, UInt8
@@ -23,6 +23,13 @@ from .format import DATA_FILE, HEADER_BYTES, LutMeta, LutRows
 _PIECE = 64 * 1024  # bytes of one direct read: longer rows are read in several at a time
 _DIRECT_ALIGNMENT = 4096
 _SPARE_BYTES = 2**25  # memory that is kept for the next rows
+
+
+class _Frame(NamedTuple):
+    """Memory for one direct read."""
+
+    memory: memoryview
+    address: int
 
 
 class DiskStore(LutStore):
@@ -46,7 +53,7 @@ class DiskStore(LutStore):
         self._file = self._open(path) if direct else os.open(path, os.O_RDONLY)
         # Memory for a direct read of a row wherever it begins.
         self._frame = (-(-self.meta.row_stride // _DIRECT_ALIGNMENT) + 1) * _DIRECT_ALIGNMENT
-        self._spare: list[memoryview] = []
+        self._spare: list[_Frame] = []
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lut")
         self._aio: AsyncReads | None = None
         if self.direct:
@@ -116,30 +123,37 @@ class DiskStore(LutStore):
         """
         stride = self.meta.row_stride
         frames = self._frames(len(rows)) if self.direct else []
-        copies: list[tuple[Tensor, Tensor]] = []
+        copies: list[tuple[memoryview, memoryview]] = []
         pieces: list[tuple[memoryview, int]] = []
+        reads: list[tuple[int, int, int]] = []  # the same, as the system takes them
         for number, (row, place) in enumerate(zip(rows, out, strict=True)):
             first = HEADER_BYTES + row * stride
             if self.direct:
                 # Rows begin on 512 bytes, direct reads on 4,096.
                 extra = first % _DIRECT_ALIGNMENT
                 size = -(-(extra + stride) // _DIRECT_ALIGNMENT) * _DIRECT_ALIGNMENT
-                view, first = frames[number][:size], first - extra
-                found = torch.frombuffer(view, dtype=torch.uint8, count=stride, offset=extra)
-                copies.append((place, found))
+                frame, first = frames[number], first - extra
+                view = frame.memory[:size]
+                copies.append((_bytes(place), view[extra : extra + stride]))
+                reads.append((frame.address, size, first))
             else:
-                bytes_: Any = place.numpy()
-                view = memoryview(bytes_)
+                view = _bytes(place)
                 if self._fill_now(view, first):
                     continue
             for start in range(0, len(view), _PIECE):
                 pieces.append((view[start : start + _PIECE], first + start))
-        aio = self._aio if waiting and len(pieces) > 1 else None
+        aio = self._aio if waiting and len(reads) > 1 else None
         if aio is not None and aio.lock.acquire(blocking=False):
             try:
-                pieces = self._read_aside(aio, pieces)
+                got = aio.read(reads)
             finally:
                 aio.lock.release()
+            whole = (
+                count >= min(size, self.meta.file_bytes - offset)
+                for count, (_, size, offset) in zip(got, reads, strict=True)
+            )
+            if all(whole):
+                pieces = []
         own = pieces.pop() if waiting and pieces else None
         futures = [self._pool.submit(self._fill, *piece) for piece in pieces]
 
@@ -148,41 +162,27 @@ class DiskStore(LutStore):
                 self._fill(*own)
             for future in futures:
                 future.result()
-            for place, found in copies:
-                place.copy_(found)
+            for target, found in copies:
+                target[:] = found
             if waiting and (len(self._spare) + len(frames)) * self._frame <= _SPARE_BYTES:
                 self._spare.extend(frames)  # a ticket's rows may be asked for once more
 
         return wait
 
-    def _read_aside(
-        self, aio: AsyncReads, pieces: list[tuple[memoryview, int]]
-    ) -> list[tuple[memoryview, int]]:
-        """Fill the views side by side; return those that got less than the file has for them."""
-        addresses = [torch.frombuffer(view, dtype=torch.uint8).data_ptr() for view, _ in pieces]
-        got = aio.read(
-            [
-                (address, len(view), offset)
-                for address, (view, offset) in zip(addresses, pieces, strict=True)
-            ]
-        )
-        end = self.meta.file_bytes
-        return [
-            (view, offset)
-            for (view, offset), count in zip(pieces, got, strict=True)
-            if count < min(len(view), end - offset)
-        ]
-
-    def _frames(self, count: int) -> list[memoryview]:
+    def _frames(self, count: int) -> list["_Frame"]:
         """Return aligned memory for rows, as far as possible what the system has given already."""
-        frames: list[memoryview] = []
+        frames: list[_Frame] = []
         with suppress(IndexError):
             while len(frames) < count:
                 frames.append(self._spare.pop())
         if fresh := (count - len(frames)) * self._frame:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # its pages are the quickest to get
             block = memoryview(mmap.mmap(-1, fresh, flags=flags))
-            frames += [block[begin : begin + self._frame] for begin in range(0, fresh, self._frame)]
+            address = torch.frombuffer(block, dtype=torch.uint8).data_ptr()
+            frames += [
+                _Frame(block[begin : begin + self._frame], address + begin)
+                for begin in range(0, fresh, self._frame)
+            ]
         return frames
 
     def _fill_now(self, view: memoryview, offset: int) -> bool:
@@ -212,6 +212,12 @@ class DiskStore(LutStore):
             super().close()
             self._pool.shutdown()
             self._release()
+
+
+def _bytes(place: Tensor) -> memoryview:
+    """Return a tensor in host memory as bytes that can be written."""
+    array: Any = place.numpy()
+    return memoryview(array)
 
 
 def _end(pool: ThreadPoolExecutor, file: int, aio: AsyncReads | None) -> None:

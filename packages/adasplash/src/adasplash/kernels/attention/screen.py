@@ -135,29 +135,27 @@ def _whole_tiles(
     """
     PARTS: tl.constexpr = TILE_N // BLOCK_N
     LEAD: tl.constexpr = 4  # tiles before the question whether every row has one
-    lead = tl.minimum(LEAD, full)
-    for index in range(0, lead):
-        tile = full - 1 - index  # the diagonal's neighbours first
-        k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
-        z = tl.dot(q, k.T, input_precision="ieee")
-        # The scale is positive: the largest product has the largest score.
-        peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED) * factor
-        top = _larger(top, _highest(peaks, 1, INTERPRETED))
-        _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
-    # With what the second kernel allows for rounding, and as much again.
-    high = (top >= 1.0 + (tl.abs(top) + 1.0) * 2.0**-9) | (top != top) | (rows >= seq_q)
-    by_bits = tl.min(tl.where(high, 1, 0), 0)
-    for index in range(lead, full):
+    done, stop = 0, tl.minimum(LEAD, full)
+    while done < stop:
+        for index in range(done, stop):
+            tile = full - 1 - index  # the diagonal's neighbours first
+            k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
+            z = tl.dot(q, k.T, input_precision="ieee")
+            # The scale is positive: the largest product has the largest score.
+            peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED) * factor
+            top = _larger(top, _highest(peaks, 1, INTERPRETED))
+            _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
+        # With what the second kernel allows for rounding, and as much again.
+        high = (top >= 1.0 + (tl.abs(top) + 1.0) * 2.0**-9) | (top != top) | (rows >= seq_q)
+        done, stop = stop, tl.where(tl.min(tl.where(high, 1, 0), 0) > 0, stop, full)
+    for index in range(done, full):
         tile = full - 1 - index
         k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
         z = tl.dot(q, k.T, input_precision="ieee")
-        if by_bits > 0:
-            if INTERPRETED:
-                z = tl.where(z != z, float("nan"), z)  # that of the tensor cores is positive
-            bits = tl.reshape(z.to(tl.int32, bitcast=True), [TILE_M, PARTS, BLOCK_N])
-            peaks = _larger(tl.max(bits, 2).to(tl.float32, bitcast=True), 0.0) * factor
-        else:
-            peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED) * factor
+        if INTERPRETED:
+            z = tl.where(z != z, float("nan"), z)  # that of the tensor cores is positive
+        bits = tl.reshape(z.to(tl.int32, bitcast=True), [TILE_M, PARTS, BLOCK_N])
+        peaks = _larger(tl.max(bits, 2).to(tl.float32, bitcast=True), 0.0) * factor
         top = _larger(top, _highest(peaks, 1, INTERPRETED))
         _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
     return top
