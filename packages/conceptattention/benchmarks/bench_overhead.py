@@ -8,7 +8,9 @@ Triton, and keeping every layer's vectors as the reference implementation does. 
 of passes one after the other, launched without waiting as pipelines do; its time is divided by that
 number. Before timing, the model's output must be the same bits under each contender, and the
 kernels' maps those of torch. Shapes that end in "-cfg" are guided steps as pipelines make them, two
-rows of which the conditional one is observed.
+rows of which the conditional one is observed. With `--compiled` the plain model and the observed one
+follow once more with their blocks under torch.compile, which promises no same bits: the largest
+difference of the outputs is in the rows.
 """
 
 import argparse
@@ -268,6 +270,54 @@ def measure(name, concepts, runs, passes, device, *, built, details):
     return rows
 
 
+def measure_compiled(name, concepts, runs, passes, device, built):
+    """Return rows of the plain and the observed model, each with its blocks compiled."""
+    model, arguments = built
+    pipe = SimpleNamespace(
+        transformer=model, scheduler=None, guidance_scale=4.5 if name.endswith("-cfg") else 1.0
+    )
+    ways = contenders(pipe, arguments["encoder_hidden_states"].shape[-1], concepts, device)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    # An observed block has hooks of its own, so it compiles on its own: as often as there are blocks.
+    torch._dynamo.config.recompile_limit = len(list(model.modules()))
+    rows, base = [], None
+    with torch.no_grad():
+        for key in (PLAIN, "torch"):
+            torch.compiler.reset()
+            with ways[key]() as watched:  # compiled inside, as users must
+                model.compile_repeated_blocks()
+                first = time.perf_counter()
+                out = model(**arguments)[0]
+                wait()
+                first = time.perf_counter() - first
+                values = []
+                for _ in range(runs):
+                    start = time.perf_counter()
+                    for _ in range(passes):
+                        model(**arguments)
+                    wait()
+                    values.append(1000 * (time.perf_counter() - start) / passes)
+                if key != PLAIN and min(watched.heatmaps().coverage.values()) < 1:
+                    raise RuntimeError(f"{name}: maps of the compiled model are incomplete")
+            for block in model.modules():
+                block._compiled_call_impl = None
+            middle = statistics.median(values)
+            base = base or (middle, out)
+            rows.append({
+                "shape": name, "contender": f"{key}, compiled", "concepts": concepts,
+                "median_ms": middle, "quartiles_ms": quartiles(values), "runs": runs,
+                "overhead_percent": 100 * (middle / base[0] - 1), "passes": passes,
+                "first_pass_s": first, "output_difference": float((out - base[1]).abs().max()),
+            })  # fmt: skip
+            print(
+                f"{name:24} r={concepts:2} {rows[-1]['contender']:16} {middle:8.2f} ms "
+                f"{rows[-1]['overhead_percent']:+7.2f} %  first pass {first:.1f} s  "
+                f"difference {rows[-1]['output_difference']:.1e}",
+                flush=True,
+            )
+    return rows
+
+
 def quartiles(values):
     """Return the first and the third quartile."""
     return statistics.quantiles(values, n=4)[::2] if len(values) > 1 else [*values, *values]
@@ -339,6 +389,7 @@ def main():
     parser.add_argument("--concepts", default="5", help="numbers, separated by commas")
     parser.add_argument("--runs", type=int, default=12, help="samples of each contender")
     parser.add_argument("--passes", type=int, default=3, help="forward passes of a sample")
+    parser.add_argument("--compiled", action="store_true", help="and with compiled blocks")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, default=None)
     given = parser.parse_args()
@@ -360,6 +411,10 @@ def main():
                 name, int(concepts), given.runs, given.passes, given.device, built=built,
                 details=place == 0,
             )  # fmt: skip
+            if given.compiled:
+                rows += measure_compiled(
+                    name, int(concepts), given.runs, given.passes, given.device, built
+                )
             if given.output is not None:
                 given.output.parent.mkdir(parents=True, exist_ok=True)
                 report = {"environment": environment_report(), "rows": rows}
