@@ -68,11 +68,13 @@ def convert(
     """
     if not isinstance(model, MoleForCausalLM):
         raise TypeError(f"`model` must be a MoleForCausalLM; got {type(model).__name__}.")
-    meta = plan(model, fmt, chunk)
+    meta = plan(model, fmt, chunk, origin="")
     output = Path(output)
     _check_output(output)
     output.mkdir(parents=True, exist_ok=True)
-    _write_table(model, meta, output, resume, progress)
+    with ThreadPoolExecutor(1) as pool:  # while the first chunks are computed and written
+        origin = pool.submit(fingerprint, model)
+        meta = _write_table(model, meta, origin, output, resume, progress)
     _write_backbone(model, meta, output)
     return output
 
@@ -117,37 +119,54 @@ def _check_output(output: Path) -> None:
 
 
 def _write_table(
-    model: MoleForCausalLM, meta: LutMeta, output: Path, resume: bool, progress: bool
-) -> None:
-    """Write the table into a hidden folder, then give that folder its name."""
+    model: MoleForCausalLM,
+    meta: LutMeta,
+    origin: Future[str],
+    output: Path,
+    resume: bool,
+    progress: bool,
+) -> LutMeta:
+    """Write the table into a hidden folder, then give that folder its name.
+
+    Returns `meta` with the model's fingerprint.
+    """
     final, partial, old = (
         output / name for name in (_LUT_FOLDER, f".{_LUT_FOLDER}.partial", f".{_LUT_FOLDER}.old")
     )
+    if final.exists() or partial.exists():  # of which weights is what is there?
+        meta = replace(meta, fingerprint=origin.result())
     if not (resume and _same_table(final, meta)):
         if not resume:
             shutil.rmtree(partial, ignore_errors=True)
         if not _same_table(partial, meta):  # else it was killed when it had all but its name
-            _fill(model, meta, partial, progress)
+            _fill(model, meta, origin, partial, progress)
         (partial / _JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             final.rename(old)
         partial.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+    return replace(meta, fingerprint=origin.result())
 
 
-def _fill(model: MoleForCausalLM, meta: LutMeta, partial: Path, progress: bool) -> None:
+def _fill(
+    model: MoleForCausalLM, meta: LutMeta, origin: Future[str], partial: Path, progress: bool
+) -> None:
     """Write what is missing of a table into its folder, the description last."""
     partial.mkdir(exist_ok=True)
-    crcs = _journaled(partial, meta)
+    crcs: list[int] = []
+    if meta.fingerprint:
+        crcs = _journaled(partial, meta)
+    else:  # a new folder
+        (partial / DATA_FILE).write_bytes(meta.header())
     missing = meta.file_bytes - len(crcs) * meta.chunk * meta.row_stride
     free = shutil.disk_usage(partial).free
     if free < missing:
         raise OSError(
             f"the table needs {missing:,} more bytes in {partial.parent}; {free:,} are free."
         )
-    _write_chunks(model, meta, partial, crcs, progress)
-    replace(meta, crcs=tuple(crcs)).save(partial / META_FILE)
+    _write_chunks(model, meta, origin, partial, crcs, progress)
+    replace(meta, fingerprint=origin.result(), crcs=tuple(crcs)).save(partial / META_FILE)
 
 
 def _same_table(folder: Path, meta: LutMeta) -> bool:
@@ -161,7 +180,7 @@ def _same_table(folder: Path, meta: LutMeta) -> bool:
 
 def _journaled(partial: Path, meta: LutMeta) -> list[int]:
     """Return the checksums of the chunks that are written already; begin anew if none are."""
-    plan = json.dumps({**asdict(meta), "crcs": None}, sort_keys=True)
+    plan = _plan_line(meta)
     journal, data = partial / _JOURNAL, partial / DATA_FILE
     crcs: list[int] = []
     try:
@@ -174,6 +193,11 @@ def _journaled(partial: Path, meta: LutMeta) -> list[int]:
     if not crcs:
         data.write_bytes(meta.header())
     return crcs
+
+
+def _plan_line(meta: LutMeta) -> str:
+    """Return the first line of the journal: what is written, and of which weights."""
+    return json.dumps({**asdict(meta), "crcs": None}, sort_keys=True)
 
 
 def _intact(data: Path, meta: LutMeta, crcs: list[int]) -> list[int]:
@@ -190,7 +214,12 @@ def _intact(data: Path, meta: LutMeta, crcs: list[int]) -> list[int]:
 
 @torch.no_grad()
 def _write_chunks(
-    model: MoleForCausalLM, meta: LutMeta, partial: Path, crcs: list[int], progress: bool
+    model: MoleForCausalLM,
+    meta: LutMeta,
+    origin: Future[str],
+    partial: Path,
+    crcs: list[int],
+    progress: bool,
 ) -> None:
     """Compute and write all chunks after those whose checksums are given; extend the list."""
     first = len(crcs) * meta.chunk
@@ -223,6 +252,8 @@ def _write_chunks(
             except OSError:
                 waiting.clear()  # what comes after a hole does not count
                 raise
+            if not (crcs or meta.fingerprint):
+                journal.write(_plan_line(replace(meta, fingerprint=origin.result())) + "\n")
             crcs.append(checked.result())
             journal.write(f"{crcs[-1]:08x}\n")
             journal.flush()

@@ -16,8 +16,8 @@ _BARS: dict[str, tuple[tuple[str, ...], str, float | None]] = {
     "hw": (("sequential write", "random rows", "host to device"), "GB/s", None),
 }
 _HIDDEN = {
-    "length", "format", "row_bytes", "direct", "resident", "hit_rate", "mebibytes", "tokens_micro",
-    "ids_micro", "ids_step",
+    "length", "format", "row_bytes", "direct", "resident", "hit_rate", "page_cache", "mebibytes",
+    "tokens_micro", "ids_micro", "ids_step",
 }  # fmt: skip
 
 

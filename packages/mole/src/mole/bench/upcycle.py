@@ -8,7 +8,7 @@ The base is a GGUF file or a folder of transformers with a Llama-type or this pa
 All arms begin with its weights and see the same tokens in the same order with the same schedule:
 `continued` is the base itself, `experts` has lookup experts and trains all weights, `experts-only`
 trains routers and experts alone. With `--minutes` the steps are lowered so that all training fits
-into that time. What is written, again after every arm: `upcycling.json` (settings, losses on
+into that time. What is written, as soon as figures come: `upcycling.json` (settings, losses on
 held-out windows with bootstrap intervals, paired differences), `upcycling_log.csv` and, with
 matplotlib, `upcycling.png`.
 """
@@ -239,12 +239,13 @@ def main(
         for line in (output / arm / "training_log.jsonl").read_text(encoding="utf-8").splitlines():
             writer.writerow([arm, *(json.loads(line)[field] for field in _FIELDS)])
         measure(arm, model, trained=trained, seconds=seconds)
+        _write(output, report, log.getvalue())
         if formats and arm != "continued":
             sample = text[: 128 * settings.context]
             report["tables"][arm] = table_losses(
                 model, sample, settings.context, output / f"{arm}-tables", formats.split(",")
             )
-        _write(output, report, log.getvalue())
+            _write(output, report, log.getvalue())
     for pair, gap in report["paired_differences"].items():
         click.echo(f"{pair}: {gap['nats']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]")
     click.echo(f"done in {time.perf_counter() - begin:.0f} s")

@@ -13,13 +13,14 @@ _CHUNK_IDS, _CHUNK_BYTES = 1024, 128 * 2**20
 _HASHERS = 8
 
 
-def plan(model: Any, fmt: str, chunk: int | None = None) -> LutMeta:
+def plan(model: Any, fmt: str, chunk: int | None = None, origin: str | None = None) -> LutMeta:
     """Return the description of the table that `convert` would write, without checksums.
 
     Args:
         model: A `MoleForCausalLM` in expert form.
         fmt: Format of the table.
         chunk: Ids to compute at a time; if None up to 1,024 that need up to 128 MiB.
+        origin: Fingerprint of the model; computed if None.
 
     Raises:
         ValueError: The model or the format is none that a table can be made for.
@@ -59,7 +60,7 @@ def plan(model: Any, fmt: str, chunk: int | None = None) -> LutMeta:
         format=fmt,
         chunk=min(chunk, rows),
         crcs=(),
-        fingerprint=fingerprint(model),
+        fingerprint=fingerprint(model) if origin is None else origin,
     )
 
 

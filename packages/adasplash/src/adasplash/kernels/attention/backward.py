@@ -385,7 +385,8 @@ def launch_backward(
     launch(
         _queries_kernel, n_tiles * problem.planes, kind,
         *sources, dq, delta, dalpha, dslope, *numbers, dim_head,
-        QUICK=problem.quick and terms.form in (0, PACKED.value), ALPHA_GRAD=alpha is not None,
+        QUICK=problem.quick and terms.form in (0, PACKED.value) and not terms.dropout,
+        ALPHA_GRAD=alpha is not None,
         **constants, maxnreg=tiles.most.queries,
     )  # fmt: skip
     launch(

@@ -280,8 +280,10 @@ def _combine_norm_kernel(
 
 
 def _warps(elements: int, form: str) -> int:
-    """Return the warps of a program that adds up so many values; measured on an H100."""
-    return 4 if form == "float" and elements > 8192 else 8
+    """Return the warps of a program that adds up so many values; measured on an H200."""
+    if form == "float":
+        return 4 if elements <= 4096 else 8
+    return 16 if form == "nf4" else 8
 
 
 def _form(
