@@ -261,13 +261,12 @@ def settle(
     proposed: Int[Tensor, "rows proposals"],
     limits: Int[Tensor, " rows"],
     coins: Float[Tensor, "rows proposals"],
-    noise: Float[Tensor, "rows vocab"],
     q: Float[Tensor, "rows proposals kept"],
     columns: Int[Tensor, "rows proposals"],
     kept: Int[Tensor, " kept"],
     block: bool,
-) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
-    """Return for each row how many proposals are accepted, and the token after them.
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, "rows vocab"]]:
+    """Return for each row how many proposals are accepted, and weights of the next token's law.
 
     The same rules as `verify` and `verify_block`, for many rows and with nothing to wait for: no
     shape and no branch depends on a value.
@@ -277,7 +276,6 @@ def settle(
         proposed: Target ids.
         limits: How many of a row's proposals count, 0 to their number.
         coins: Uniform on [0, 1).
-        noise: Exponentially distributed; it draws the token.
         q: The law of each proposal over `kept`.
         columns: The column of each proposal in `q`.
         kept: Distinct target ids of the columns.
@@ -314,4 +312,4 @@ def settle(
     else:
         accepted = torch.zeros(rows, dtype=torch.long, device=p.device)
         law = p[:, 0]
-    return accepted, (law / noise).argmax(dim=1)
+    return accepted, law

@@ -202,15 +202,11 @@ class HeteroSpeculativeDecoder:
         }
         return makers[name]()
 
-    def _tables(self) -> dict[str, Table]:
-        """Return what a device needs to draft by itself, for the methods that are in use."""
-        tables: dict[str, Table] = {}
-        names = {*self._methods_to_try(True), *self._methods_to_try(False)}
-        for name in sorted(names & {"standard", "tli"}):
-            tables[name] = self._shared.table(self._sizes[0])
-        if "slrs" in names:
-            tables["slrs"] = self._runs.table(self._sizes[0])
-        return tables
+    def _table(self, name: str) -> Table | None:
+        """Return what a device needs to draft by itself; None where the host is needed."""
+        if name in ("tli", "standard"):
+            return self._shared.table(self._sizes[0])
+        return self._runs.table() if name == "slrs" else None
 
     def _methods_to_try(self, greedy: bool) -> list[str]:
         if self.method != "auto":
@@ -443,7 +439,8 @@ class HeteroSpeculativeDecoder:
         if isinstance(target, GraphRunner) and isinstance(drafter, GraphRunner):
             together = target.device == drafter.device
             if together and request.processors.by_score:
-                whole = self._kept.round(target, drafter, self._tables, request.processors)
+                names = *sorted(methods), self._block
+                whole = self._kept.round(target, drafter, names, self._table, request.processors)
                 whole.begin(request.chance)
 
             def at_end() -> None:

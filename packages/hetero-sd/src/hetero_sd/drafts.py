@@ -135,9 +135,10 @@ def judge_together(
     chance.fill(coins, "uniform")
     chance.fill(noise, "exponential")
     everything = torch.arange(size, device=device)
-    accepted, following = settle(
-        p[said[:, : count + 1]], proposed, said[:, -1], coins, noise, q, proposed, everything, block
+    accepted, law = settle(
+        p[said[:, : count + 1]], proposed, said[:, -1], coins, q, proposed, everything, block
     )
+    following = (law / noise).argmax(dim=1)
     accepted = torch.where(p.isnan().any(), -1, accepted)
     both: list[list[int]] = torch.stack([accepted, following], dim=1).tolist()
     return [(taken, token) for taken, token in both]

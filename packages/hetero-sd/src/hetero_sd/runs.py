@@ -56,7 +56,7 @@ class TokenRuns:
         self._place = {index: place for place, index in enumerate(usable)}
         self._all = len(usable) == drafter_size
 
-    def table(self, _: int) -> Table:
+    def table(self) -> Table:
         """Return what a graph needs to draft by itself."""
         among = None if self._all else self.usable[:, None]
         return Table(None, among, self.usable, self.runs, None, False)

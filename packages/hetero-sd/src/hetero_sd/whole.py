@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -339,13 +339,24 @@ class Runners:
         self,
         target: GraphRunner,
         drafter: GraphRunner,
-        tables: Callable[[], Mapping[str, Table]],
+        names: Sequence[Hashable],
+        table: Callable[[str], Table | None],
         processors: Processors,
     ) -> GraphRound:
-        """Return the graphs of these runners and processors."""
-        key = id(target), id(drafter), processors.key
+        """Return the graphs of these runners, methods and processors.
+
+        Args:
+            target: Runner of the target.
+            drafter: Runner of the drafter.
+            names: Methods, and what else tells their tables from others'.
+            table: Returns what a method drafts among, or None.
+            processors: As for `GraphRound`.
+        """
+        key = id(target), id(drafter), processors.key, *names
         if key not in self._rounds:
-            while len(self._rounds) >= 8:
+            while len(self._rounds) >= 16:
                 self._rounds.pop(next(iter(self._rounds)))
-            self._rounds[key] = GraphRound(target, drafter, tables(), processors)
+            made = {name: table(name) for name in names if isinstance(name, str)}
+            tables = {name: one for name, one in made.items() if one is not None}
+            self._rounds[key] = GraphRound(target, drafter, tables, processors)
         return self._rounds[key]

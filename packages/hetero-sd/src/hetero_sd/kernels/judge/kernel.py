@@ -51,17 +51,6 @@ def _log_exponential(state_ptr, index, stream, row):
 
 @triton.jit
 @no_type_check
-def _softer(z, temperature, index, floor_ptr, tie_ptr, line, CUTS: tl.constexpr):
-    """Return logits over the temperature, −inf where they are cut off."""
-    z = z / temperature
-    if CUTS:
-        floor, tie = tl.load(floor_ptr + line), tl.load(tie_ptr + line)
-        z = tl.where((z > floor) | ((z == floor) & (index >= tie)), z, float("-inf"))
-    return z
-
-
-@triton.jit
-@no_type_check
 def _combined(logits_ptr, among_ptr, column, inside, MULTIPLE: tl.constexpr):
     """Return logits of columns: of their one id, or of the sum of their ids' probabilities."""
     if MULTIPLE == 0:
@@ -99,8 +88,6 @@ def _first_of(best, where):
 def _pick_kernel(
     logits_ptr,
     among_ptr,
-    floor_ptr,
-    tie_ptr,
     state_ptr,
     scores_ptr,
     part_ptr,
@@ -112,7 +99,6 @@ def _pick_kernel(
     stream,
     MULTIPLE: tl.constexpr,
     DRAWS: tl.constexpr,
-    CUTS: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -129,7 +115,7 @@ def _pick_kernel(
         inside = column < columns
         z = _combined(logits_ptr + row.to(tl.int64) * stride, among_ptr, column, inside, MULTIPLE)
         if DRAWS:
-            z = _softer(z, temperature, column, floor_ptr, tie_ptr, row, CUTS)
+            z = z / temperature
             tl.store(scores_ptr + row.to(tl.int64) * scores_stride + column, z, mask=inside)
             higher = tl.maximum(peak, z)
             known = tl.where(higher == float("-inf"), 0.0, higher)
@@ -182,7 +168,6 @@ def launch_pick(
     columns: Tensor,
     following: Tensor,
     draws: tuple[Tensor, Tensor, Tensor, float, int] | None = None,
-    cut: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """See `reference.pick`."""
     rows, size = len(logits), len(forth)
@@ -190,12 +175,9 @@ def launch_pick(
     part = torch.empty(rows, slices, 3, dtype=torch.float32, device=logits.device)
     place = torch.empty(rows, slices, dtype=torch.int32, device=logits.device)
     scores, norms, state, temperature, step = draws or (part, part, part, 1.0, 0)
-    floor, tie = cut or (part, part)
     _pick_kernel[(rows, slices)](
         logits,
         forth if among is None else among,
-        floor,
-        tie,
         state,
         scores,
         part,
@@ -207,7 +189,6 @@ def launch_pick(
         DRAFT + step,
         MULTIPLE=0 if among is None else among.shape[1],
         DRAWS=draws is not None,
-        CUTS=cut is not None,
         SLICES=slices,
         BLOCK=BLOCK,
         num_warps=4,

@@ -52,26 +52,6 @@ class Law:
         return law[:, :, column.clamp(min=0)].masked_fill(column < 0, 0.0)
 
 
-Cut = tuple[Tensor, Tensor]
-
-
-def softer(z: Tensor, temperature: float, cut: Cut | None) -> Tensor:
-    """Return logits over the temperature, −inf where they are cut off.
-
-    Args:
-        z: Logits, shape `(lines, size)`.
-        temperature: Above 0.
-        cut: For each line the least value kept, and of those equal to it the first place kept.
-    """
-    z = z.to(torch.promote_types(z.dtype, torch.float32)) / temperature
-    if cut is None:
-        return z
-    floor, tie = cut[0][:, None].to(z), cut[1][:, None]
-    place = torch.arange(z.shape[1], device=z.device)
-    keep = (z > floor) | ((z == floor) & (place >= tie))
-    return z.masked_fill(~keep, float("-inf"))
-
-
 def combine(logits: Tensor, among: Tensor | None) -> Tensor:
     """Return logits of columns, each of one id or of the sum of some ids' probabilities.
 
@@ -93,7 +73,6 @@ def pick(
     columns: Int[Tensor, " rows"],
     following: Int[Tensor, " rows"],
     draws: tuple[Tensor, Tensor, Tensor, float, int] | None = None,
-    cut: Cut | None = None,
 ) -> None:
     """Choose a column of each row, the likeliest or drawn.
 
@@ -105,12 +84,11 @@ def pick(
         following: Where to write the ids to go on with.
         draws: Scores to write, shape `(rows, columns)`, their logarithmic sums, shape `(rows,)`,
             the noise's state, temperature and step of the draft; nothing is drawn if missing.
-        cut: As for `softer`.
     """
     z = combine(logits, among)
     if draws is not None:
         scores, norms, state, temperature, step = draws
-        z = softer(z, temperature, cut)
+        z = z / temperature
         scores.copy_(z)
         norms.copy_(z.logsumexp(dim=1))
         z = z - exponential(state, DRAFT + step, z.shape[0], z.shape[1], z.dtype).log()
@@ -202,7 +180,6 @@ def judge(
     following: Int[Tensor, " rows"],
     draws: tuple[Tensor, float] | None = None,
     block: bool = False,
-    cut: Cut | None = None,
 ) -> None:
     """Accept or refuse proposals, and choose the token after them; see `acceptance.settle`.
 
@@ -216,7 +193,6 @@ def judge(
         draws: The noise's state, whose number of the round goes up, and the temperature; the
             likeliest tokens are taken if missing.
         block: Whether drafts are judged as blocks, unless they were certain.
-        cut: As for `softer`, by line.
     """
     rows, count = tokens.shape
     broken = logits.isnan().any(dim=1).view(rows, -1).any(dim=1)
@@ -229,7 +205,8 @@ def judge(
     else:
         state, temperature = draws
         state[1] += 1
-        p = softer(logits, temperature, cut).softmax(dim=1).view(rows, count + 1, -1)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        p = (logits.to(wide) / temperature).softmax(dim=1).view(rows, count + 1, -1)
         vocab = p.shape[2]
         coins = uniform(state, COINS, rows, count, p.dtype)
         noise = exponential(state, FOLLOWING, rows, vocab, p.dtype)
@@ -238,6 +215,7 @@ def judge(
         q = law.dense(proposed, vocab, p.dtype)
         everything = torch.arange(vocab, device=p.device)
         block = block and law.kind != CERTAIN
-        taken, after = settle(p, proposed, limits, coins, noise, q, proposed, everything, block)
+        taken, left = settle(p, proposed, limits, coins, q, proposed, everything, block)
+        after = (left / noise).argmax(dim=1)
     accepted.copy_(torch.where(broken, -1, taken))
     following.copy_(after)

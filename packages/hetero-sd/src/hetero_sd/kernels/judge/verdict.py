@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernel import BLOCK, _better, _first_of, _log_exponential, _softer, _uniform, slices_of
+from .kernel import BLOCK, _better, _first_of, _log_exponential, _uniform, slices_of
 from .noise import COINS, FOLLOWING
 from .reference import CERTAIN, Law
 
@@ -57,15 +57,12 @@ def _psi(
 @no_type_check
 def _line_kernel(
     logits_ptr,
-    floor_ptr,
-    tie_ptr,
     state_ptr,
     part_ptr,
     place_ptr,
     vocab,
     temperature,
     DRAWS: tl.constexpr,
-    CUTS: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -88,7 +85,7 @@ def _line_kernel(
         ).to(tl.float32)
         broken = broken | (z != z).to(tl.int32)
         if DRAWS:
-            z = _softer(z, temperature, token, floor_ptr, tie_ptr, line, CUTS)
+            z = z / temperature
             higher = tl.maximum(peak, z)
             known = tl.where(higher == float("-inf"), 0.0, higher)
             mass = mass * tl.exp(peak - known) + tl.exp(z - known)
@@ -110,8 +107,6 @@ def _line_kernel(
 @no_type_check
 def _scan_kernel(
     logits_ptr,
-    floor_ptr,
-    tie_ptr,
     part_ptr,
     place_ptr,
     tokens_ptr,
@@ -134,7 +129,6 @@ def _scan_kernel(
     temperature,
     DRAWS: tl.constexpr,
     BLOCKWISE: tl.constexpr,
-    CUTS: tl.constexpr,
     KIND: tl.constexpr,
     PLACES: tl.constexpr,
     SLICES: tl.constexpr,
@@ -156,7 +150,7 @@ def _scan_kernel(
         logsum = top + tl.log(mass)
         tl.store(logsum_ptr + line, logsum, mask=place <= count)
         z = tl.load(logits_ptr + line.to(tl.int64) * vocab + token).to(tl.float32)
-        z = _softer(z, temperature, token, floor_ptr, tie_ptr, line, CUTS)
+        z = z / temperature
         ours = tl.where(real, tl.exp(z - logsum), 0.0)
         there = tl.maximum(tl.minimum(place, count - 1), 0)
         theirs = _psi(
@@ -187,8 +181,6 @@ def _scan_kernel(
 @no_type_check
 def _excess_kernel(
     logits_ptr,
-    floor_ptr,
-    tie_ptr,
     limits_ptr,
     law_ptr,
     norms_ptr,
@@ -202,7 +194,6 @@ def _excess_kernel(
     vocab,
     count,
     temperature,
-    CUTS: tl.constexpr,
     KIND: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -221,7 +212,7 @@ def _excess_kernel(
             z = tl.load(
                 logits_ptr + line.to(tl.int64) * vocab + token, mask=inside, other=float("-inf")
             ).to(tl.float32)
-            z = _softer(z, temperature, token, floor_ptr, tie_ptr, line, CUTS)
+            z = z / temperature
             theirs = _psi(
                 token,
                 place,
@@ -283,8 +274,6 @@ def _accepted(
 @no_type_check
 def _follow_kernel(
     logits_ptr,
-    floor_ptr,
-    tie_ptr,
     tokens_ptr,
     limits_ptr,
     law_ptr,
@@ -306,7 +295,6 @@ def _follow_kernel(
     count,
     temperature,
     BLOCKWISE: tl.constexpr,
-    CUTS: tl.constexpr,
     KIND: tl.constexpr,
     PLACES: tl.constexpr,
     SLICES: tl.constexpr,
@@ -343,7 +331,7 @@ def _follow_kernel(
         z = tl.load(
             logits_ptr + line.to(tl.int64) * vocab + token, mask=inside, other=float("-inf")
         ).to(tl.float32)
-        z = _softer(z, temperature, token, floor_ptr, tie_ptr, line, CUTS) - logsum
+        z = z / temperature - logsum
         noise = _log_exponential(state_ptr, token, _FOLLOWING, row)
         spare, spare_where = _better(z - noise, token, spare, spare_where)
         if refused:
@@ -426,7 +414,6 @@ def launch_judge(
     following: Tensor,
     draws: tuple[Tensor, float] | None = None,
     block: bool = False,
-    cut: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """See `reference.judge`."""
     rows, count = tokens.shape
@@ -438,7 +425,6 @@ def launch_judge(
 
     part = number(lines, slices, 3)
     place = torch.empty(lines, slices, dtype=torch.int32, device=device)
-    floor, tie = cut or (part, part)
     places = triton.next_power_of_2(max(count + 1, 2))
     state, temperature = draws or (limits, 1.0)
     weights, norms, of = law.weights, law.norms, law.column_of
@@ -448,27 +434,22 @@ def launch_judge(
     logsum, share, excess = number(drawn), number(drawn), number(drawn, slices)
     assert logits.stride(0) == vocab
     assert following.stride(0) == accepted.stride(0)
-    kind, cuts = law.kind, cut is not None
+    kind = law.kind
     block = block and kind != CERTAIN
     _line_kernel[(lines, slices)](
         logits,
-        floor,
-        tie,
         state,
         part,
         place,
         vocab,
         float(temperature),
         DRAWS=draws is not None,
-        CUTS=cuts,
         SLICES=slices,
         BLOCK=BLOCK,
         num_warps=4,
     )
     _scan_kernel[(rows,)](
         logits,
-        floor,
-        tie,
         part,
         place,
         tokens,
@@ -488,7 +469,6 @@ def launch_judge(
         float(temperature),
         DRAWS=draws is not None,
         BLOCKWISE=block,
-        CUTS=cuts,
         KIND=kind,
         PLACES=places,
         SLICES=slices,
@@ -499,8 +479,6 @@ def launch_judge(
     if block and count > 1:
         _excess_kernel[(rows * count, slices)](
             logits,
-            floor,
-            tie,
             limits,
             weights,
             norms,
@@ -512,7 +490,6 @@ def launch_judge(
             vocab,
             count,
             float(temperature),
-            CUTS=cuts,
             KIND=kind,
             SLICES=slices,
             BLOCK=BLOCK,
@@ -522,8 +499,6 @@ def launch_judge(
     best_place = torch.empty(rows, slices, 2, dtype=torch.int32, device=device)
     _follow_kernel[(rows, slices)](
         logits,
-        floor,
-        tie,
         tokens,
         limits,
         weights,
@@ -542,7 +517,6 @@ def launch_judge(
         count,
         float(temperature),
         BLOCKWISE=block,
-        CUTS=cuts,
         KIND=kind,
         PLACES=places,
         SLICES=slices,

@@ -1,0 +1,66 @@
+"""The kernels of judging compile for a GPU, which no interpreter says; needs none.
+
+A process of its own compiles, without the interpreter that the other tests run in.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fourfold_common import triton_status
+
+_COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from hetero_sd.kernels.judge import kernel, verdict
+
+FLOATS = ("scores", "part", "norms", "law", "mass", "logsum", "share", "excess")
+TYPES = {f"{name}_ptr": "*fp32" for name in FLOATS} | {"logits_ptr": "*bf16"}
+TYPES |= {"place_ptr": "*i32", "of_ptr": "*i32", "temperature": "fp32"}
+
+
+def build(function, warps=4, **constants):
+    names = function.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    types = TYPES | dict.fromkeys(constants, "constexpr")
+    signature = {n: types.get(n, "*i64" if n.endswith("_ptr") else "i32") for n in names}
+    source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert made.asm["cubin"]
+    print(function.__name__)
+
+
+sizes = {"SLICES": 32, "BLOCK": kernel.BLOCK, "PLACES": 8}
+for multiple, draws in ((0, False), (0, True), (2, True)):
+    build(kernel._pick_kernel, MULTIPLE=multiple, DRAWS=draws, **sizes)
+    build(kernel._picked_kernel, warps=1, DRAWS=draws, **sizes)
+build(kernel._pack_kernel, warps=1, LONGEST=3, STEPS=4, DEPTHS=4)
+build(kernel._spread_kernel, LONGEST=3, **sizes)
+for draws in (False, True):
+    build(verdict._line_kernel, DRAWS=draws, **sizes)
+build(verdict._scan_kernel, DRAWS=False, BLOCKWISE=False, KIND=0, **sizes)
+for kind, block in ((0, False), (1, True), (1, False), (2, False)):
+    build(verdict._scan_kernel, DRAWS=True, BLOCKWISE=block, KIND=kind, **sizes)
+    build(verdict._follow_kernel, BLOCKWISE=block, KIND=kind, **sizes)
+for block in (False, True):
+    build(verdict._settled_kernel, warps=1, BLOCKWISE=block, **sizes)
+build(verdict._excess_kernel, KIND=1, **sizes)
+"""
+
+
+@pytest.mark.skipif(not triton_status().importable, reason="needs Triton")
+def test_kernels_compile_for_an_h100(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    found = subprocess.run(
+        [sys.executable, "-c", _COMPILE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert len(found.stdout.splitlines()) == 22
