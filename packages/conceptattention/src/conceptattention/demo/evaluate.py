@@ -19,7 +19,7 @@ from .model import PIXELS, DemoPipeline, encode_tokens
 from .natural import NaturalScenes
 from .scenes import Scenes, sample_scenes
 
-HELD_OUT_SEED = 2**40  # training draws seeds far below
+HELD_OUT_SEED = 2**40  # on the CPU; training draws on its device, and no held-out pair
 SPACES = ("output", "cross_attention")
 Found = Sequence[tuple[list[int], list[list[str]], dict[str, ConceptMaps]]]
 LabelledScenes = Scenes | NaturalScenes

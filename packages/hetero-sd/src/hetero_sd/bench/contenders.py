@@ -184,12 +184,10 @@ Decoders = dict[tuple[str, int | str], HeteroSpeculativeDecoder]
 
 
 def _ours(pair: Pair, known: Decoders, method: str, lookahead: int | str) -> Run:
-    """Return a decoder of ours, the same one in every setting; all share what was captured."""
+    """Return how a decoder of ours runs, the same one in every setting."""
     if (method, lookahead) not in known:
-        decoder = HeteroSpeculativeDecoder(*pair.parts, method=method, lookahead=lookahead)
-        if known:
-            decoder._kept = next(iter(known.values()))._kept
-        known[method, lookahead] = decoder
+        settings: dict[str, Any] = {"method": method, "lookahead": lookahead}
+        known[method, lookahead] = HeteroSpeculativeDecoder(*pair.parts, **settings)
     decoder = known[method, lookahead]
 
     def run(ids: Tensor, mask: Tensor, options: dict[str, Any]) -> Took:

@@ -90,11 +90,11 @@ def judge_sampled(
     law = _laws(target, ids, ids.shape[1] - 1, options)[0]
     counts = torch.zeros_like(law)
     left = draws
-    while left:
-        rows = 1 if one_by_one else min(_ROWS, left)
+    while left > 0:
+        rows = 1 if one_by_one else _ROWS  # Always as many: a GPU's graphs are for so many rows.
         batch = ids.expand(rows, -1)
         made = contender.run(batch, torch.ones_like(batch), {**options, "max_new_tokens": 2})
-        for row in made.rows:
+        for row in made.rows[:left]:
             counts[row[0]] += 1
         left -= rows
     fits, detail = fits_law(counts, law, slack=1e-2 if rounding(target) > 1e-3 else 0.0)

@@ -122,7 +122,7 @@ def run_bench(
     seed_everything(seed)
     results = Results("hetero-sd", command=command, seed=seed)
     plain = HeteroSpeculativeDecoder(*pair.parts, method="tli" if "tli" in methods else "slem")
-    known: Decoders = {("costs", 0): plain}
+    known: Decoders = {}
     for batch in batches:
         for name, texts in prompts.items():
             groups = _groups(texts, batch, pair)

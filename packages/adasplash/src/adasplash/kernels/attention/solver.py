@@ -29,8 +29,8 @@ MAX_PASSES = 20  # this bounds the loop where ties slow it down
 TOLERANCE = {torch.float32: 2e-7, torch.float16: 1e-5, torch.bfloat16: 1e-4}
 
 
-# Half formats: how far the sum of the weights may be from 1 before they are divided by it. A
-# quarter of that stays in weights that are evenly spread, which are rounded as much.
+# Half formats: how far the sum of the weights may be from 1 before they are divided by it. Of that
+# a quarter stays in weights that are evenly spread, which are rounded as much.
 SLACK = {torch.float16: 2 * 2.0**-10, torch.bfloat16: 2 * 2.0**-7}
 
 
