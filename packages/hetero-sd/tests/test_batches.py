@@ -90,6 +90,18 @@ def test_plain_rounds_may_begin_ahead_of_any_other(pair, backend):
         assert len(made.stats.arms) > 1
 
 
+def test_decoders_that_share_runners_keep_their_own_ways_to_draft(pair):
+    decoders = [
+        HeteroSpeculativeDecoder(*pair, method=method, lookahead=2, backend="cudagraph")
+        for method in ("tli", "slrs")
+    ]
+    decoders[1]._kept = decoders[0]._kept
+    made = [dec.generate(PROMPTS[0], max_new_tokens=6).tokens for dec in decoders]
+    assert made[0] == made[1]
+    kept = decoders[0]._kept._rounds.values()
+    assert [list(round.methods) for round in kept] == [["tli"], ["slrs"]]
+
+
 def test_rows_do_not_depend_on_their_neighbours(pair):
     dec = HeteroSpeculativeDecoder(*pair, method="slem", lookahead=3)
     together = dec.generate(PROMPTS, max_new_tokens=16)
