@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from conceptattention import Adapter, ConceptAttention, preset, register_adapter, segment
 from conceptattention.selection import resolve
@@ -332,6 +333,18 @@ def test_compiled_inside_the_context_is_heard(flux):
     eager, compiled = observer.heatmaps(run=0), observer.heatmaps(run=1)
     assert compiled.coverage == eager.coverage
     torch.testing.assert_close(compiled.values, eager.values)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_no_step_or_layer_compiles_anew(flux):
+    pipe, counter = copy.deepcopy(flux), CompileCounter()
+    with ConceptAttention(pipe, CONCEPTS):
+        for block in pipe.transformer.transformer_blocks:
+            block.compile(backend=counter)
+        generate(pipe)
+        graphs = counter.frame_count
+        generate(pipe)
+    assert counter.frame_count == graphs > 0
 
 
 def test_missing_encoders(flux):

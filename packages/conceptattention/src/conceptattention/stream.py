@@ -302,8 +302,6 @@ class ConceptStream:
         layout = image.keys.device, image.keys.shape, image.keys.stride(-1)
         if self._fits == layout:  # as in the layer before
             return True
-        if kernels == "auto" and torch.compiler.is_compiling():
-            return False  # the compiler fuses torch's operations, and knows them better
         reason = usable(image.keys, concepts)
         if reason is not None and kernels == "triton":
             raise ValueError(f"`kernels='triton'` cannot run here: {reason}.")

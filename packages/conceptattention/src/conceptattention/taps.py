@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+from torch.compiler import disable
 
 from .adapters import Adapter, Block, Call
 from .adapters.linear import tap
@@ -110,17 +111,24 @@ class Taps:
         _attached.discard(self.model)
 
     def _tap_modules(self) -> None:
-        """Add the hooks on the model's parts in place of those that are there."""
+        """Add the hooks on the model's parts in place of those that are there.
+
+        They stay out of compiled graphs: traced, each layer and step would compile anew.
+        """
         for handle in self._on_modules:
             handle.remove()
-        self._on_modules = [self.adapter.seed(self.model).register_forward_hook(self._on_seed)]
+        self._on_modules = [
+            self.adapter.seed(self.model).register_forward_hook(disable(self._on_seed))
+        ]
         for block in self.blocks:
             wanted = self._wanted(block)
             self._expected[block.index] = len(wanted)
             for name, (module, side) in wanted.items():
                 self._on_modules.append(self._tap(block.index, name, module, side))
             self._on_modules.append(
-                block.attention.register_forward_hook(self._on_attention(block), with_kwargs=True)
+                block.attention.register_forward_hook(
+                    disable(self._on_attention(block)), with_kwargs=True
+                )
             )
         self._tapped = self._modules()
 
@@ -147,8 +155,8 @@ class Taps:
                 self._heard[index][name] = args[0]
 
         if side == "input":
-            return module.register_forward_pre_hook(tap(record_input))
-        return module.register_forward_hook(tap(record_output))
+            return module.register_forward_pre_hook(tap(disable(record_input)))
+        return module.register_forward_hook(tap(disable(record_output)))
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self._heard.clear()
