@@ -8,8 +8,8 @@ Triton, and keeping every layer's vectors as the reference implementation does. 
 of passes one after the other, launched without waiting as pipelines do; its time is divided by that
 number. Before timing, the model's output must be the same bits under each contender, and the
 kernels' maps those of torch. Shapes that end in "-cfg" are guided steps as pipelines make them, two
-rows of which the conditional one is observed. With `--compiled` the plain model and the observed one
-follow once more with their blocks under torch.compile, which promises no same bits: the largest
+rows of which the conditional one is observed. With `--compiled` the plain model and the observed
+one follow once more with their blocks under torch.compile, which promises no same bits: the largest
 difference of the outputs is in the rows.
 """
 
