@@ -14,7 +14,7 @@ from .chance import Chance
 from .devices import on
 from .drafting import Table
 from .graphs import DRAFT_WIDTHS, WIDTHS, Answer, GraphRunner, pinned
-from .kernels.judge import COLUMNS, DENSE, Law, pick_rules
+from .kernels.judge import COLUMNS, DENSE, Law, Warp, pick_rules
 from .kernels.judge.reference import combine
 from .processors import Processors
 
@@ -64,6 +64,7 @@ class GraphRound:
     ) -> None:
         self._target, self._drafter, self._tables = target, drafter, tables
         self._process, self._rules = processors, pick_rules(target.device)
+        self._warp = processors.warp
         rows, device = target.rows, target.device
 
         def whole(*shape: int) -> Tensor:
@@ -237,14 +238,18 @@ class GraphRound:
 
         def choose(step: int, state: Tensor) -> Tensor:
             logits = drafter.body.raw_logits(state, table.head)
-            among, temperature = table.among, self._process.temperature
-            if temperature is None:
+            among, warp, left = table.among, self._warp, None
+            if warp is None:
                 logits, among = self._process.scores_only(combine(logits, among)), None
+            elif warp.cuts:
+                left = self._rules.cut(logits, among, len(table.forth), warp, False)
             draws = None
             if not self._process.greedy:
                 scores, norms = self._laws(method)
-                draws = scores[:, step], norms[:, step], self._state, temperature or 1.0, step
-            self._rules.pick(logits, among, table.forth, self._columns[:, step], self._next, draws)
+                temperature = 1.0 if warp is None else warp.temperature
+                draws = scores[:, step], norms[:, step], self._state, temperature, step
+            column = self._columns[:, step]
+            self._rules.pick(logits, among, table.forth, column, self._next, draws, left)
             return self._next
 
         drafter.go_on(said[:, : 2 + width], lookahead, choose)
@@ -277,10 +282,12 @@ class GraphRound:
         places = (said[:, _ROW, None] + steps).clamp(max=target.capacity - 1)
         states = target.forward(ids, places)
         logits = target.body.raw_logits(states.reshape(-1, states.shape[-1]))
-        temperature = self._process.temperature
-        if temperature is None:
+        warp, left = self._warp, None
+        if warp is None:
             wide = torch.promote_types(logits.dtype, torch.float32)
-            logits, temperature = self._process.scores_only(logits.to(wide)), 1.0
+            logits, warp = self._process.scores_only(logits.to(wide)), Warp()
+        elif warp.cuts:
+            left = self._rules.cut(logits, None, logits.shape[1], warp)
         self._rules.judge(
             logits,
             tokens,
@@ -288,8 +295,9 @@ class GraphRound:
             self._law(method, tokens, logits.shape[1]),
             self._result[:, 0],
             self._result[:, 1],
-            None if self._process.greedy else (self._state, temperature),
+            None if self._process.greedy else (self._state, warp.temperature),
             table is not None and table.block,
+            left,
         )
         if method == "plain":  # What the next round needs to know, if it is plain too.
             said[:, _ROW] += 1

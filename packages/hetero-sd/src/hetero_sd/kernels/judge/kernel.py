@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .noise import DRAFT
+from .reference import Cut
 
 BLOCK = 1024  # Numbers of a line at a time.
 
@@ -69,6 +70,17 @@ def _combined(logits_ptr, among_ptr, column, inside, MULTIPLE: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _left(z, token, value_ptr, first_ptr, line, CUT: tl.constexpr):
+    """Return logits with minus infinity for what a line's cut leaves out."""
+    if CUT:
+        value = tl.load(value_ptr + line)
+        stays = (z > value) | ((z == value) & (token >= tl.load(first_ptr + line)))
+        z = tl.where(stays, z, float("-inf"))
+    return z
+
+
+@triton.jit
+@no_type_check
 def _better(value, place, best, where):
     """Return the better of two values in each lane, and its place."""
     wins = value > best
@@ -92,6 +104,8 @@ def _pick_kernel(
     scores_ptr,
     part_ptr,
     place_ptr,
+    value_ptr,
+    first_ptr,
     stride,
     scores_stride,
     columns,
@@ -99,6 +113,7 @@ def _pick_kernel(
     stream,
     MULTIPLE: tl.constexpr,
     DRAWS: tl.constexpr,
+    CUT: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -114,6 +129,7 @@ def _pick_kernel(
         column = at + lane
         inside = column < columns
         z = _combined(logits_ptr + row.to(tl.int64) * stride, among_ptr, column, inside, MULTIPLE)
+        z = _left(z, column, value_ptr, first_ptr, row, CUT)
         if DRAWS:
             z = z / temperature
             tl.store(scores_ptr + row.to(tl.int64) * scores_stride + column, z, mask=inside)
@@ -168,6 +184,7 @@ def launch_pick(
     columns: Tensor,
     following: Tensor,
     draws: tuple[Tensor, Tensor, Tensor, float, int] | None = None,
+    left: Cut | None = None,
 ) -> None:
     """See `reference.pick`."""
     rows, size = len(logits), len(forth)
@@ -182,6 +199,7 @@ def launch_pick(
         scores,
         part,
         place,
+        *(left or (part, place)),
         logits.stride(0),
         scores.stride(0),
         size,
@@ -189,6 +207,7 @@ def launch_pick(
         DRAFT + step,
         MULTIPLE=0 if among is None else among.shape[1],
         DRAWS=draws is not None,
+        CUT=left is not None,
         SLICES=slices,
         BLOCK=BLOCK,
         num_warps=4,

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernel import BLOCK, _better, _first_of, _log_exponential, _uniform, slices_of
+from .kernel import BLOCK, _better, _first_of, _left, _log_exponential, _uniform, slices_of
 from .noise import COINS, FOLLOWING
-from .reference import CERTAIN, Law
+from .reference import CERTAIN, Cut, Law
 
 _COINS, _FOLLOWING = tl.constexpr(COINS), tl.constexpr(FOLLOWING)
 _NEVER = tl.constexpr(2147483647)
@@ -60,9 +60,12 @@ def _line_kernel(
     state_ptr,
     part_ptr,
     place_ptr,
+    value_ptr,
+    first_ptr,
     vocab,
     temperature,
     DRAWS: tl.constexpr,
+    CUT: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -84,6 +87,7 @@ def _line_kernel(
             logits_ptr + line.to(tl.int64) * vocab + token, mask=inside, other=float("-inf")
         ).to(tl.float32)
         broken = broken | (z != z).to(tl.int32)
+        z = _left(z, token, value_ptr, first_ptr, line, CUT)
         if DRAWS:
             z = z / temperature
             higher = tl.maximum(peak, z)
@@ -117,6 +121,8 @@ def _scan_kernel(
     state_ptr,
     logsum_ptr,
     share_ptr,
+    value_ptr,
+    first_ptr,
     accepted_ptr,
     following_ptr,
     tokens_stride,
@@ -128,6 +134,7 @@ def _scan_kernel(
     count,
     temperature,
     DRAWS: tl.constexpr,
+    CUT: tl.constexpr,
     BLOCKWISE: tl.constexpr,
     KIND: tl.constexpr,
     PLACES: tl.constexpr,
@@ -150,7 +157,7 @@ def _scan_kernel(
         logsum = top + tl.log(mass)
         tl.store(logsum_ptr + line, logsum, mask=place <= count)
         z = tl.load(logits_ptr + line.to(tl.int64) * vocab + token).to(tl.float32)
-        z = z / temperature
+        z = _left(z, token, value_ptr, first_ptr, line, CUT) / temperature
         ours = tl.where(real, tl.exp(z - logsum), 0.0)
         there = tl.maximum(tl.minimum(place, count - 1), 0)
         theirs = _psi(
@@ -187,6 +194,8 @@ def _excess_kernel(
     of_ptr,
     logsum_ptr,
     share_ptr,
+    value_ptr,
+    first_ptr,
     excess_ptr,
     law_row,
     law_step,
@@ -195,6 +204,7 @@ def _excess_kernel(
     count,
     temperature,
     KIND: tl.constexpr,
+    CUT: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -212,7 +222,7 @@ def _excess_kernel(
             z = tl.load(
                 logits_ptr + line.to(tl.int64) * vocab + token, mask=inside, other=float("-inf")
             ).to(tl.float32)
-            z = z / temperature
+            z = _left(z, token, value_ptr, first_ptr, line, CUT) / temperature
             theirs = _psi(
                 token,
                 place,
@@ -282,6 +292,8 @@ def _follow_kernel(
     state_ptr,
     logsum_ptr,
     share_ptr,
+    value_ptr,
+    first_ptr,
     excess_ptr,
     accepted_ptr,
     part_ptr,
@@ -296,6 +308,7 @@ def _follow_kernel(
     temperature,
     BLOCKWISE: tl.constexpr,
     KIND: tl.constexpr,
+    CUT: tl.constexpr,
     PLACES: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -331,7 +344,7 @@ def _follow_kernel(
         z = tl.load(
             logits_ptr + line.to(tl.int64) * vocab + token, mask=inside, other=float("-inf")
         ).to(tl.float32)
-        z = z / temperature - logsum
+        z = _left(z, token, value_ptr, first_ptr, line, CUT) / temperature - logsum
         noise = _log_exponential(state_ptr, token, _FOLLOWING, row)
         spare, spare_where = _better(z - noise, token, spare, spare_where)
         if refused:
@@ -414,6 +427,7 @@ def launch_judge(
     following: Tensor,
     draws: tuple[Tensor, float] | None = None,
     block: bool = False,
+    left: Cut | None = None,
 ) -> None:
     """See `reference.judge`."""
     rows, count = tokens.shape
@@ -434,16 +448,18 @@ def launch_judge(
     logsum, share, excess = number(drawn), number(drawn), number(drawn, slices)
     assert logits.stride(0) == vocab
     assert following.stride(0) == accepted.stride(0)
-    kind = law.kind
+    kind, cut, cuts = law.kind, left or (part, place), left is not None and draws is not None
     block = block and kind != CERTAIN
     _line_kernel[(lines, slices)](
         logits,
         state,
         part,
         place,
+        *cut,
         vocab,
         float(temperature),
         DRAWS=draws is not None,
+        CUT=cuts,
         SLICES=slices,
         BLOCK=BLOCK,
         num_warps=4,
@@ -460,6 +476,7 @@ def launch_judge(
         state,
         logsum,
         share,
+        *cut,
         accepted,
         following,
         *strides,
@@ -468,6 +485,7 @@ def launch_judge(
         count,
         float(temperature),
         DRAWS=draws is not None,
+        CUT=cuts,
         BLOCKWISE=block,
         KIND=kind,
         PLACES=places,
@@ -485,12 +503,14 @@ def launch_judge(
             of,
             logsum,
             share,
+            *cut,
             excess,
             *law_strides,
             vocab,
             count,
             float(temperature),
             KIND=kind,
+            CUT=cuts,
             SLICES=slices,
             BLOCK=BLOCK,
             num_warps=4,
@@ -507,6 +527,7 @@ def launch_judge(
         state,
         logsum,
         share,
+        *cut,
         excess,
         accepted,
         best,
@@ -518,6 +539,7 @@ def launch_judge(
         float(temperature),
         BLOCKWISE=block,
         KIND=kind,
+        CUT=cuts,
         PLACES=places,
         SLICES=slices,
         BLOCK=BLOCK,
