@@ -101,7 +101,10 @@ def laid(rules, runs, columns, steps, room):
     rows = len(columns)
     tokens = torch.full((rows, room), 7, device=DEVICE)
     origin, total = torch.zeros_like(tokens), torch.zeros(rows, dtype=torch.long, device=DEVICE)
-    rules.pack(columns, runs, tokens, origin, total, steps)
+    for most in (2, room):
+        limits = torch.full((rows, 2), most, device=DEVICE)[:, 1]
+        rules.pack(columns, runs, tokens, origin, total, limits, steps)
+        assert int(total.max()) <= most
     there = torch.arange(room, device=DEVICE) < total[:, None]
     return torch.where(there, tokens, -1), torch.where(there, origin, 0), total
 

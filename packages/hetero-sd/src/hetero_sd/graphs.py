@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,14 @@ from .llama import LlamaBody
 _logger = logging.getLogger(__name__)
 WIDTHS = (1, 2, 4, 6, 8, 12, 16)  # Tokens of a row in one graph, where a graph is for any number.
 DRAFT_WIDTHS = (2, 8, 16)  # The same of a draft's first pass: a small model's time is not width's.
+MOST = WIDTHS[-1] - 1  # Ids that a draft may have.
 MARGIN = 2 * WIDTHS[-1]  # Cache entries beyond a text that drafts and padding may touch.
+# What the host says of a row's draft: the place of the last id fed, ids, their positions, and those
+# of the ids to be written. Nothing of it is left for the device to compute.
+LAST, IDS = 0, 1
+PLACES = IDS + WIDTHS[-1]
+LATER = PLACES + WIDTHS[-1]
+DRAFT_LINE = LATER + MOST
 _CHUNK = 512  # Longest stretch of a prompt in one pass.
 
 
@@ -93,13 +101,15 @@ class GraphRunner:
         self.setup_seconds = 0.0
         self._given = torch.zeros(2, rows, WIDTHS[-1], dtype=torch.long, device=self.device)
         # Of a draft: what the host says of each row, as `go_on` takes it, and the ids written.
-        self._said = torch.zeros(rows, 2 + WIDTHS[-1], dtype=torch.long, device=self.device)
-        self._host = pinned(torch.ones(self._said.shape, dtype=torch.long), self.device)
+        self._said = torch.zeros(rows, DRAFT_LINE, dtype=torch.long, device=self.device)
+        self._host = pinned(torch.zeros_like(self._said, device="cpu"), self.device)
         self._lines = self._host.numpy()
+        self.places = np.minimum(np.arange(capacity + MARGIN), capacity - 1)
         self._written = torch.zeros(WIDTHS[-1], rows, dtype=torch.long, device=self.device)
         self._answer = Answer(WIDTHS[-1], rows, self.device)
         self._rules = pick_rules(self.device)
         self._ids = torch.arange(len(body.head.weight), device=self.device)
+        self._row = torch.arange(rows, device=self.device)
         self._graphs: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
         self.reset()
 
@@ -171,22 +181,36 @@ class GraphRunner:
         self.lengths = [n + len(feed) for n, feed in zip(self.lengths, feeds, strict=True)]
         return logits
 
-    def go_on(self, said: Tensor, steps: int, choose: Callable[[int, Tensor], Tensor]) -> None:
+    def tell(self, line: Any, length: int, feed: Sequence[int]) -> None:
+        """Write the beginning of a row's line, for `go_on`.
+
+        Args:
+            line: Where to write, in NumPy: `DRAFT_LINE` numbers.
+            length: Ids in the cache.
+            feed: Ids to feed; where there are none, one that does not matter is.
+        """
+        count = len(feed) or 1
+        line[LAST] = count - 1
+        line[IDS : IDS + len(feed)] = feed
+        line[PLACES:LATER] = self.places[length : length + WIDTHS[-1]]
+        line[LATER:DRAFT_LINE] = self.places[length + count : length + count + MOST]
+
+    def go_on(
+        self, said: Tensor, width: int, steps: int, choose: Callable[[int, Tensor], Tensor]
+    ) -> None:
         """Feed ids, and behind them ids that are chosen one by one; all but the last are fed too.
 
         Args:
-            said: Ids in the cache, ids fed, 1 or more, and these ids of each row, padded.
+            said: A line for each row that begins as `tell` writes it.
+            width: Ids fed at most.
             steps: Ids to choose.
             choose: Given the step and the last hidden state of each row, returns an id for each.
         """
-        start, length, ids = said[:, :1], said[:, 1:2], said[:, 2:]
-        width, end = ids.shape[1], self.capacity - 1
-        states = self.forward(ids, (start + torch.arange(width, device=said.device)).clamp(max=end))
-        line = torch.arange(self.rows, device=said.device)
-        state = states[line, (length[:, 0] - 1).clamp(max=width - 1)]
-        chosen = choose(0, state)
+        ids, places = said[:, IDS : IDS + width], said[:, PLACES : PLACES + width]
+        states = self.forward(ids, places)
+        chosen = choose(0, states[self._row, said[:, LAST]])
         for step in range(1, steps):
-            place = (start + length + step - 1).clamp(max=end)
+            place = said[:, LATER + step - 1, None]
             chosen = choose(step, self.forward(chosen[:, None], place)[:, 0])
 
     def write(
@@ -203,8 +227,7 @@ class GraphRunner:
         counts = [count if feed else 0 for count, feed in zip(counts, feeds, strict=True)]
         self._check(max(map(len, feeds)))
         for slot, feed, length in zip(self.slots, feeds, self.lengths, strict=True):
-            self._lines[slot, :2] = length, max(len(feed), 1)
-            self._lines[slot, 2 : 2 + len(feed)] = feed
+            self.tell(self._lines[slot], length, feed)
         width = next(w for w in DRAFT_WIDTHS if w >= max(map(len, feeds)))
         written = self._replay_draft(width, max(steps, *counts), among)
         for row, (feed, count) in enumerate(zip(feeds, counts, strict=True)):
@@ -243,12 +266,14 @@ class GraphRunner:
         """Return the ids after each row's last by a graph, step by step."""
         kind = "draft", steps, 0 if among is None else among.data_ptr()
         with on(self.device):
-            self._said.copy_(self._host, non_blocking=True)
             if (kind, width) not in self._graphs:  # All widths at once, none in a later text.
+                self._said.copy_(self._host)  # Passes of a capture write where the draft will.
+                self._said[:, LAST] = 0  # A place that each width has.
                 for other in DRAFT_WIDTHS if self.device.type == "cuda" else (width,):
                     self._graphs[kind, other] = self.capture(
                         lambda other=other: self._run_draft(other, steps, among)  # type: ignore
                     )
+            self._said.copy_(self._host, non_blocking=True)
             self._graphs[kind, width][0].replay()
             self._answer.ask(self._written)
         return self._answer.read()[:steps]
@@ -263,7 +288,7 @@ class GraphRunner:
             self._rules.pick(logits, parts, forth, columns, self._written[step])
             return self._written[step]
 
-        self.go_on(self._said[:, : 2 + width], steps, choose)
+        self.go_on(self._said, width, steps, choose)
 
     def _result(
         self,

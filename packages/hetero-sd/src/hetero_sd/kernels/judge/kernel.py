@@ -235,10 +235,12 @@ def _pack_kernel(
     tokens_ptr,
     origin_ptr,
     total_ptr,
+    limits_ptr,
     columns_stride,
     tokens_stride,
     origin_stride,
     total_stride,
+    limits_stride,
     steps,
     room,
     LONGEST: tl.constexpr,
@@ -261,11 +263,19 @@ def _pack_kernel(
     tl.store(tokens_ptr + row * tokens_stride + place, token, mask=fits)
     origin = step[:, None] * LONGEST + depth[None, :]
     tl.store(origin_ptr + row * origin_stride + place, origin.to(tl.int64), mask=fits)
-    tl.store(total_ptr + row * total_stride, tl.minimum(tl.sum(length, axis=0), room).to(tl.int64))
+    total = tl.minimum(tl.sum(length, axis=0), room).to(tl.int64)
+    total = tl.minimum(total, tl.load(limits_ptr + row * limits_stride))
+    tl.store(total_ptr + row * total_stride, total)
 
 
 def launch_pack(
-    columns: Tensor, runs: Tensor, tokens: Tensor, origin: Tensor, total: Tensor, steps: int
+    columns: Tensor,
+    runs: Tensor,
+    tokens: Tensor,
+    origin: Tensor,
+    total: Tensor,
+    limits: Tensor,
+    steps: int,
 ) -> None:
     """See `reference.pack`."""
     longest = runs.shape[1]
@@ -275,10 +285,12 @@ def launch_pack(
         tokens,
         origin,
         total,
+        limits,
         columns.stride(0),
         tokens.stride(0),
         origin.stride(0),
         total.stride(0),
+        limits.stride(0),
         steps,
         tokens.shape[1],
         LONGEST=longest,

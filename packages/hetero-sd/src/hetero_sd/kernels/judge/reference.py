@@ -185,6 +185,7 @@ def pack(
     tokens: Int[Tensor, "rows room"],
     origin: Int[Tensor, "rows room"],
     total: Int[Tensor, " rows"],
+    limits: Int[Tensor, " rows"],
     steps: int,
 ) -> None:
     """Lay the target tokens of the columns picked one after another, as far as there is room.
@@ -194,7 +195,8 @@ def pack(
         runs: Target tokens of each column, padded with −1; each has at least one.
         tokens: Where to write the tokens.
         origin: Where to write for each its step, times `longest`, plus its place in its run.
-        total: Where to write how many there are in each row.
+        total: Where to write how many of them count in each row.
+        limits: At most so many do.
         steps: Columns picked in each row.
     """
     run = runs[columns[:, :steps]]
@@ -208,7 +210,7 @@ def pack(
     for wanted, values in ((tokens, run), (origin, source.expand_as(run))):
         wide = torch.cat([wanted, wanted[:, :1]], dim=1)
         wanted.copy_(wide.scatter_(1, place, values.flatten(1))[:, :room])
-    total.copy_(length.sum(dim=1).clamp(max=room))
+    total.copy_(torch.minimum(length.sum(dim=1).clamp(max=room), limits))
 
 
 def spread(

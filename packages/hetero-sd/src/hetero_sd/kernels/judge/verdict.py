@@ -126,6 +126,7 @@ def _scan_kernel(
     accepted_ptr,
     following_ptr,
     tokens_stride,
+    limits_stride,
     result_stride,
     law_row,
     law_step,
@@ -145,7 +146,7 @@ def _scan_kernel(
     place, piece = tl.arange(0, PLACES), tl.arange(0, SLICES)
     line = row * (count + 1) + tl.minimum(place, count)
     part = (line[:, None] * SLICES + piece[None, :]) * 3
-    limit = tl.load(limits_ptr + row)
+    limit = tl.load(limits_ptr + row * limits_stride)
     real = place < limit
     token = tl.load(tokens_ptr + row * tokens_stride + place, mask=real, other=0)
     peak = tl.load(part_ptr + part)
@@ -197,6 +198,7 @@ def _excess_kernel(
     value_ptr,
     first_ptr,
     excess_ptr,
+    limits_stride,
     law_row,
     law_step,
     norms_row,
@@ -211,7 +213,7 @@ def _excess_kernel(
     """Sum one slice of max(share p − q, 0) after one prefix of a block."""
     row, place, piece = tl.program_id(0) // count, tl.program_id(0) % count, tl.program_id(1)
     line = row * (count + 1) + place
-    if (place > 0) & (place < tl.load(limits_ptr + row)):
+    if (place > 0) & (place < tl.load(limits_ptr + row * limits_stride)):
         length = tl.cdiv(tl.cdiv(vocab, SLICES), BLOCK) * BLOCK
         lane = tl.arange(0, BLOCK)
         share, logsum = tl.load(share_ptr + line), tl.load(logsum_ptr + line)
@@ -249,6 +251,7 @@ def _accepted(
     excess_ptr,
     state_ptr,
     row,
+    limits_stride,
     result_stride,
     count,
     BLOCKWISE: tl.constexpr,
@@ -258,7 +261,7 @@ def _accepted(
     """Return how many proposals a row keeps: the scan's, or the longest prefix of a block."""
     found = tl.load(accepted_ptr + row * result_stride).to(tl.int32)
     if BLOCKWISE:
-        limit = tl.load(limits_ptr + row).to(tl.int32)
+        limit = tl.load(limits_ptr + row * limits_stride).to(tl.int32)
         place, piece = tl.arange(0, PLACES), tl.arange(0, SLICES)
         inner = place + 1 < limit  # Prefixes of place + 1 tokens that are not the whole block.
         line = row * (count + 1) + tl.minimum(place + 1, count)
@@ -299,6 +302,7 @@ def _follow_kernel(
     part_ptr,
     place_ptr,
     tokens_stride,
+    limits_stride,
     result_stride,
     law_row,
     law_step,
@@ -322,6 +326,7 @@ def _follow_kernel(
         excess_ptr,
         state_ptr,
         row,
+        limits_stride,
         result_stride,
         count,
         BLOCKWISE,
@@ -330,7 +335,7 @@ def _follow_kernel(
     )
     place = tl.maximum(found, 0)
     line = row * (count + 1) + place
-    refused = place < tl.load(limits_ptr + row)
+    refused = place < tl.load(limits_ptr + row * limits_stride)
     share, logsum = tl.load(share_ptr + line), tl.load(logsum_ptr + line)
     proposal = tl.load(tokens_ptr + row * tokens_stride + place, mask=refused, other=-1)
     length = tl.cdiv(tl.cdiv(vocab, SLICES), BLOCK) * BLOCK
@@ -386,6 +391,7 @@ def _settled_kernel(
     following_ptr,
     part_ptr,
     place_ptr,
+    limits_stride,
     result_stride,
     count,
     BLOCKWISE: tl.constexpr,
@@ -401,6 +407,7 @@ def _settled_kernel(
         excess_ptr,
         state_ptr,
         row,
+        limits_stride,
         result_stride,
         count,
         BLOCKWISE,
@@ -443,7 +450,7 @@ def launch_judge(
     state, temperature = draws or (limits, 1.0)
     weights, norms, of = law.weights, law.norms, law.column_of
     law_strides = weights.stride(0), weights.stride(1), norms.stride(0)
-    strides = tokens.stride(0), accepted.stride(0)
+    strides = tokens.stride(0), limits.stride(0), accepted.stride(0)
     drawn = rows * (count + 1) if draws is not None else 1
     logsum, share, excess = number(drawn), number(drawn), number(drawn, slices)
     assert logits.stride(0) == vocab
@@ -505,6 +512,7 @@ def launch_judge(
             share,
             *cut,
             excess,
+            limits.stride(0),
             *law_strides,
             vocab,
             count,
@@ -554,7 +562,7 @@ def launch_judge(
         following,
         best,
         best_place,
-        strides[1],
+        *strides[1:],
         count,
         BLOCKWISE=block,
         PLACES=places,
