@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -190,8 +190,8 @@ class DrafterMemory:
         ends: Container[int],
         among: Tensor | None = None,
         steps: int = 0,
-    ) -> list[list[int]]:
-        """Return the drafter's likeliest ids after each feed.
+    ) -> Callable[[], list[list[int]]]:
+        """Let the drafter write its likeliest ids after each feed; return what waits for them.
 
         Args:
             feeds: Ids that `missing` returned.
@@ -200,13 +200,28 @@ class DrafterMemory:
             among: Ids to choose from, ascending; all if missing.
             steps: As for `Chooser.write`.
         """
-        written: list[list[int]] = [[] for _ in feeds]
-        if isinstance(self._runner, Chooser) and any(feeds):
-            for row, ids in enumerate(self._runner.write(feeds, rooms, among, steps)):
-                self._held[row] += [*feeds[row], *ids[:-1]]
+        if not (isinstance(self._runner, Chooser) and any(feeds)):
+            return lambda: self._write(feeds, rooms, ends, among)
+        read = self._runner.write(feeds, rooms, among, steps)
+
+        def wait() -> list[list[int]]:
+            written: list[list[int]] = []
+            for held, feed, ids in zip(self._held, feeds, read(), strict=True):
+                held += [*feed, *ids[:-1]]
                 end = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
-                written[row] = ids[:end]
+                written.append(ids[:end])
             return written
+
+        return wait
+
+    def _write(
+        self,
+        feeds: Sequence[Sequence[int]],
+        rooms: Sequence[int],
+        ends: Container[int],
+        among: Tensor | None,
+    ) -> list[list[int]]:
+        written: list[list[int]] = [[] for _ in feeds]
         while any(feeds):
             active = [row for row, feed in enumerate(feeds) if feed]
             said = self.feed(feeds)

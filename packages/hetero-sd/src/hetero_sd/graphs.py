@@ -219,7 +219,7 @@ class GraphRunner:
         counts: Sequence[int],
         among: Tensor | None = None,
         steps: int = 0,
-    ) -> list[list[int]]:
+    ) -> Callable[[], list[list[int]]]:
         """See `Chooser`."""
         if max(map(len, feeds)) > WIDTHS[-1]:  # A prompt: all but its end in one pass.
             self.extend([feed[:-1] for feed in feeds], [0] * len(feeds))
@@ -229,11 +229,17 @@ class GraphRunner:
         for slot, feed, length in zip(self.slots, feeds, self.lengths, strict=True):
             self.tell(self._lines[slot], length, feed)
         width = next(w for w in DRAFT_WIDTHS if w >= max(map(len, feeds)))
-        written = self._replay_draft(width, max(steps, *counts), among)
+        steps = max(steps, *counts)
+        self._replay_draft(width, steps, among)
         for row, (feed, count) in enumerate(zip(feeds, counts, strict=True)):
             self.lengths[row] += len(feed) + max(count - 1, 0)
-        columns = list(zip(*written, strict=True))
-        return [list(columns[slot][:count]) for slot, count in zip(self.slots, counts, strict=True)]
+        slots = list(self.slots)
+
+        def read() -> list[list[int]]:
+            columns = list(zip(*self._answer.read()[:steps], strict=True))
+            return [list(columns[slot][:n]) for slot, n in zip(slots, counts, strict=True)]
+
+        return read
 
     def _padded(self, feeds: Sequence[Sequence[int]], width: int) -> Tensor:
         """Return ids and places of all slots, shape `(2, rows, width)`."""
@@ -262,8 +268,8 @@ class GraphRunner:
         kind = "logits", 0 if head is None else head.data_ptr()
         return self._result(kind, given, WIDTHS, run)
 
-    def _replay_draft(self, width: int, steps: int, among: Tensor | None) -> list[list[int]]:
-        """Return the ids after each row's last by a graph, step by step."""
+    def _replay_draft(self, width: int, steps: int, among: Tensor | None) -> None:
+        """Ask for the ids after each row's last by a graph, step by step."""
         kind = "draft", steps, 0 if among is None else among.data_ptr()
         with on(self.device):
             if (kind, width) not in self._graphs:  # All widths at once, none in a later text.
@@ -276,7 +282,6 @@ class GraphRunner:
             self._said.copy_(self._host, non_blocking=True)
             self._graphs[kind, width][0].replay()
             self._answer.ask(self._written)
-        return self._answer.read()[:steps]
 
     def _run_draft(self, width: int, steps: int, among: Tensor | None) -> None:
         columns = torch.empty(self.rows, dtype=torch.long, device=self.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -65,8 +65,10 @@ class Chooser(Protocol):
         counts: Sequence[int],
         among: Tensor | None = None,
         steps: int = 0,
-    ) -> list[list[int]]:
+    ) -> Callable[[], list[list[int]]]:
         """Feed ids and go on with the likeliest ones; all of these but the last are fed too.
+
+        Returns a function that waits for these ids and returns them.
 
         Args:
             feeds: Ids for each row; an empty list leaves a row as it is.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +63,17 @@ class ExactText:
 
     def draft(self, now: Situation) -> tuple[list[Draft], int]:
         """See `Method`."""
+        return self.begin(now)()
+
+    def begin(self, now: Situation) -> Callable[[], tuple[list[Draft], int]]:
+        """See `Beginner`."""
+        wait = self._write(now, now.lookahead)
+        return lambda: self._proposals(now, *wait())
+
+    def _proposals(
+        self, now: Situation, written: list[list[int]], ended: list[bool], drafted: int
+    ) -> tuple[list[Draft], int]:
         text = self._text
-        written, ended, drafted = self._write(now, now.lookahead)
         drafts = nothing(len(written))
         for row, (ids, room) in enumerate(zip(written, now.rooms, strict=True)):
             if not room or not (ids or ended[row]):
@@ -75,19 +84,29 @@ class ExactText:
             drafts[row] = Certain(run[:room])
         return drafts, drafted
 
-    def _write(self, now: Situation, steps: int) -> tuple[list[list[int]], list[bool], int]:
-        """Return the drafter's likeliest tokens, whether it ended there, and how many it took."""
+    def _write(
+        self, now: Situation, steps: int
+    ) -> Callable[[], tuple[list[list[int]], list[bool], int]]:
+        """Return what waits for the drafter's likeliest tokens.
+
+        That is, these tokens, whether it ended there, and how many it took.
+        """
         rooms = [min(room, steps) for room in now.rooms]
         feeds = now.memory.missing(rooms)
         ends = self._text.drafter_eos
-        written = now.memory.write(feeds, rooms, ends, steps=steps)
-        ended = [bool(ids) and ids[-1] in ends for ids in written]
-        drafted = sum(map(len, written))
-        return (
-            [ids[: len(ids) - end] for ids, end in zip(written, ended, strict=True)],
-            ended,
-            drafted,
-        )
+        read = now.memory.write(feeds, rooms, ends, steps=steps)
+
+        def wait() -> tuple[list[list[int]], list[bool], int]:
+            written = read()
+            ended = [bool(ids) and ids[-1] in ends for ids in written]
+            drafted = sum(map(len, written))
+            return (
+                [ids[: len(ids) - end] for ids, end in zip(written, ended, strict=True)],
+                ended,
+                drafted,
+            )
+
+        return wait
 
 
 class LastTokenRuns(ExactText):
@@ -107,12 +126,17 @@ class LastTokenRuns(ExactText):
         super().__init__(text)
         self._top = top
 
-    def draft(self, now: Situation) -> tuple[list[Draft], int]:
-        """See `Method`."""
+    def begin(self, now: Situation) -> Callable[[], tuple[list[Draft], int]]:
+        """See `Beginner`."""
         if now.processors.greedy:
-            return super().draft(now)
+            return super().begin(now)
+        wait = self._write(now, now.lookahead - 1)
+        return lambda: self._weighed(now, *wait())
+
+    def _weighed(
+        self, now: Situation, written: list[list[int]], ended: list[bool], drafted: int
+    ) -> tuple[list[Draft], int]:
         text = self._text
-        written, ended, drafted = self._write(now, now.lookahead - 1)
         drafts = nothing(len(written))
         feeds: list[list[int]] = []
         if now.lookahead > 1:

@@ -111,8 +111,8 @@ class GraphRound:
         limits: Sequence[int],
         lookahead: int,
         ahead: bool = False,
-    ) -> Settled:
-        """Draft, verify and wait for the result.
+    ) -> Callable[[], Settled]:
+        """Draft and verify; return what waits for the result.
 
         Args:
             method: How to draft.
@@ -133,7 +133,7 @@ class GraphRound:
             else:
                 flying = self._flying
             self._flying = self._fly("plain", 0) if ahead and not lookahead else None
-        return self._settled(flying.read(), method, feeds, lookahead)
+        return lambda: self._settled(flying.read(), method, feeds, lookahead)
 
     def judge(
         self, pending: Sequence[int], proposals: Sequence[Sequence[int]]
