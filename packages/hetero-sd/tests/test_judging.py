@@ -228,3 +228,24 @@ def test_where_both_laws_agree_the_next_token_is_drawn_from_the_targets(kind):
             logits, tokens, limits, law, out[:, 0], out[:, 1], (new_state(turn=turn), 1.0), True
         )
         assert out.tolist() == [[1 if kind else 0, 4]]
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_limits_beyond_the_proposals_are_their_number(block):
+    """As when a graph of few proposals is captured in a round of many: nothing else is read."""
+    rows, vocab, count = 2, 8, 1
+    logits = torch.full((rows * 2, vocab), float("-inf"), device=DEVICE)
+    logits[:, 4] = 0.0
+    tokens = torch.full((rows, count), 4, device=DEVICE)
+    law = Law.certain(DEVICE)
+    if block:
+        column_of = torch.arange(vocab, dtype=torch.int32, device=DEVICE)
+        law = Law(
+            COLUMNS, logits.view(rows, 2, vocab), torch.zeros(rows, 2, device=DEVICE), column_of
+        )
+    for rules, _ in BOTH:
+        out = torch.zeros(rows, 2, dtype=torch.long, device=DEVICE)
+        limits = torch.tensor([7, 3], device=DEVICE)
+        state = new_state(), 1.0
+        rules.judge(logits, tokens, limits, law, out[:, 0], out[:, 1], state, block)
+        assert out.tolist() == [[1, 4]] * 2

@@ -22,10 +22,12 @@ class Context(Protocol):
     Attributes:
         ids: Drafter ids.
         pending: Bytes of the history that `ids` does not hold yet.
+        kept: Ids before this place are as they were when it was set; a context only lowers it.
     """
 
     ids: list[int]
     pending: bytes
+    kept: int
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append target tokens."""
@@ -38,6 +40,7 @@ class SameContext:
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.pending = b""
+        self.kept = 0
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append target tokens."""
@@ -61,6 +64,7 @@ class DrafterContext:
     Attributes:
         ids: The drafter's context.
         pending: Bytes of the history that `ids` does not hold yet.
+        kept: Ids before this place are as they were when it was set.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class DrafterContext:
         self._start = start
         self.ids: list[int] = list(ids)
         self.pending = b""
+        self.kept = 0
         self._run = len(self.ids)  # Where the current run of text starts in `ids`.
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -109,6 +114,7 @@ class DrafterContext:
             # Trust the new reading only if it agrees where the window starts.
             if anew[:1] == old[:1] and self._encoder.spell(anew) == known + data:
                 self.ids[cut:] = anew
+                self.kept = min(self.kept, cut)
                 return
         self.ids += self._encoder.encode(data)
 
@@ -147,9 +153,15 @@ class DrafterMemory:
             if len(context.ids) - self._dropped[row] + room > self._limit:
                 self._dropped[row] = max(len(context.ids) - self._limit // 2, 0)
                 held.clear()
-            ids = context.ids[self._dropped[row] :]
-            keep.append(min(_common(held, ids), len(ids) - 1))
-            feeds.append(ids[keep[-1] :])
+            # What was held agrees with the context up to where that has changed since.
+            ids, start = context.ids, self._dropped[row]
+            place = max(min(context.kept - start, len(held)), 0)
+            end = min(len(held), len(ids) - start)
+            while place < end and held[place] == ids[start + place]:
+                place += 1
+            keep.append(min(place, len(ids) - start - 1))
+            feeds.append(ids[start + keep[-1] :])
+            context.kept = len(ids)
         self.crop(keep)
         return feeds
 
@@ -247,15 +259,3 @@ class DrafterMemory:
         self.contexts = [self.contexts[row] for row in rows]
         self._held = [self._held[row] for row in rows]
         self._dropped = [self._dropped[row] for row in rows]
-
-
-def _common(left: list[int], right: list[int]) -> int:
-    """Return how many ids two lists begin with in common; they seldom part but near the end."""
-    shorter = min(len(left), len(right))
-    start = max(shorter - 16, 0)
-    if left[:start] != right[:start]:
-        start = 0
-    for place in range(start, shorter):
-        if left[place] != right[place]:
-            return place
-    return shorter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -170,7 +169,7 @@ class _Course:
         arm: What is played.
         finish: Waits for it, and returns the new tokens of each row.
         ahead: The arm of the next round, where it had to be known.
-        counts: The counts before it.
+        counts: What had been counted before it, as `_counts` returns it.
         setup: Time spent before it on what is done once, in seconds.
         seconds: Time that it has taken the host so far.
         readied: Of this, what getting ready took.
@@ -179,7 +178,7 @@ class _Course:
     arm: Arm
     finish: Callable[[], list[list[int]]]
     ahead: Arm | None
-    counts: Stats
+    counts: tuple[int, ...]
     setup: float
     seconds: float
     readied: float
@@ -266,7 +265,7 @@ class Rounds:
             readied = clock() - begun
         # A plain round may begin before the last one's result is known: chosen ahead, then.
         ahead = policy.choose() if arm == PLAIN and self._chainable() else None
-        counts = copy.copy(self.stats)
+        counts = self._counts()
         finish = self._begin(arm, ahead == PLAIN)
         return _Course(arm, finish, ahead, counts, setup, clock() - begun, readied)
 
@@ -291,20 +290,13 @@ class Rounds:
         stats.seconds["total"] += seconds
         if setup:
             return result, None
-        return result, self._outcome(course.counts, seconds - course.readied, course.readied)
+        brought = [now - then for now, then in zip(self._counts(), course.counts, strict=True)]
+        return result, Outcome(*brought, seconds - course.readied, course.readied)  # type: ignore
 
-    def _outcome(self, before: Stats, seconds: float, readied: float) -> Outcome:
-        """Return what a round brought, given the counts before it."""
+    def _counts(self) -> tuple[int, ...]:
+        """Return what `Outcome` counts, in its order."""
         now = self.stats
-        return Outcome(
-            now.row_rounds - before.row_rounds,
-            now.generated - before.generated,
-            now.proposed - before.proposed,
-            now.judged - before.judged,
-            now.accepted - before.accepted,
-            seconds,
-            readied,
-        )
+        return now.row_rounds, now.generated, now.proposed, now.judged, now.accepted
 
     def _chainable(self) -> bool:
         """Return whether a plain round may begin before the result of the last one is known."""

@@ -271,7 +271,7 @@ def judge(
     Args:
         logits: The target's at each proposal and after the last, for each row.
         tokens: Proposals.
-        limits: How many of a row's count.
+        limits: How many of a row's count, if there are so many.
         law: What they were drawn from; not read unless something is drawn.
         accepted: Where to write how many are accepted; −1 where a logit is no number.
         following: Where to write the token after them.
@@ -281,6 +281,7 @@ def judge(
         left: Which tokens of each line the target's law allows when drawing; all if missing.
     """
     rows, count = tokens.shape
+    limits = limits.clamp(max=count)
     broken = logits.isnan().any(dim=1).view(rows, -1).any(dim=1)
     if draws is None:
         best = logits.argmax(dim=1).view(rows, -1)

@@ -146,7 +146,7 @@ def _scan_kernel(
     place, piece = tl.arange(0, PLACES), tl.arange(0, SLICES)
     line = row * (count + 1) + tl.minimum(place, count)
     part = (line[:, None] * SLICES + piece[None, :]) * 3
-    limit = tl.load(limits_ptr + row * limits_stride)
+    limit = tl.minimum(tl.load(limits_ptr + row * limits_stride), count)
     real = place < limit
     token = tl.load(tokens_ptr + row * tokens_stride + place, mask=real, other=0)
     peak = tl.load(part_ptr + part)
@@ -213,7 +213,8 @@ def _excess_kernel(
     """Sum one slice of max(share p − q, 0) after one prefix of a block."""
     row, place, piece = tl.program_id(0) // count, tl.program_id(0) % count, tl.program_id(1)
     line = row * (count + 1) + place
-    if (place > 0) & (place < tl.load(limits_ptr + row * limits_stride)):
+    limit = tl.minimum(tl.load(limits_ptr + row * limits_stride), count)
+    if (place > 0) & (place < limit):
         length = tl.cdiv(tl.cdiv(vocab, SLICES), BLOCK) * BLOCK
         lane = tl.arange(0, BLOCK)
         share, logsum = tl.load(share_ptr + line), tl.load(logsum_ptr + line)
@@ -261,7 +262,7 @@ def _accepted(
     """Return how many proposals a row keeps: the scan's, or the longest prefix of a block."""
     found = tl.load(accepted_ptr + row * result_stride).to(tl.int32)
     if BLOCKWISE:
-        limit = tl.load(limits_ptr + row * limits_stride).to(tl.int32)
+        limit = tl.minimum(tl.load(limits_ptr + row * limits_stride), count).to(tl.int32)
         place, piece = tl.arange(0, PLACES), tl.arange(0, SLICES)
         inner = place + 1 < limit  # Prefixes of place + 1 tokens that are not the whole block.
         line = row * (count + 1) + tl.minimum(place + 1, count)
@@ -335,7 +336,7 @@ def _follow_kernel(
     )
     place = tl.maximum(found, 0)
     line = row * (count + 1) + place
-    refused = place < tl.load(limits_ptr + row * limits_stride)
+    refused = place < tl.minimum(tl.load(limits_ptr + row * limits_stride), count)
     share, logsum = tl.load(share_ptr + line), tl.load(logsum_ptr + line)
     proposal = tl.load(tokens_ptr + row * tokens_stride + place, mask=refused, other=-1)
     length = tl.cdiv(tl.cdiv(vocab, SLICES), BLOCK) * BLOCK
