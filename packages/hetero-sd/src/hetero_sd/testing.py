@@ -380,7 +380,8 @@ def law_of_target(
             weight = weights.pop(before)
             history = [*prompt, *before]
             with torch.no_grad():
-                logits = dec.target(torch.tensor([history])).logits[0, -1:]
+                ids = torch.tensor([history], device=dec.target.device)
+                logits = dec.target(ids).logits[0, -1:]
             for token, share in enumerate(process(logits, history)[0].softmax(-1).tolist()):
                 if share > 0:
                     weights[(*before, token)] = weight * share
