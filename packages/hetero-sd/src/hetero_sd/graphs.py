@@ -62,9 +62,12 @@ class Answer:
         self._device = device
         self._done = torch.cuda.Event() if device.type == "cuda" else None
 
-    def ask(self, result: Tensor) -> None:
-        """Have the result copied when it is there."""
+    def put(self, result: Tensor) -> None:
+        """Have the result copied when it is there; a graph may hold the copy."""
         self._numbers.copy_(result, non_blocking=True)
+
+    def mark(self) -> None:
+        """Take what has been put so far for the result."""
         if self._done is not None:
             self._done.record(torch.cuda.current_stream(self._device))
 
@@ -273,17 +276,18 @@ class GraphRunner:
         kind = "draft", steps, 0 if among is None else among.data_ptr()
         with on(self.device):
             if (kind, width) not in self._graphs:  # All widths at once, none in a later text.
-                self._said.copy_(self._host)  # Passes of a capture write where the draft will.
-                self._said[:, LAST] = 0  # A place that each width has.
+                last = self._lines[:, LAST].copy()
+                self._lines[:, LAST] = 0  # A place that each width has.
                 for other in DRAFT_WIDTHS if self.device.type == "cuda" else (width,):
                     self._graphs[kind, other] = self.capture(
                         lambda other=other: self._run_draft(other, steps, among)  # type: ignore
                     )
-            self._said.copy_(self._host, non_blocking=True)
+                self._lines[:, LAST] = last
             self._graphs[kind, width][0].replay()
-            self._answer.ask(self._written)
+            self._answer.mark()
 
     def _run_draft(self, width: int, steps: int, among: Tensor | None) -> None:
+        self._said.copy_(self._host, non_blocking=True)
         columns = torch.empty(self.rows, dtype=torch.long, device=self.device)
         parts = None if among is None else among[:, None]
 
@@ -294,6 +298,7 @@ class GraphRunner:
             return self._written[step]
 
         self.go_on(self._said, width, steps, choose)
+        self._answer.put(self._written)
 
     def _result(
         self,

@@ -79,7 +79,8 @@ class GraphRound:
         self._lines = self._host.numpy()
         self._tokens = self._board[:, _TOKENS:_PLACES]
         self._columns = self._board[:, _COLUMNS:]
-        self._answers = [Answer(rows, _LINE, device) for _ in range(2)]
+        # Of plain rounds one may be begun while the last one's answer is not read yet.
+        self._answer, *self._answers = (Answer(rows, _LINE, device) for _ in range(3))
         self._flying: Answer | None = None  # Of a plain round that was begun ahead.
         self._next, self._origin, self._state = whole(rows), whole(rows, MOST), whole(2)
         self._certain = Law.certain(device)
@@ -129,6 +130,8 @@ class GraphRound:
                 if lookahead:
                     width = min(max(map(len, feeds)), MOST + 1)
                     self._draft(method, next(w for w in DRAFT_WIDTHS if w >= width), lookahead)
+                else:
+                    self._board.copy_(self._host, non_blocking=True)
                 flying = self._fly(method if lookahead else "plain", lookahead)
             else:
                 flying = self._flying
@@ -148,6 +151,8 @@ class GraphRound:
         count = next(w for w in WIDTHS if w > width) - 1
         with on(self._target.device):
             self._say(pending, (), list(map(len, proposals)), proposals)
+            if not count:
+                self._board.copy_(self._host, non_blocking=True)
             flying = self._fly("told" if count else "plain", count)
         answer = flying.read()
         return [self._verdict(answer[slot], row) for row, slot in enumerate(self._target.slots)]
@@ -159,7 +164,7 @@ class GraphRound:
         limits: Sequence[int],
         proposals: Sequence[Sequence[int]] = (),
     ) -> None:
-        """Tell the device what it needs to know of a round."""
+        """Write down what the device needs to know of a round; its first graph copies that."""
         target, drafter, lines = self._target, self._drafter, self._lines
         if max(map(len, feeds), default=0) > MOST + 1:  # A prompt: all but its end in one pass.
             drafter.extend([feed[:-1] for feed in feeds], [0] * len(feeds))
@@ -175,7 +180,6 @@ class GraphRound:
             line[_LIMIT] = limits[row]
             if proposals:
                 line[_TOKENS : _TOKENS + len(proposals[row])] = proposals[row]
-        self._board.copy_(self._host, non_blocking=True)
 
     def _fly(self, method: str, lookahead: int) -> Answer:
         """Begin a verification, and return what its result will be read from."""
@@ -191,9 +195,13 @@ class GraphRound:
             self._board.copy_(board)  # As they were before the passes of the capture.
             self._state.copy_(turn)
         self._verify_graphs[key].replay()
-        self._answers.reverse()
-        self._answers[0].ask(self._board)
-        return self._answers[0]
+        answer = self._answer
+        if method == "plain":
+            self._answers.reverse()
+            answer = self._answers[0]
+            answer.put(self._board)
+        answer.mark()
+        return answer
 
     def _verdict(self, line: list[int], row: int) -> tuple[int, int]:
         accepted, following = line[_ACCEPTED], line[_FOLLOWING]
@@ -230,16 +238,18 @@ class GraphRound:
     def _draft(self, method: str, width: int, lookahead: int) -> None:
         key = method, width, lookahead
         if key not in self._draft_graphs:  # All widths at once, and none in a later text.
-            self._board[:, LAST] = 0  # A place that each width has.
+            last = self._lines[:, LAST].copy()
+            self._lines[:, LAST] = 0  # A place that each width has.
             for other in DRAFT_WIDTHS if self._drafter.device.type == "cuda" else (width,):
                 self._draft_graphs[method, other, lookahead], _ = self._drafter.capture(
                     lambda other=other: self._run_draft(method, other, lookahead)  # type: ignore
                 )
-            self._board.copy_(self._host)
+            self._lines[:, LAST] = last
         self._draft_graphs[key].replay()
 
     def _run_draft(self, method: str, width: int, lookahead: int) -> None:
         drafter, table = self._drafter, self._tables[method]
+        self._board.copy_(self._host, non_blocking=True)
 
         def choose(step: int, state: Tensor) -> Tensor:
             logits = drafter.body.raw_logits(state, table.head)
@@ -273,6 +283,8 @@ class GraphRound:
         count = lookahead
         if table is not None and table.runs.shape[1] > 1:  # Room for runs of several tokens.
             count = next(w for w in WIDTHS if w > min(lookahead * 3 // 2, MOST)) - 1
+        if method == "told":
+            board.copy_(self._host, non_blocking=True)
         tokens, limits = self._tokens[:, :count], board[:, _LIMIT]
         if table is not None:
             total, origin = board[:, _TOTAL], self._origin[:, :count]
@@ -302,6 +314,8 @@ class GraphRound:
         if method == "plain":  # What the next round needs to know, if it is plain too.
             board[:, _PLACES] += 1
             board[:, _PENDING] = board[:, _FOLLOWING]
+        else:
+            self._answer.put(board)
 
     def _law(self, method: str, tokens: Tensor, vocab: int) -> Law:
         """Return the law of what was drafted; where it is spread over runs, compute it."""
