@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ._bytes import ByteEncoder, unfinished_tail
-from .runners import Chooser, Runner
+from .processors import Processors
+from .runners import Chooser, Runner, Weigher
 from .vocab import VocabMap
 
 _LOOKBACK = 4  # Tokens before new text that may be encoded anew with it.
@@ -247,6 +248,70 @@ class DrafterMemory:
                 if len(written[row]) < rooms[row] and token not in ends:
                     feeds[row] = [token]
         return written
+
+    def weigh(
+        self,
+        feeds: Sequence[Sequence[int]],
+        ends: Container[int],
+        steps: int,
+        processors: Processors,
+        top: int,
+    ) -> Callable[[], tuple[list[list[int]], list[list[int]], list[list[float]]]]:
+        """Let the drafter write its likeliest ids, and weigh the best ones for the last.
+
+        Args:
+            feeds: Ids that `missing` returned.
+            ends: Ids after which a row writes no more.
+            steps: Ids to write, the last one included, 1 or more.
+            processors: What is done to its logits before they are weighed.
+            top: How many are weighed.
+
+        Returns:
+            What waits for the ids before the last one, up to an end; the best ids for the last,
+            none in a row that has ended or was not fed, and their probabilities.
+        """
+        runner = self._runner
+        if isinstance(runner, Weigher) and any(feeds) and runner.weighs(steps):
+            read = runner.weigh(feeds, steps, processors, top)
+
+            def wait() -> tuple[list[list[int]], list[list[int]], list[list[float]]]:
+                written, best, masses = read()
+                for row, feed in enumerate(feeds):
+                    ids = written[row] = written[row] if feed else []
+                    self._held[row] += [*feed, *ids]
+                    end = next((i + 1 for i, token in enumerate(ids) if token in ends), 0)
+                    if end or not feed:
+                        written[row], best[row] = ids[:end], []
+                return written, best, masses
+
+            return wait
+        return lambda: self._weigh(feeds, ends, steps, processors, top)
+
+    def _weigh(
+        self,
+        feeds: Sequence[Sequence[int]],
+        ends: Container[int],
+        steps: int,
+        processors: Processors,
+        top: int,
+    ) -> tuple[list[list[int]], list[list[int]], list[list[float]]]:
+        rooms = [steps - 1 if feed else 0 for feed in feeds]
+        written: list[list[int]] = [[] for _ in feeds]
+        if steps > 1:
+            written = self.write(feeds, rooms, ends, steps=steps - 1)()
+            feeds = [ids[-1:] if ids and ids[-1] not in ends else [] for ids in written]
+        best: list[list[int]] = [[] for _ in feeds]
+        masses: list[list[float]] = [[] for _ in feeds]
+        active = [row for row, feed in enumerate(feeds) if feed]
+        if active:
+            said = self.feed(feeds)
+            law = processors.scores_only(torch.cat([said[row] for row in active])).softmax(dim=1)
+            found = law.topk(min(top, law.shape[1]), dim=1)
+            for row, shares, ids in zip(
+                active, found.values.tolist(), found.indices.tolist(), strict=True
+            ):
+                best[row], masses[row] = ids, shares
+        return written, best, masses
 
     def note(self, feeds: Sequence[Sequence[int]]) -> None:
         """Take note of ids that were fed to the drafter without this object."""

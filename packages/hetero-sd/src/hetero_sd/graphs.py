@@ -14,6 +14,7 @@ from torch import Tensor
 from .devices import on
 from .kernels.judge import pick_rules
 from .llama import LlamaBody
+from .processors import Processors
 
 _logger = logging.getLogger(__name__)
 WIDTHS = (1, 2, 4, 6, 8, 12, 16)  # Tokens of a row in one graph, where a graph is for any number.
@@ -78,6 +79,11 @@ class Answer:
         numbers: list[list[int]] = self._numbers.tolist()
         return numbers
 
+    def floats(self) -> list[list[float]]:
+        """Return what was read last, where it is numbers in float64."""
+        numbers: list[list[float]] = self._numbers.view(torch.double).tolist()
+        return numbers
+
 
 class GraphRunner:
     """Runs a Llama-shaped model on a CUDA device, a few tokens at a time by graphs.
@@ -110,6 +116,7 @@ class GraphRunner:
         self.places = np.minimum(np.arange(capacity + MARGIN), capacity - 1)
         self._written = torch.zeros(WIDTHS[-1], rows, dtype=torch.long, device=self.device)
         self._answer = Answer(WIDTHS[-1], rows, self.device)
+        self._weights: dict[int, Answer] = {}
         self._rules = pick_rules(self.device)
         self._ids = torch.arange(len(body.head.weight), device=self.device)
         self._row = torch.arange(rows, device=self.device)
@@ -224,18 +231,12 @@ class GraphRunner:
         steps: int = 0,
     ) -> Callable[[], list[list[int]]]:
         """See `Chooser`."""
-        if max(map(len, feeds)) > WIDTHS[-1]:  # A prompt: all but its end in one pass.
-            self.extend([feed[:-1] for feed in feeds], [0] * len(feeds))
-            feeds = [feed[-1:] for feed in feeds]
         counts = [count if feed else 0 for count, feed in zip(counts, feeds, strict=True)]
-        self._check(max(map(len, feeds)))
-        for slot, feed, length in zip(self.slots, feeds, self.lengths, strict=True):
-            self.tell(self._lines[slot], length, feed)
-        width = next(w for w in DRAFT_WIDTHS if w >= max(map(len, feeds)))
         steps = max(steps, *counts)
-        self._replay_draft(width, steps, among)
-        for row, (feed, count) in enumerate(zip(feeds, counts, strict=True)):
-            self.lengths[row] += len(feed) + max(count - 1, 0)
+        kind = "draft", steps, 0 if among is None else among.data_ptr()
+        fed = self._draft(kind, feeds, lambda width: self._run_draft(width, steps, among))
+        for row, count in enumerate(counts):
+            self.lengths[row] += fed[row] + max(count - 1, 0)
         slots = list(self.slots)
 
         def read() -> list[list[int]]:
@@ -243,6 +244,64 @@ class GraphRunner:
             return [list(columns[slot][:n]) for slot, n in zip(slots, counts, strict=True)]
 
         return read
+
+    def weighs(self, steps: int) -> bool:
+        """See `Weigher`."""
+        return steps <= MOST
+
+    def weigh(
+        self, feeds: Sequence[Sequence[int]], steps: int, processors: Processors, top: int
+    ) -> Callable[[], tuple[list[list[int]], list[list[int]], list[list[float]]]]:
+        """See `Weigher`."""
+        top = min(top, len(self.body.head.weight))
+        if top not in self._weights:
+            self._weights[top] = Answer(self.rows, 2 * top, self.device)
+        answer = self._weights[top]
+        fed = self._draft(
+            ("weighed", steps, top, processors.key),
+            feeds,
+            lambda width: self._run_draft(width, steps, None, (processors, top)),
+        )
+        answer.mark()
+        for row, feed in enumerate(feeds):
+            self.lengths[row] += fed[row] + (steps - 1 if feed else 0)
+        slots = list(self.slots)
+
+        def read() -> tuple[list[list[int]], list[list[int]], list[list[float]]]:
+            best, columns = answer.read(), self._answer.read()[: steps - 1]
+            shares = answer.floats()
+            return (
+                [[column[slot] for column in columns] for slot in slots],
+                [best[slot][:top] for slot in slots],
+                [shares[slot][top:] for slot in slots],
+            )
+
+        return read
+
+    def _draft(
+        self,
+        kind: tuple[Any, ...],
+        feeds: Sequence[Sequence[int]],
+        run: Callable[[int], None],
+    ) -> list[int]:
+        """Begin a draft by a graph of its kind; return how many ids each row is fed by it."""
+        if max(map(len, feeds)) > WIDTHS[-1]:  # A prompt: all but its end in one pass.
+            self.extend([feed[:-1] for feed in feeds], [0] * len(feeds))
+            feeds = [feed[-1:] for feed in feeds]
+        self._check(max(map(len, feeds)))
+        for slot, feed, length in zip(self.slots, feeds, self.lengths, strict=True):
+            self.tell(self._lines[slot], length, feed)
+        width = next(w for w in DRAFT_WIDTHS if w >= max(map(len, feeds)))
+        with on(self.device):
+            if (kind, width) not in self._graphs:  # All widths at once, none in a later text.
+                last = self._lines[:, LAST].copy()
+                self._lines[:, LAST] = 0  # A place that each width has.
+                for other in DRAFT_WIDTHS if self.device.type == "cuda" else (width,):
+                    self._graphs[kind, other] = self.capture(lambda other=other: run(other))  # type: ignore
+                self._lines[:, LAST] = last
+            self._graphs[kind, width][0].replay()
+            self._answer.mark()
+        return [len(feed) for feed in feeds]
 
     def _padded(self, feeds: Sequence[Sequence[int]], width: int) -> Tensor:
         """Return ids and places of all slots, shape `(2, rows, width)`."""
@@ -271,28 +330,27 @@ class GraphRunner:
         kind = "logits", 0 if head is None else head.data_ptr()
         return self._result(kind, given, WIDTHS, run)
 
-    def _replay_draft(self, width: int, steps: int, among: Tensor | None) -> None:
-        """Ask for the ids after each row's last by a graph, step by step."""
-        kind = "draft", steps, 0 if among is None else among.data_ptr()
-        with on(self.device):
-            if (kind, width) not in self._graphs:  # All widths at once, none in a later text.
-                last = self._lines[:, LAST].copy()
-                self._lines[:, LAST] = 0  # A place that each width has.
-                for other in DRAFT_WIDTHS if self.device.type == "cuda" else (width,):
-                    self._graphs[kind, other] = self.capture(
-                        lambda other=other: self._run_draft(other, steps, among)  # type: ignore
-                    )
-                self._lines[:, LAST] = last
-            self._graphs[kind, width][0].replay()
-            self._answer.mark()
-
-    def _run_draft(self, width: int, steps: int, among: Tensor | None) -> None:
+    def _run_draft(
+        self,
+        width: int,
+        steps: int,
+        among: Tensor | None,
+        weighed: tuple[Processors, int] | None = None,
+    ) -> None:
+        """Draft by the likeliest ids; the last one is only weighed, where that is asked for."""
         self._said.copy_(self._host, non_blocking=True)
         columns = torch.empty(self.rows, dtype=torch.long, device=self.device)
         parts = None if among is None else among[:, None]
 
         def choose(step: int, state: Tensor) -> Tensor:
             logits = self.body.raw_logits(state)
+            if weighed is not None and step == steps - 1:
+                processors, top = weighed
+                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                best = processors.scores_only(wide).softmax(dim=1).topk(top, dim=1)
+                shares = best.values.double().view(torch.long)
+                self._weights[top].put(torch.cat([best.indices, shares], dim=1))
+                return self._written[step]
             forth = self._ids[: logits.shape[1]] if among is None else among
             self._rules.pick(logits, parts, forth, columns, self._written[step])
             return self._written[step]

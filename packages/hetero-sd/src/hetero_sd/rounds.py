@@ -16,7 +16,7 @@ from .chance import Chance
 from .context import DrafterMemory
 from .control import PLAIN, Arm, Bandit, Fixed, Outcome
 from .drafting import Beginner, Method, Situation
-from .drafts import Certain, Draft, judge_together
+from .drafts import Certain, Draft, Weighed, judge_together
 from .graphs import WIDTHS
 from .processors import Processors
 from .runners import Chooser, Runner, best_of
@@ -441,10 +441,10 @@ class Rounds:
         """
         if self._whole is None or not self._in_step():
             return None
-        if not all(isinstance(draft, Certain) and len(draft.tokens) < WIDEST for draft in drafts):
+        known = [draft for draft in drafts if isinstance(draft, Certain | Weighed)]
+        if len(known) < len(drafts) or any(len(draft.tokens) >= WIDEST for draft in known):
             return None
-        pending = [row.ids[-1] for row in self.rows]
-        return self._whole.judge(pending, [draft.tokens for draft in drafts])
+        return self._whole.judge([row.ids[-1] for row in self.rows], known)
 
     def _take(self, drafts: Sequence[Draft], settled: Sequence[tuple[int, int]]) -> list[list[int]]:
         """Append what was settled to the rows, and return it."""

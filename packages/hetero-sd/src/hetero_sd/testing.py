@@ -273,6 +273,10 @@ class EveryChance(Chance):
         laws = (weights.double() / weights.double().sum(dim=1, keepdim=True)).tolist()
         return [self.branch([(share, i) for i, share in enumerate(law)]) for law in laws]
 
+    def pick(self, weights: Sequence[float]) -> int:
+        """See `Chance`."""
+        return self.draw(torch.tensor([weights], dtype=torch.double))[0]
+
 
 @contextmanager
 def _every_coin(chance: EveryChance) -> Iterator[None]:

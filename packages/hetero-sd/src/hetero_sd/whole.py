@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from .chance import Chance
 from .devices import on
 from .drafting import Table
+from .drafts import Certain, Weighed
 from .graphs import DRAFT_LINE, DRAFT_WIDTHS, LAST, MOST, WIDTHS, Answer, GraphRunner, pinned
 from .kernels.judge import COLUMNS, DENSE, Law, Warp, pick_rules
 from .kernels.judge.reference import combine
@@ -27,6 +29,7 @@ _LIMIT = _PLACES + MOST + 1
 _ACCEPTED, _FOLLOWING, _TOTAL = range(_LIMIT + 1, _LIMIT + 4)
 _COLUMNS = _TOTAL + 1
 _LINE = _COLUMNS + MOST
+_WEIGHED = 16  # Tokens that a law of the host's may have.
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,10 @@ class GraphRound:
         self._draft_graphs: dict[tuple[str, int, int], Any] = {}
         self._verify_graphs: dict[tuple[str, int], Any] = {}
 
+    @cached_property
+    def _weights(self) -> _Weights:
+        return _Weights(self._target)
+
     @property
     def methods(self) -> Collection[str]:
         """What can be played without the host."""
@@ -139,21 +146,25 @@ class GraphRound:
         return lambda: self._settled(flying.read(), method, feeds, lookahead)
 
     def judge(
-        self, pending: Sequence[int], proposals: Sequence[Sequence[int]]
+        self, pending: Sequence[int], drafts: Sequence[Certain | Weighed]
     ) -> list[tuple[int, int]]:
-        """Verify proposals that were certain; return how many are accepted, and the next token.
+        """Verify proposals; return how many are accepted, and the next token.
 
         Args:
             pending: As for `play`.
-            proposals: Target ids of each row, at most 15.
+            drafts: Of each row, with at most 15 proposals.
         """
+        proposals = [draft.tokens for draft in drafts]
         width = max(map(len, proposals))
         count = next(w for w in WIDTHS if w > width) - 1
+        weighed = count > 0 and any(isinstance(draft, Weighed) for draft in drafts)
         with on(self._target.device):
             self._say(pending, (), list(map(len, proposals)), proposals)
+            if weighed:
+                self._weights.say(self._target.slots, drafts)
             if not count:
                 self._board.copy_(self._host, non_blocking=True)
-            flying = self._fly("told" if count else "plain", count)
+            flying = self._fly("weighed" if weighed else "told" if count else "plain", count)
         answer = flying.read()
         return [self._verdict(answer[slot], row) for row, slot in enumerate(self._target.slots)]
 
@@ -186,7 +197,7 @@ class GraphRound:
         key = method, lookahead
         if key not in self._verify_graphs:
             # Of what the host proposes, all widths are captured at once, and none in a later text.
-            told = method == "told" and self._target.device.type == "cuda"
+            told = method in ("told", "weighed") and self._target.device.type == "cuda"
             turn, board = self._state.clone(), self._board.clone()
             for count in [w - 1 for w in WIDTHS[1:]] if told else [lookahead]:
                 self._verify_graphs[method, count], _ = self._target.capture(
@@ -283,7 +294,7 @@ class GraphRound:
         count = lookahead
         if table is not None and table.runs.shape[1] > 1:  # Room for runs of several tokens.
             count = next(w for w in WIDTHS if w > min(lookahead * 3 // 2, MOST)) - 1
-        if method == "told":
+        if method in ("told", "weighed"):
             board.copy_(self._host, non_blocking=True)
         tokens, limits = self._tokens[:, :count], board[:, _LIMIT]
         if table is not None:
@@ -319,6 +330,8 @@ class GraphRound:
 
     def _law(self, method: str, tokens: Tensor, vocab: int) -> Law:
         """Return the law of what was drafted; where it is spread over runs, compute it."""
+        if method == "weighed":
+            return self._weights.law(tokens.shape[1], vocab)
         table = self._tables.get(method)
         if table is None or self._process.greedy:
             return self._certain
@@ -330,6 +343,41 @@ class GraphRound:
         laid = table.runs, self._origin[:, : tokens.shape[1]], self._board[:, _TOTAL]
         self._rules.spread(scores, norms, self._columns, *laid, law, mass)
         return Law(DENSE, law, mass, table.forth)
+
+
+class _Weights:
+    """Laws of few tokens each, which the host tells the device.
+
+    Args:
+        target: Runner of the target.
+    """
+
+    def __init__(self, target: GraphRunner) -> None:
+        self._device, shape = target.device, (target.rows, MOST, _WEIGHED)
+        self._kind = torch.promote_types(target.body.weight.dtype, torch.float32)
+        self._ids_host = pinned(torch.zeros(shape, dtype=torch.long), self._device)
+        self._masses_host = pinned(torch.zeros(shape, dtype=self._kind), self._device)
+        self._ids = torch.zeros_like(self._ids_host, device=self._device)
+        self._masses = torch.zeros_like(self._masses_host, device=self._device)
+
+    def say(self, slots: Sequence[int], drafts: Sequence[Certain | Weighed]) -> None:
+        """Write down the laws of each row; the graph copies them."""
+        ids, masses = self._ids_host.numpy(), self._masses_host.numpy()
+        masses[:] = 0.0
+        for slot, draft in zip(slots, drafts, strict=True):
+            certain = [{token: 1.0} for token in draft.tokens]
+            for place, law in enumerate(draft.laws if isinstance(draft, Weighed) else certain):
+                ids[slot, place, : len(law)] = list(law)
+                masses[slot, place, : len(law)] = list(law.values())
+
+    def law(self, count: int, vocab: int) -> Law:
+        """Return the laws of the first proposals, as a graph computes them."""
+        self._ids.copy_(self._ids_host, non_blocking=True)
+        self._masses.copy_(self._masses_host, non_blocking=True)
+        law = self._masses.new_zeros(len(self._ids), count, vocab)
+        law.scatter_add_(2, self._ids[:, :count], self._masses[:, :count])
+        norms = self._masses.new_ones(law.shape[:2])
+        return Law(DENSE, law, norms, norms[0].int())
 
 
 class Runners:
