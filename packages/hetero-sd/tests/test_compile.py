@@ -37,7 +37,8 @@ def build(function, warps=4, **constants):
 
 sizes = {"SLICES": 32, "BLOCK": kernel.BLOCK, "PLACES": 8}
 for multiple, draws in ((0, False), (0, True), (2, True)):
-    build(kernel._pick_kernel, MULTIPLE=multiple, DRAWS=draws, CUT=draws, **sizes)
+    slices = {**sizes, "SLICES": 1 if multiple else 32}
+    build(kernel._pick_kernel, MULTIPLE=multiple, DRAWS=draws, CUT=draws, **slices)
     build(kernel._picked_kernel, warps=1, DRAWS=draws, **sizes)
 build(kernel._pack_kernel, warps=1, LONGEST=3, STEPS=4, DEPTHS=4)
 build(kernel._spread_kernel, LONGEST=3, **sizes)
