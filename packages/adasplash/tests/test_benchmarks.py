@@ -122,7 +122,7 @@ def test_options_are_checked_and_timed(tmp_path, capsys, monkeypatch):
     # A softmax output of another option is told apart, and so is a wrong head of ours.
     bench = script.Bench(
         script.argparse.Namespace(
-            budget=None, output=tmp_path, tokens=128, length=64, gain=1.0, rep=1
+            budget=None, output=tmp_path, tokens=128, length=64, dim=64, gain=1.0, rep=1
         ),
         torch.device("cpu"),
     )
