@@ -117,6 +117,19 @@ def test_slices_of_wider_tensors_are_read_where_they_lie():
 
 
 @interpreted
+@pytest.mark.parametrize("fmt", ["fp16", "int8", "nf4", "nf3"])
+def test_tokens_may_share_rows(fmt):
+    inputs = make_combine_inputs(7, 4, 64, fmt=fmt)
+    index = torch.tensor([2, 0, 2, 2, 1, 0, 1], dtype=torch.long)
+    rows = {k: v for k, v in inputs.items() if k in ("values", "scales")}
+    few = {k: None if v is None else v[:3] for k, v in rows.items()}
+    many = {k: None if v is None else v[index] for k, v in rows.items()}
+    for backend in ("triton", "reference", "auto"):
+        found = combine(**(inputs | few), index=index, backend=backend)
+        assert torch.equal(found, combine(**(inputs | many), backend=backend)), backend
+
+
+@interpreted
 def test_no_tokens_give_no_tokens():
     inputs = make_combine_inputs(1, 4, 8)
     none = {k: None if v is None else v[:0] for k, v in inputs.items()}
@@ -159,6 +172,11 @@ def _inputs(**changes):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
+        (
+            {"index": torch.zeros(2, dtype=torch.long)},
+            ValueError,
+            r"`index` must have shape \(3,\); got \(2,\)",
+        ),
         ({"logits": torch.zeros(2, 4)}, ValueError, "`logits` must have 3 tokens .* got 2"),
         (
             {"values": torch.zeros(3, 5, 16)},

@@ -191,20 +191,8 @@ class Decoder:
 
     def _spans(self) -> dict[int, list[tuple[int, int]]]:
         """Return, for the layers that begin a group, the parts of a row the group needs."""
-        meta, spans = self.store.meta, {}
         numbers = [n for n, layer in enumerate(self.model.model.layers) if layer.lookup is not None]
-        size = meta.code_bytes // meta.layers
-        begin = 0
-        for count in (*_GROUPS, meta.layers):
-            end = min(begin + count, meta.layers)
-            if begin == end:
-                break
-            parts = [(begin * size // 8 * 8, min(-(-end * size // 8) * 8, meta.row_stride))]
-            if begin == 0 and meta.scale_bytes:
-                parts.append((meta.code_bytes // 8 * 8, meta.row_stride))
-            spans[numbers[begin]] = parts
-            begin = end
-        return spans
+        return {numbers[first]: parts for first, parts in self.store.meta.spans(_GROUPS)}
 
     def _fetch(self) -> dict[int, Any]:
         """Start to fetch the rows of the current ids; return the events of the groups."""

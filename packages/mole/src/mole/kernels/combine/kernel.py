@@ -1,7 +1,8 @@
 """Triton kernel of the combine operation, forward only.
 
-    out[t, :] = residual[t, :] + sum_j softmax(logits[t, :])_j scale[t, j, :] code(values[t, j, :])
+    out[t, :] = residual[t, :] + sum_j softmax(logits[t, :])_j scale[r, j, :] code(values[r, j, :])
 
+Row r of token t is t itself, or `index[t]` where tokens share rows.
 Layout: all tensors row-major with unit stride in the last axis; the other strides are free, so that
 one layer's slice of the gathered rows needs no copy. Softmax and sum accumulate in float32; the
 result has the residual's type. Values are float32, float16, bfloat16, int8 or float8 (e4m3) codes,
@@ -80,6 +81,7 @@ def _combine_kernel(
     scales_ptr,
     residual_ptr,
     codebook_ptr,
+    index_ptr,
     out_ptr,
     stride_lt,
     stride_vt,
@@ -91,6 +93,7 @@ def _combine_kernel(
     experts,
     dim,
     block_size,
+    INDEXED: tl.constexpr,
     FORMAT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -104,9 +107,12 @@ def _combine_kernel(
     )
     gates = _softmax(logits)  # [BLOCK_N]
 
-    rows = values_ptr + token * stride_vt + n[:, None] * stride_vn  # [BLOCK_N, 1]
+    row = token
+    if INDEXED:
+        row = tl.load(index_ptr + token).to(tl.int64)
+    rows = values_ptr + row * stride_vt + n[:, None] * stride_vn  # [BLOCK_N, 1]
     mask = (n[:, None] < experts) & (d[None, :] < dim)  # [BLOCK_N, BLOCK_D]
-    scale_rows = scales_ptr + token * stride_st + n[:, None] * stride_sn
+    scale_rows = scales_ptr + row * stride_st + n[:, None] * stride_sn
     values = _vectors(rows, scale_rows, d[None, :], mask, dim, block_size, codebook_ptr, FORMAT)
 
     residual = tl.load(residual_ptr + token * stride_rt + d, mask=d < dim, other=0.0)
@@ -356,6 +362,7 @@ def _launch_forward(
     residual: torch.Tensor,
     scales: torch.Tensor | None,
     codebook: torch.Tensor,
+    index: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the combined tokens; shapes were checked by the caller."""
     tokens, dim = residual.shape
@@ -371,6 +378,7 @@ def _launch_forward(
         scales,
         residual,
         codebook,
+        logits if index is None else index,
         out,
         logits.stride(0),
         values.stride(0),
@@ -382,6 +390,7 @@ def _launch_forward(
         experts,
         dim,
         block_size,
+        INDEXED=index is not None,
         FORMAT=form,
         BLOCK_N=triton.next_power_of_2(experts),
     )
