@@ -26,6 +26,9 @@ from .sampling import Sampling, choose
 _ROUTER_ROWS = 8  # the up-projection grows by a multiple of this, for aligned matrix products
 _NO_WAIT = 2**31 - 1  # an answer to all questions
 _GROUPS = (1, 5)  # layers whose rows are waited for together: first group, second; then the rest
+# All that is on its way over the bus slows the layers that run beside, so no more is than keeps
+# ahead of them: 64 KiB.
+_PROGRAMS = 16
 
 
 class Decoder:
@@ -205,12 +208,16 @@ class Decoder:
             if self.hosted and self.ahead:
                 hold(self.ready, self.turn, self.told, self.known)
             for number, parts in self.spans.items():
-                for part in parts:
+                for begin, last in parts:
                     if self.hosted:
                         slots, landed = self.known
-                        admit(self.table, slots, self.landing, landed, self.staging, *part)
+                        admit(self.table, slots, self.landing, landed, self.staging, begin, last)
                     else:
-                        gather(self.store.table, self.ids, self.staging, self.flag, *part)
+                        table = self.store.table
+                        gather(
+                            table, self.ids, self.staging, self.flag, begin, last,
+                            programs=_PROGRAMS,
+                        )  # fmt: skip
                 if self.side is not None:
                     events[number] = self.side.record_event()
         return events
