@@ -460,7 +460,7 @@ def upcycle(
     except TypeError as error:
         raise ValueError(str(error)) from None
     model.save_pretrained(output)
-    copy_tokenizer(base, output)
+    copy_tokenizer(base, output, gguf)
     click.echo(f"Wrote {output}: {model.num_parameters():,} parameters; train it further.")
 
 

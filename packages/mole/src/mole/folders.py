@@ -5,6 +5,7 @@ What needs torch is imported where it is used: a command's help comes at once.
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,14 @@ def place(model: Any, store: str, cache: int, device: str) -> Any:
     return model
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files where there are any."""
+def copy_tokenizer(source: Path, target: Path, gguf: str | None = None) -> None:
+    """Copy the tokenizer's files where there are any, or write what a GGUF file has."""
+    if gguf is not None:
+        from transformers import AutoTokenizer
+
+        with suppress(ValueError):  # there is none in it
+            AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(target)
+        return
     for pattern in (
         "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
         "chat_template*",
