@@ -106,6 +106,19 @@ def test_blocks_and_halves_of_the_kernel_with_norm(blocks, fmt):
 
 
 @interpreted
+@pytest.mark.parametrize("experts", [1, 15, 17, 33])
+def test_kernel_with_norm_takes_any_number_of_vectors(experts):
+    inputs = make_combine_inputs(2, experts, 24, fmt="fp16", seed=experts)
+    inputs |= {"update": torch.randn(2, 24), "weight": torch.rand(24), "eps": 1e-5}
+    inputs["logits"][1, 0] = float("nan")
+    found = combine_norm(**inputs, backend="triton")
+    for kernel, exact in zip(found, combine_norm(**inputs, backend="reference"), strict=True):
+        torch.testing.assert_close(kernel, exact, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert kernel[1].isnan().all()
+        assert not kernel[0].isnan().any()
+
+
+@interpreted
 def test_slices_of_wider_tensors_are_read_where_they_lie():
     inputs = make_combine_inputs(5, 4, 64)
     wide = torch.full((5, 3, 4, 64), float("nan"))
