@@ -47,8 +47,7 @@ class Decoder:
 
     Raises:
         TypeError: `model` is of another type.
-        ValueError: It is in expert form, has no table or gated feed-forward blocks, or `captured`
-            is asked for without a GPU.
+        ValueError: It is in expert form or has no table, or `captured` is asked for without a GPU.
     """
 
     def __init__(
@@ -67,8 +66,6 @@ class Decoder:
         lookup = isinstance(model, MoleForCausalLM)
         if lookup and (model.config.lookup_form != "table" or model.lut is None):
             raise ValueError("`model` must be in table form with an open table; convert it first.")
-        if model.config.mlp_type != "plain":
-            raise ValueError("`model` must have plain feed-forward blocks; use its `generate`.")
         self.model: Any = model
         self.config: Any = model.config
         self.batch, self.length = batch, length
@@ -107,11 +104,13 @@ class Decoder:
                 mixed = {"router": mlp.router.weight.detach(), "top_k": mlp.top_k}
                 up, down = mlp.up, mlp.down_t
             else:
-                up, down = mlp.up_proj.weight, mlp.down_proj.weight
-            if layer.lookup is not None:
-                router = layer.lookup.router.weight
-                extra = -(-len(router) // _ROUTER_ROWS) * _ROUTER_ROWS
-                up = fused([up, router], len(up) + extra)
+                mixed = {"gated": mlp.gate_proj is not None}
+                beside = [mlp.up_proj.weight] + ([mlp.gate_proj.weight] if mixed["gated"] else [])
+                rows, down = sum(map(len, beside)), mlp.down_proj.weight
+                if layer.lookup is not None:
+                    beside.append(layer.lookup.router.weight)
+                    rows += -(-len(beside[-1]) // _ROUTER_ROWS) * _ROUTER_ROWS
+                up = fused(beside, rows)
             heads = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
             qkv = fused(heads, sum(map(len, heads)))
             self.layers.append(
