@@ -196,7 +196,7 @@ def report(results: Results) -> str:
 
 
 def _groups(texts: Sequence[Tensor], batch: int, pair: Pair) -> list[_Group]:
-    """Return the prompts, `batch` at a time; the first ones again where the last group lacks some."""
+    """Return the prompts, `batch` at a time; the last group is filled up with the first ones."""
     pad = pair.target_tokenizer.pad_token_id or 0
     groups = []
     for place in range(0, len(texts), batch):
