@@ -249,7 +249,9 @@ def distil(
             entry = {"step": steps, "loss": round(running, 4), "used": round(used, 4)}
             log.append({"model": "drafter", **entry, "held": round(share, 4)})
             speed = tokens / (time.perf_counter() - started) / 1e6
-            _logger.info("step %d loss %.3f accepts %.4f %.2f M tok/s", steps, running, share, speed)
+            _logger.info(
+                "step %d loss %.3f accepts %.4f %.2f M tok/s", steps, running, share, speed
+            )
             if best is None or share > best[0]:
                 best = share, {k: v.clone() for k, v in model.state_dict().items()}
     assert best is not None
@@ -380,9 +382,7 @@ def main(
         drafter = pruned(target, tokenizer, own, layers)
     target.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     teacher = Teacher(target, tokenizer, own, drafter.config.vocab_size)
-    rows, judged = (
-        as_rows(tokenizer, own, part) for part in (ours, held[:256])
-    )
+    rows, judged = (as_rows(tokenizer, own, part) for part in (ours, held[:256]))
     count = sum(p.numel() for p in drafter.parameters())
     _logger.info("%d texts, %.1f M parameters", len(ours), count / 1e6)
     log: list[dict[str, Any]] = []
