@@ -226,8 +226,10 @@ class Rounds:
             setup = self._setup_seconds() - setup
             seconds = clock() - begun - setup
             self.stats.seconds["total"] += seconds
-            # What is done once, and a round with it, say nothing about an arm.
-            if before is not None and not setup:
+            # What is done once, and a round with it, say nothing about an arm's speed.
+            if setup:
+                policy.prepared(arm, setup)
+            elif before is not None:
                 policy.learn(arm, self._outcome(counts, seconds - readied, readied))
             before = arm
             yield new

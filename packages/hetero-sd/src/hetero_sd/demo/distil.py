@@ -4,11 +4,11 @@ Run as `python -m hetero_sd.demo.distil --gguf FILE --texts FOLDER --output FOLD
 `demo.sampling`, with `--start FOLDER` to go on with a drafter of `demo.train`, or `--layers N` to
 begin with as many layers of the target, behind a vocabulary of its own.
 
-Where a token of the target and one of the drafter end at the same byte, both laws are of what comes
-next, and TLI accepts $\sum_t \min(p(t), q'(t))$ over the shared tokens. There the loss is the
-cross-entropy of the drafter's law $q'$ with the target's, both over the shared tokens; everywhere it
-is, with a smaller weight, that of the text itself. One law says as much as many drawn tokens, so that
-little text is not learnt by heart.
+Where a token of the target and one of the drafter end at the same byte, both laws are of what
+comes next, and TLI accepts $\sum_t \min(p(t), q'(t))$ over the shared tokens. There the loss is
+the cross-entropy of the drafter's law $q'$ with the target's, both over the shared tokens;
+everywhere it is, with a smaller weight, that of the text itself. One law says as much as many drawn
+tokens, so that little text is not learnt by heart.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def as_rows(target_tokenizer: Any, drafter_tokenizer: Any, texts: list[str]) -> 
 
 
 def _sizes(table: list[bytes | None], rows: int, device: torch.device) -> Tensor:
-    """Return the bytes of each token; special tokens count 1, as the mark of the other side does."""
+    """Return the bytes of each token; special ones count 1, as the mark of the other side does."""
     sizes = [1 if spelled is None else len(spelled) for spelled in table[:rows]]
     return torch.tensor(sizes + [1] * (rows - len(sizes)), device=device)
 
