@@ -458,6 +458,15 @@ def test_static_caches_and_packing_are_left_to_the_kernels(model, monkeypatch):
     assert torch.allclose(packed, alone, atol=1e-4)
 
 
+def test_a_trace_does_not_look_at_the_mask():
+    from adasplash.integration import make_mask
+
+    mask = torch.ones(2, 14, dtype=torch.long)
+    compiled = torch.compile(make_mask, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(2, 14, 14, attention_mask=mask), mask.bool())
+    assert make_mask(2, 14, 14, attention_mask=mask) is None
+
+
 def test_training_gives_every_weight_a_gradient(model):
     ids = torch.randint(3, 40, (2, 16))
     model.train()(ids, labels=ids).loss.backward()

@@ -386,7 +386,8 @@ def make_mask(
         known = isinstance(q_offset, int) or (q_length > 1 and not traced)
         filled = int(q_offset) + q_length - kv_offset if known and not bidirectional else kv_length
         if bidirectional or (known and 0 < filled <= kv_length):
-            return _visible(attention_mask, batch_size, filled, kv_length, kv_offset, kwargs)
+            return _visible(attention_mask, batch_size, filled, kv_length, kv_offset,
+                            q_length == 1, kwargs)  # fmt: skip
     if attention_mask is None and q_length == kv_length and not traced:
         starts = _packing(mask_function, causal_mask_function)
         if starts is not None:
@@ -400,14 +401,25 @@ def make_mask(
     return whole
 
 
+def _looked_at(mask: Tensor, single: bool) -> bool:
+    """Return whether it pays, and is possible, to wait for what a mask holds.
+
+    Once for all layers: without a mask they are faster. One new token is decoded with it as fast.
+    """
+    if not _on_gpu(mask):
+        return not torch.compiler.is_compiling()
+    return not (single or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
+
+
 def _visible(
-    mask: Tensor | None, batch: int, filled: int, kv_length: int, kv_offset: int, options: Any
-) -> Tensor | None:
+    mask: Tensor | None, batch: int, filled: int, kv_length: int, kv_offset: int, single: bool,
+    options: Any,
+) -> Tensor | None:  # fmt: skip
     """Return which of the first `filled` keys are tokens; None for all of all."""
     if mask is not None:
         mask = mask[:, kv_offset : kv_offset + filled].bool()
         mask = nn.functional.pad(mask, (0, filled - mask.shape[1]))
-        if not bool(mask.all()):
+        if not _looked_at(mask, single) or not bool(mask.all()):
             return mask
     if filled == kv_length:
         return None
