@@ -8,7 +8,8 @@ On a GPU replays of CUDA graphs are timed, so that no host work counts, from a c
 is checked, then timed: output and gradients of sampled rows are compared with float64. As the
 gradient that comes in is zero in all other rows, all of dK and dV is compared. Inputs are searched
 for a share of 64x64 blocks that hold weight; what was found is stored, with the share of 128x128
-blocks and of weights.
+blocks and of weights. By default tokens of a block share a topic; with `--inputs local` heads look
+near by and at the first tokens.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from adasplash import adasplash
 from adasplash.testing import (
     clustered_inputs,
+    local_inputs,
     oracle_attention,
     oracle_weights,
     random_inputs,
@@ -48,6 +50,7 @@ BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+INPUTS = {"topics": clustered_inputs, "local": local_inputs}
 METRICS = ("forward", "forward + backward")
 ROWS = 16  # a run of rows that is compared with float64
 Attend = Callable[..., Tensor]
@@ -199,7 +202,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self.options, self.device = options, device
         self.end = time.monotonic() + options.budget if options.budget else float("inf")
-        self.path = options.output / f"{options.name}_grid.json"
+        end = "grid" if options.inputs == "topics" else options.inputs
+        self.path = options.output / f"{options.name}_{end}.json"
         self.results = Results("adasplash", command=COMMAND, seed=0)
         self.failed: list[str] = []
         if self.path.exists():
@@ -221,8 +225,10 @@ class Bench:
         """Return q, k and v in bfloat16: fewer heads the longer they are, at least one."""
         heads = heads or max(1, self.options.tokens // grid.length)
         batch = 2 if heads % 2 == 0 else 1
-        return clustered_inputs(batch, heads // batch, grid.length, grid.dim_head, gain,
-                                dtype=torch.bfloat16, device=self.device)  # fmt: skip
+        return INPUTS[self.options.inputs](
+            batch, heads // batch, grid.length, grid.dim_head, gain,
+            dtype=torch.bfloat16, device=self.device,
+        )  # fmt: skip
 
     def gain(self, grid: Grid, density: float) -> float:
         """Return the strength of topics that leaves a share of blocks active, found by halving.
@@ -275,7 +281,7 @@ class Bench:
             print(self.failed[-1], flush=True)
             return
         grad.normal_()
-        case |= {"batch": q.shape[0], "heads": q.shape[1]}
+        case |= {"batch": q.shape[0], "heads": q.shape[1], "inputs": self.options.inputs}
         if ours:
             active = blocks_of(q, k, v, grid.causal)
             case |= {"gain": gain, "density": round(share(active, grid.causal), 4),
@@ -412,6 +418,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="head sizes")
     parser.add_argument("--densities", type=float, nargs="+", help="shares of blocks that "
                         "hold weight; 0.02 to 1 if left out, fewer on a CPU")  # fmt: skip
+    parser.add_argument("--inputs", default="topics", choices=INPUTS, help="what q and k are like")
     parser.add_argument("--causal", type=int, nargs="+", default=[1, 0], choices=[0, 1],
                         help="1: with a causal mask; 0: without")  # fmt: skip
     parser.add_argument("--backends", nargs="*", default=list(BACKENDS), choices=list(BACKENDS),
@@ -440,7 +447,10 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit("an error is over its budget: nothing is timed")
     measure(bench)
     if find_spec("matplotlib"):
-        draw(bench.results, options.output / f"{options.name}_crossover.png")
+        draw(
+            bench.results,
+            bench.path.with_name(f"{bench.path.stem.replace('grid', 'crossover')}.png"),
+        )
     print(bench.results.to_markdown())
     for metric in METRICS:
         for grid, points in ratios(bench.results, metric).items():

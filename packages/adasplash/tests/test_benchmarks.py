@@ -85,7 +85,9 @@ def test_shares_count_what_causality_leaves(script):
 
 
 def test_inputs_are_searched_for_a_density(script, tmp_path):
-    options = script.argparse.Namespace(budget=None, output=tmp_path, name="x", tokens=512)
+    options = script.argparse.Namespace(
+        budget=None, output=tmp_path, name="x", tokens=512, inputs="topics"
+    )
     bench = script.Bench(options, torch.device("cpu"))
     grid = script.Grid(16, 512, True)
     gains = [bench.gain(grid, density) for density in (0.01, 0.7, 1.0)]
@@ -94,6 +96,17 @@ def test_inputs_are_searched_for_a_density(script, tmp_path):
     found = [script.share(script.blocks_of(*bench.inputs(grid, gain), True), True)
              for gain in gains[1:]]  # fmt: skip
     assert found == pytest.approx([0.7, 1.0], abs=0.05)
+
+
+def test_local_heads_hold_the_diagonal_and_the_first_block(script):
+    shape = (1, 2, 512, 16)
+    q, k, _ = script.local_inputs(*shape, 8.0, dtype=torch.float32, device="cpu", reach=32)
+    active = script.blocks_of(q, k, k, True)[0].double()
+    assert active.diagonal(dim1=1, dim2=2).all()
+    assert active[:, :, 0].mean() > 0.8
+    assert active[:, 4:, 1:3].mean() < 0.2
+    loose = script.local_inputs(*shape, 0.1, dtype=torch.float32, device="cpu", reach=32)
+    assert script.share(script.blocks_of(*loose, True), True) == 1
 
 
 def test_crossover_is_interpolated_in_the_logarithms(script):
