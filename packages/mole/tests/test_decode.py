@@ -6,6 +6,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from mole import DenseForCausalLM, MoeForCausalLM, MoleForCausalLM, convert
 from mole.decode import Decoder
+from mole.lut import FORMATS
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -52,6 +53,23 @@ def test_table_model(make_mole, tokens, tmp_path, fmt, store):
     tokens = tokens.to(DEVICE)
     expected = plain(model, tokens, 12)
     assert torch.equal(Decoder(model, 2, 24).generate(tokens, 12), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_graph_decodes_every_format_and_waits_for_nothing(make_mole, tokens, tmp_path, fmt):
+    convert(make_mole(), tmp_path, fmt, progress=False)
+    model = MoleForCausalLM.from_pretrained(tmp_path, lut_store="pinned").eval().cuda()
+    tokens = tokens.cuda()
+    decoder = Decoder(model, 2, 24, compiled=False)
+    assert torch.equal(decoder.generate(tokens, 12), plain(model, tokens, 12))
+    decoder.prefill(tokens)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(3):
+            decoder.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("cache", [1, 2, 3, 60])

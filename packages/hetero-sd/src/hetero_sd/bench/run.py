@@ -95,10 +95,11 @@ def run_bench(
         methods: Methods of ours.
         lookaheads: Lookaheads of each; `auto` chooses its own.
         decodings: Ways to choose tokens.
-        batches: Numbers of rows decoded together: a prompt and those that follow it.
+        batches: Numbers of prompts decoded together.
         tokens: New tokens of each prompt, 2 or more.
         repeats: Timed passes over the prompts, 1 or more.
-        draws: Draws of one token, to compare with the target's law; 0 for no such test.
+        draws: Draws of one token, to compare with the target's law; 0 for no such test. Peers, who
+            draw one row at a time, make a quarter of them.
         peers: Time transformers' assisted generation and prompt lookup too, one row at a time.
         peer_repeats: Timed passes of transformers' own ways, which take longest; `repeats` if
             missing.
@@ -195,10 +196,10 @@ def report(results: Results) -> str:
 
 
 def _groups(texts: Sequence[Tensor], batch: int, pair: Pair) -> list[_Group]:
-    """Return each prompt with the `batch - 1` that follow it, the first after the last."""
+    """Return the prompts, `batch` at a time; the first ones again where the last group lacks some."""
     pad = pair.target_tokenizer.pad_token_id or 0
     groups = []
-    for place in range(len(texts)):
+    for place in range(0, len(texts), batch):
         rows = [texts[(place + step) % len(texts)] for step in range(batch)]
         width = max(row.shape[1] for row in rows)
         ids, mask = torch.full((batch, width), pad), torch.zeros(batch, width, dtype=torch.long)
@@ -292,6 +293,7 @@ def _judge(
         return "", ""
     torch.manual_seed(seed)
     alone = contender.name.startswith(EAGER)
+    draws = -(-draws // 4) if alone else draws
     place = openest(pair.target, groups[0].rows[0], reference.written[0][0], options)
     return judge_sampled(pair.target, contender, place, options, draws, alone)
 
