@@ -35,7 +35,6 @@ from adasplash.testing import (
     local_inputs,
     oracle_attention,
     oracle_weights,
-    random_inputs,
     relative_error,
 )
 from fourfold_common import Results, pick_device, time_call
@@ -62,36 +61,6 @@ class Grid(NamedTuple):
     dim_head: int
     length: int
     causal: bool
-
-
-def check(results: Results, dtypes: list[str], dims: list[int]) -> bool:
-    """Compare output and gradients with float64 for every dtype and several shapes."""
-    good = True
-    for dtype in (getattr(torch, name) for name in dtypes):
-        for shape in (
-            (2, 4, 2, 257, 257, 64),
-            (1, 2, 1, 100, 333, 128),
-            (1, 2, 2, 130, 130, 32),
-            (1, 1, 1, 1, 77, 80),
-            (1, 1, 1, 200, 200, 256),
-        ):
-            if dims and shape[-1] not in dims:
-                continue
-            for causal in (True, False):
-                q, k, v = random_inputs(*shape, dtype=dtype, device="cuda")
-                leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-                output = adasplash(*leaves, is_causal=causal, backend="triton")
-                grad = torch.randn_like(output)
-                output.backward(grad)
-                want = oracle_attention(q, k, v, causal, grad=grad)
-                found = (output, *(leaf.grad for leaf in leaves))
-                error = max(relative_error(x, y) for x, y in zip(found, want, strict=True))
-                good &= error <= BUDGET[dtype]
-                name = str(dtype).removeprefix("torch.")
-                results.add("adasplash", "worst relative error", error, "", dtype=name,
-                            shape=str(shape), causal=causal)  # fmt: skip
-                print(f"{name} {shape} causal={causal} error {error:.2e}", flush=True)
-    return good
 
 
 def softmax(backend: SDPBackend, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -425,8 +394,6 @@ def main(arguments: list[str] | None = None) -> None:
                         help="of softmax attention")  # fmt: skip
     parser.add_argument("--tokens", type=int, help="batch x heads x length, as far as one head "
                         "allows; 262144 if left out, 2048 on a CPU")  # fmt: skip
-    parser.add_argument("--dtypes", nargs="*", default=["float32", "float16", "bfloat16"],
-                        help="dtypes of the check of small shapes; none leaves it out")  # fmt: skip
     parser.add_argument("--budget", type=float, help="stop after so many seconds")
     parser.add_argument("--rep", type=float, default=50, help="ms of timed runs for a figure")
     parser.add_argument("--device", default="auto")
@@ -439,12 +406,6 @@ def main(arguments: list[str] | None = None) -> None:
     options.tokens = options.tokens or (262144 if gpu else 2048)
     torch.manual_seed(0)
     bench = Bench(options, device)
-    if options.dtypes and gpu:
-        errors = Results("adasplash", command=COMMAND, seed=0)
-        good = check(errors, options.dtypes, options.dims)
-        errors.save(options.output / f"{options.name}_errors.json")
-        if not good:
-            raise SystemExit("an error is over its budget: nothing is timed")
     measure(bench)
     if find_spec("matplotlib"):
         draw(

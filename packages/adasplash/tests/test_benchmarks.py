@@ -152,6 +152,28 @@ def test_options_are_checked_and_timed(tmp_path, capsys, monkeypatch):
     assert script.our_error(chosen, leaves, grad, found) > 0.5
 
 
+def test_errors_are_measured_and_those_too_large_are_named(tmp_path, monkeypatch):
+    script = load("bench_errors")
+    name = "1 x 77, size 80"
+    one = ["--output", str(tmp_path), "--workers", "1", "--cases", name, "--dtypes", "float32"]
+    script.main([*one, "--device", "cpu"])
+    ours, plain, ratio = Results.load(tmp_path / "errors.json").cases
+    assert 0 < ours["median"] < 1e-6
+    parts = {what: plain["parameters"][what] for what in ("output", "dq", "dk", "dv")}
+    assert plain["median"] == max(parts.values()) < 1e-6
+    assert ratio["median"] == max(ours["parameters"][what] / x for what, x in parts.items())
+    real = script.errors
+
+    def wrong(*arguments):
+        found = real(*arguments)
+        found["adasplash"]["dk"] = float("nan")
+        return found
+
+    monkeypatch.setattr(script, "errors", wrong)
+    with pytest.raises(SystemExit, match="over what is allowed"):
+        script.main([*one, "--device", "cpu"])
+
+
 def test_decoding_is_checked_and_timed(tmp_path):
     script = load("bench_decode")
     script.main(["--output", str(tmp_path), "--keys", "128", "--dim", "16", "--rep", "0.1",
