@@ -183,3 +183,12 @@ def test_decoding_is_checked_and_timed(tmp_path):
     assert all(c["error"] < 5e-3 for c in cases)
     by_noise = {c["parameters"]["noise"]: c["parameters"]["near_blocks"] for c in cases}
     assert 0 < by_noise[0.1] <= 1
+
+
+def test_the_readme_shows_what_is_stored(monkeypatch):
+    script = load("tables")
+    text = script.README.read_text(encoding="utf-8")
+    assert {found[1] for found in script._MARKED.findall(text)} == set(script.TABLES)
+    assert script.filled(text) == text
+    monkeypatch.setattr(script, "cases", lambda *_, **__: [])
+    assert script.densities(0.1).count("\n") == 1  # nothing stored, nothing shown
