@@ -386,6 +386,12 @@ def _shown(q: Tensor, k: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor
             f"`varlen` must have shape {(q.shape[0],)}, a length for each sequence; got "
             f"{tuple(lengths.shape)}."
         )
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        fits = (lengths >= 0) & (lengths <= q.shape[2])
+        if not bool(fits.all()):
+            raise ValueError(
+                f"`varlen` must be from 0 to {q.shape[2]}, the tokens; got {lengths.tolist()}."
+            )
     if mask is not None:
         raise ValueError("`key_padding_mask` cannot go with `varlen`; leave one of them out.")
     return _within(k, lengths)
