@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from .terms import PLAIN, Terms
+from .terms import PLAIN, Terms, brought_close
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -85,7 +85,9 @@ def _launch_forward(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _window_and_terms(left: int, right: int, *terms: Any) -> tuple[tuple[int, int] | None, Terms]:
-    return None if left < 0 else (left, right), Terms(*terms)
+    made = Terms(*terms)
+    made = made._replace(bias=brought_close(made.bias))
+    return None if left < 0 else (left, right), made
 
 
 @cache
