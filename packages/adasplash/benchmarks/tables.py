@@ -182,11 +182,48 @@ def errors() -> str:
                  "output or one gradient | cases", rows)  # fmt: skip
 
 
+def ratio_of(length: int, asked: float, causal: bool, metric: str) -> float:
+    """Return how many times as fast as cuDNN's our attention is at head size 64."""
+    shape = {"length": length, "dim_head": 64, "causal": causal}
+    found = cases("attention_h200.json", **shape)
+    ours = cases("attention_h200.json", **shape, asked=asked)
+    return pick(found, "SDPA cuDNN", metric) / pick(ours, "adasplash", metric)
+
+
+def of_theirs(file: str, causal: bool, metric: str) -> float:
+    """Return how many times as fast as the published package ours is at a low density."""
+    how = {"how": "graph" if causal else "calls", "causal": causal, "gain": 1}
+    theirs = cases(file, **how, niter=1 if causal else 4)
+    return pick(theirs, THEIRS, metric) / pick(cases(file, **how), "adasplash", metric)
+
+
+def goals() -> str:
+    """Return what was asked for and what was measured, at head size 64."""
+    rows = []
+    for causal in (True, False):
+        end = "" if causal else ", not causal"
+        for metric, least in zip(METRICS, (1.5, 3.0), strict=True):
+            for asked in (0.05, 0.1):
+                found = [ratio_of(n, asked, causal, metric) for n in (8192, 32768)]
+                rows.append([f"{metric}{end}, density {asked:g}, of cuDNN", f"{least} x or more",
+                             *map(times, found)])  # fmt: skip
+            peer, least = ("0.2.2", (5.0, 3.0)[metric == METRICS[1]]) if causal else ("v1", 20.0)
+            found = [of_theirs(file, causal, metric)
+                     for file in ("upstream_h200.json", "upstream_32k_h200.json")]  # fmt: skip
+            rows.append([f"{metric}{end}, low density, of {peer}", f"{least:g} x or more",
+                         *map(times, found)])  # fmt: skip
+        for metric, most in zip(METRICS, (2.0, 1.7), strict=True):
+            found = [1 / ratio_of(n, 1.0, causal, metric) for n in (8192, 32768)]
+            rows.append([f"{metric}{end}, density 1, time over cuDNN's", f"{most} x or less",
+                         *map(times, found)])  # fmt: skip
+    return table("<goal | asked | 8,192 tokens | 32,768 tokens", rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "low density": lambda: densities(0.05),
     "density 0.1": lambda: densities(0.1),
     "density 1": lambda: densities(1.0),
-    "options": options, "upstream": upstream, "dense": dense, "decode": decode,
+    "goals": goals, "options": options, "upstream": upstream, "dense": dense, "decode": decode,
 }  # fmt: skip
 _MARKED = re.compile(r"(<!-- table: (.+?) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
 
