@@ -226,6 +226,15 @@ OPTIONS = {
 }  # fmt: skip
 
 
+def shared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries of which `GROUP` heads look for the topics of one head of keys."""
+    group = min(GROUP, k.shape[1])
+    noise = 0.5 * torch.randn(q.shape, generator=torch.Generator(q.device).manual_seed(1),
+                              device=q.device)  # fmt: skip
+    q, k, v = (x[:, ::group] for x in (q, k, v))
+    return (q.repeat_interleave(group, 1) + noise).to(q.dtype), k.contiguous(), v.contiguous()
+
+
 def first_head(x: Tensor, heads_kv: int) -> Tensor:
     """Return what belongs to the first key head of the first sequence, packed or not."""
     part = x[:, : x.shape[1] // heads_kv].detach()  # heads are the second axis of both
@@ -293,7 +302,7 @@ class Bench:
                                    self.arguments.gain, dtype=torch.bfloat16,
                                    device=self.device)  # fmt: skip
         if name == "shared keys":
-            k, v = (x[:, :: min(GROUP, x.shape[1])].contiguous() for x in (k, v))
+            q, k, v = shared(q, k, v)
         peers = Peers(q)
         chosen = blocks(peers, (q, k, v)) if name == "blocks" else OPTIONS[name](peers)
         case = {"option": name, "batch": batch, "heads": heads // batch, "tokens": long,

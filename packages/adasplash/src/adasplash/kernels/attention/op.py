@@ -287,8 +287,8 @@ def _launch(
         max_k=options.max_k,
     )
     group = q.shape[1] // k.shape[1]
-    bare = terms.form < 2 and not terms.dropout  # nothing but a cap
-    if q.shape[2] == 1 and group > 1 and window is None and bare and not isinstance(alpha, Tensor):
+    single = q.shape[2] == 1 and group > 1 and window is None and terms.bare
+    if single and not isinstance(alpha, Tensor):
         # One query sees all keys: the heads that share them become the rows of one tile.
         rows = q.reshape(q.shape[0], k.shape[1], group, q.shape[3])
         alphas = None if alphas is None else alphas[:, ::group].contiguous()
@@ -386,6 +386,12 @@ def _shown(q: Tensor, k: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor
             f"`varlen` must have shape {(q.shape[0],)}, a length for each sequence; got "
             f"{tuple(lengths.shape)}."
         )
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        fits = (lengths >= 0) & (lengths <= q.shape[2])
+        if not bool(fits.all()):
+            raise ValueError(
+                f"`varlen` must be from 0 to {q.shape[2]}, the tokens; got {lengths.tolist()}."
+            )
     if mask is not None:
         raise ValueError("`key_padding_mask` cannot go with `varlen`; leave one of them out.")
     return _within(k, lengths)
