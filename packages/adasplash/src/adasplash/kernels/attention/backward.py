@@ -59,7 +59,6 @@ from .tiles import (
     describe,
     excess,
     hide,
-    is_partly_hidden,
     list_marked,
     n_slots,
     padded,
@@ -293,13 +292,10 @@ def _keys_kernel(
             delta = tl.load(delta_ptr + row_base + rows, mask=rows < seq_q, other=0.0)
             s = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
             s, gate = shaped(s, rows[None, :], keys[:, None], start, seq_q, seq_k, terms, FORM)
-            if is_partly_hidden(
-                start, first_key, seq_q, seq_k, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N
-            ):  # fmt: skip
-                s = hide(
-                    s, rows[None, :], keys[:, None], seq_q, seq_k, mask_ptr, left, right,
-                    IS_CAUSAL, HAS_MASK, HAS_WINDOW,
-                )  # fmt: skip
+            s = hide(
+                s, start, first_key, seq_q, seq_k, mask_ptr, left, right,
+                IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N, BLOCK_N, TURNED=True,
+            )  # fmt: skip
             x, u = excess(s, factor, tau[None, :], power, HALF, SATURATE)
             p = x * u
             if DROPOUT:

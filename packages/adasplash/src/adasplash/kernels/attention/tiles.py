@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dropout import cut
+from .mask import some_hidden, summarize
 from .terms import PLAIN, Terms
 
 # Arguments of every kernel; no value of them compiles anything.
@@ -124,7 +125,7 @@ class Problem(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     descriptors: tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]  # q, k, v by blocks
-    mask: torch.Tensor  # bytes; any tensor where there is no mask
+    mask: torch.Tensor  # as in `mask.py`; any tensor where there is none
     alpha: torch.Tensor  # any tensor for 1.5
     scale: float
     tiles: Tiles
@@ -176,13 +177,16 @@ def pose(
 ) -> Problem:
     """Return the problem; arguments as for `launch_forward`."""
     q, k, v = aligned(q), aligned(k), aligned(v)
-    mask, stride = (q, 0) if key_mask is None else (key_mask.view(torch.uint8), key_mask.stride(0))
     plan = _plan(
-        q.shape, k.shape[1:3], v.shape[-1], q.dtype, q.device.index, key_mask is not None, stride,
+        q.shape, k.shape[1:3], v.shape[-1], q.dtype, q.device.index, key_mask is not None,
         alpha is None, is_causal, window, terms.n_seq, terms.max_k, terms.form,
         terms.dropout > 0.0,
     )  # fmt: skip
     tiles, sizes, switches, kind = plan
+    mask = q
+    if key_mask is not None:
+        mask = summarize(key_mask, tiles.block_n)
+        sizes = mask.shape[1], *sizes[1:]
     m, n = tiles.block_m, tiles.block_n
     strides, bias = [0] * 4, terms.bias
     if bias is not None:
@@ -204,7 +208,6 @@ def _plan(
     dtype: torch.dtype,
     device: int | None,
     has_mask: bool,
-    stride_mask: int,
     half: bool,
     is_causal: bool,
     window: tuple[int, int] | None,
@@ -221,7 +224,7 @@ def _plan(
         tiles = tiles._replace(screen_m=tiles.block_m, screen_n=tiles.block_n)
     if form or drops or has_mask or window is not None or not half:
         tiles = tiles._replace(most=Registers())
-    sizes = (stride_mask, *(window or (0, 0)), heads, heads // heads_kv, seq_q, seq_k,
+    sizes = (0, *(window or (0, 0)), heads, heads // heads_kv, seq_q, seq_k,
              *marks_of(shape, seq_k, tiles, n_seq, max_k))  # fmt: skip
     switches = {
         "IS_CAUSAL": is_causal,
@@ -312,66 +315,66 @@ def roots(z, t, power, HALF: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def hide(
-    z, rows, keys, seq_q, seq_k, mask_ptr, left, right,
+def _is_partly_hidden(
+    first, start, seq_q, seq_k, mask_ptr, left, right,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return `z` with -inf where row or key lies outside, or the row may not see the key.
-
-    `rows` and `keys` are index tensors that broadcast to the shape of `z`.
-    """
-    place = rows + (seq_k - seq_q)
-    last = tl.where(rows < seq_q, seq_k - 1, -1)  # one comparison for each score
-    if IS_CAUSAL:
-        last = tl.minimum(last, place)
-    if HAS_WINDOW:
-        last = tl.minimum(last, place + right)
-    visible = keys <= last
-    if HAS_WINDOW:
-        visible = visible & (keys >= place - left)
-    if HAS_MASK:
-        visible = visible & (tl.load(mask_ptr + keys, mask=keys < seq_k, other=0) != 0)
-    return tl.where(visible, z, float("-inf"))
-
-
-@triton.jit
-@no_type_check
-def is_partly_hidden(
-    first, start, seq_q, seq_k,
-    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Return whether rows from `first` on may miss one of the keys of a block; most do not.
+    """Return whether rows from `first` on may miss one of the keys from `start` on; most do not.
 
     Rows beyond the last do not count: nobody reads them, and their tau is +inf.
     """
-    partly = start + BLOCK_N > seq_k
+    shift = seq_k - seq_q
+    partly = start + KEYS > seq_k
     if IS_CAUSAL:
-        partly = partly | (start + BLOCK_N > first + 1 + seq_k - seq_q)
-    if HAS_MASK or HAS_WINDOW:
-        partly = start >= 0
+        partly = partly | (start + KEYS > first + 1 + shift)
+    if HAS_WINDOW:
+        partly = partly | (start + KEYS > first + 1 + shift + right)
+        partly = partly | (start < first + ROWS - 1 + shift - left)
+    if HAS_MASK:
+        partly = partly | some_hidden(mask_ptr, start, seq_k, BLOCK_N, KEYS)
     return partly
 
 
 @triton.jit
 @no_type_check
-def products(
-    q, k, mask_ptr, first, start, seq_q, seq_k, left, right,
+def hide(
+    z, first, start, seq_q, seq_k, mask_ptr, left, right,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_N: tl.constexpr,
+    TURNED: tl.constexpr = False,
 ):  # fmt: skip
-    """Return q k^T of the rows from `first` on and the keys from `start` on; -inf where hidden."""
-    s = tl.dot(q, k.T, input_precision="ieee")
-    if is_partly_hidden(
-        first, start, seq_q, seq_k, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N
+    """Return `z` with -inf where the row, of ROWS from `first` on, may not see the key.
+
+    Where all rows see all keys no score is asked. TURNED: `z` is `[KEYS, ROWS]`.
+    """
+    if _is_partly_hidden(
+        first, start, seq_q, seq_k, mask_ptr, left, right,
+        IS_CAUSAL, HAS_MASK, HAS_WINDOW, ROWS, KEYS, BLOCK_N,
     ):  # fmt: skip
-        rows = first + tl.arange(0, BLOCK_M)
-        keys = start + tl.arange(0, BLOCK_N)
-        s = hide(
-            s, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, left, right,
-            IS_CAUSAL, HAS_MASK, HAS_WINDOW,
-        )  # fmt: skip
-    return s
+        rows, keys = first + tl.arange(0, ROWS), start + tl.arange(0, KEYS)
+        place = rows + (seq_k - seq_q)
+        last = tl.where(rows < seq_q, seq_k - 1, -1)  # one comparison for each score
+        if IS_CAUSAL:
+            last = tl.minimum(last, place)
+        if HAS_WINDOW:
+            last = tl.minimum(last, place + right)
+        if HAS_MASK:  # hidden keys lie behind the last of every row
+            seen = tl.load(mask_ptr + keys, mask=keys < seq_k, other=0)
+            limits = tl.where(seen != 0, keys, 2**31 - 1)
+        else:
+            limits = keys
+        if TURNED:
+            visible = limits[:, None] <= last[None, :]
+        else:
+            visible = limits[None, :] <= last[:, None]
+        if HAS_WINDOW:
+            if TURNED:
+                visible = visible & (keys[:, None] >= (place - left)[None, :])
+            else:
+                visible = visible & (keys[None, :] >= (place - left)[:, None])
+        z = tl.where(visible, z, float("-inf"))
+    return z
 
 
 @triton.jit
