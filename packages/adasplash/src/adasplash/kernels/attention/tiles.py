@@ -258,6 +258,27 @@ def store_rows(x_ptr, x, rows, n_rows, n_dim, BLOCK_D: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def store_numbers(rows_ptr, line, tau, delta, BLOCK_M: tl.constexpr):
+    """Store tau and delta of a tile of queries: the tiles of all heads stand one after another."""
+    places = rows_ptr + line * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
+    tl.store(places, tau)
+    tl.store(places + BLOCK_M, delta)
+
+
+@triton.jit
+@no_type_check
+def load_numbers(rows_ptr, line, BLOCK_M: tl.constexpr):
+    """Return tau and delta of a tile of queries.
+
+    Nothing is asked: rows behind the last have tau = +inf. With a question for each of them these
+    two loads took half of the instructions of the loop they are in.
+    """
+    places = rows_ptr + line * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
+    return tl.load(places), tl.load(places + BLOCK_M)
+
+
+@triton.jit
+@no_type_check
 def list_marked(marked_ptr, stride, n_items, list_ptr, DESCENDING: tl.constexpr):
     """Write the indices of the marked items of one line; return how many they are.
 
