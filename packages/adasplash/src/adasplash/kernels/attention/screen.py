@@ -411,6 +411,37 @@ def _list_kernel(
         tl.store(count_ptr + line, kept)
 
 
+@triton.jit
+@no_type_check
+def blocks_of(
+    first, rows: tl.constexpr, seq_q, seq_k, mask_ptr,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return the first block of keys that rows of a tile may see, and how many there are."""
+    begin, end = _range(
+        first, rows, seq_q, seq_k, mask_ptr, 0, 0, IS_CAUSAL, HAS_MASK, False, BLOCK_N
+    )
+    return begin // BLOCK_N, tl.maximum(tl.cdiv(end, BLOCK_N) - begin // BLOCK_N, 0)
+
+
+@triton.jit
+@no_type_check
+def is_dense(
+    count_ptr, tile, n_tiles, seq_q, seq_k, mask_ptr,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return whether a tile and its neighbour list so many blocks that `pairs.py` takes both.
+
+    Tiles 0 and 1 are a pair, and so on; `count_ptr` is where the length of the tile's list stands.
+    """
+    _begin, blocks = blocks_of(
+        tile // 2 * (2 * BLOCK_M), 2 * BLOCK_M, seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK, BLOCK_N
+    )
+    both = tile // 2 * 2 + 1 < n_tiles
+    other = tl.load(count_ptr + 1 - tile % 2 * 2, mask=both, other=0)
+    return both & (4 * (tl.load(count_ptr) + other) >= 3 * 2 * blocks)
+
+
 def screen(problem: Problem, *, skip: bool = True) -> Candidates:
     """Return the blocks that may hold weight; all that are visible unless `skip`."""
     q, tiles, switches = problem.q, problem.tiles, problem.switches

@@ -58,13 +58,15 @@ class Tiles(NamedTuple):
     screen_stages: int
     back_stages: int
     most: Registers = Registers()
+    pair_warps: int = 0  # of pairs of dense tiles of queries; 0 for none
+    pair_stages: int = 2
 
 
 # By the padded head size; float32 products need twice the room.
 _HALF = {
-    64: Tiles(64, 64, 4, 2, 128, 128, 4, 3, 2, Registers(168, 64, 96, 168)),
-    128: Tiles(64, 64, 4, 2, 128, 128, 8, 2, 2),
-    256: Tiles(64, 32, 8, 2, 64, 64, 4, 2, 2),
+    64: Tiles(64, 64, 4, 2, 128, 128, 4, 3, 2, Registers(168, 64, 96, 168), 4),
+    128: Tiles(64, 64, 4, 2, 128, 128, 8, 2, 2, pair_warps=8),
+    256: Tiles(64, 32, 8, 2, 64, 64, 4, 2, 2, pair_warps=8),
 }
 _FULL = {
     64: Tiles(64, 32, 8, 2, 64, 32, 8, 2, 2),  # 8 warps: with 4 more registers spill
@@ -151,6 +153,13 @@ class Problem(NamedTuple):
     def quick(self) -> bool:
         """Whether weights are divided by their sum, and tau need not be exact to the last digit."""
         return self.q.element_size() == 2 and bool(self.switches["HALF"])
+
+    @property
+    def paired(self) -> bool:
+        """Whether pairs of tiles of queries that see most of their keys are taken together."""
+        bare = self.terms.form == 0 and not self.terms.dropout
+        bare = bare and not self.switches["HAS_WINDOW"]
+        return self.quick and bare and self.tiles.pair_warps > 0 and self.grid[0] > 1
 
     @property
     def drop(self) -> tuple[torch.Tensor, int, float]:
