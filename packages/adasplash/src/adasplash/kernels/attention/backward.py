@@ -59,12 +59,14 @@ from .tiles import (
     describe,
     excess,
     hide,
+    hold,
     list_marked,
     load_numbers,
     n_slots,
     padded,
     partial_sums,
     pose,
+    settled,
     store_numbers,
     store_rows,
 )
@@ -84,7 +86,7 @@ def _block(
     """Return x, u and dP of the rows from `first` on and the keys from `start` on, and c'."""
     s, gate = scores(
         q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
-        IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
+        IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_N, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     x, u = excess(s, factor, tau[:, None], power, HALF, SATURATE)
     dp = tl.dot(do, v.T, input_precision="ieee")
@@ -115,6 +117,7 @@ def _queries_kernel(
     HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
     QUICK: tl.constexpr, SATURATE: tl.constexpr, ALPHA_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HELD: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Write dQ of one tile of queries, and tau and delta of its rows side by side.
 
@@ -139,6 +142,7 @@ def _queries_kernel(
     row_base += row_at
     q = load_part(q_desc, batch, head, row_at, first, seq_q, FORM, BLOCK_M, BLOCK_D)
     do = load_part(do_desc, batch, head, row_at, first, seq_q, FORM, BLOCK_M, BLOCK_DV)
+    q, do = hold(q, BLOCK_D, HELD), hold(do, BLOCK_DV, HELD)
     tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
 
     alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
@@ -201,6 +205,7 @@ def _queries_kernel(
             total += partial_sums(u, BLOCK_M, BLOCK_N, QUICK)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
             plain = tl.dot(u.to(k.dtype), k, plain, input_precision="ieee")
+            dq, plain = settled(dq, INTERPRETED), settled(plain, INTERPRETED)
         rest = _ratio(weighted, total)
         dq = dq - rest[:, None] * plain
         delta += rest
@@ -221,7 +226,7 @@ def _queries_kernel(
                 dslope -= tl.sum(ds * distance_of(rows[:, None], keys[None, :], seq_q, seq_k), 1)
             if CAPPED & FORM:
                 ds = ds * gate
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+            dq = settled(tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee"), INTERPRETED)
         if SLOPED & FORM:
             tl.store(dslope_ptr + row_base + rows, dslope, mask=rows < seq_q)
     delta = tl.where(tau != tau, tau, delta)
@@ -243,6 +248,7 @@ def _keys_kernel(
     HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
     SATURATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HELD: tl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of one block of keys, summed over the query heads that share them.
 
@@ -269,6 +275,7 @@ def _keys_kernel(
     keys = first_key + tl.arange(0, BLOCK_N)
     k = load_part(k_desc, batch, head_kv, key_at, first_key, seq_k, FORM, BLOCK_N, BLOCK_D)
     v = load_part(v_desc, batch, head_kv, key_at, first_key, seq_k, FORM, BLOCK_N, BLOCK_DV)
+    k, v = hold(k, BLOCK_D, HELD), hold(v, BLOCK_DV, HELD)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, group):
@@ -359,7 +366,8 @@ def launch_backward(
     tiles, (n_tiles, n_blocks) = problem.tiles, problem.grid
     dim_head, dim_value = q.shape[-1], v.shape[-1]
     dq, dk, dv = (problem.new(*x.shape, dtype=x.dtype) for x in (q, k, v))
-    rows = torch.empty((problem.planes, n_tiles, 2, tiles.block_m), dtype=tau.dtype, device=q.device)
+    numbers_of_rows = problem.planes, n_tiles, 2, tiles.block_m
+    rows = torch.empty(numbers_of_rows, dtype=tau.dtype, device=q.device)
     dalpha = rows if alpha is None else problem.new(*tau.shape, dtype=tau.dtype)
     dslope = rows if terms.slopes is None else problem.new(*tau.shape, dtype=tau.dtype)
     # Keys list tiles of queries in the room where queries list blocks of keys.
@@ -370,11 +378,12 @@ def launch_backward(
         *problem.descriptors, describe(grad, tiles.block_m), problem.mask, problem.alpha,
         active, torch.empty(room, dtype=torch.int32, device=q.device),
     )  # fmt: skip
+    interpreting = interpreted(_queries_kernel)
     numbers = *problem.added, *problem.sizes, problem.scale, *problem.drop
     constants = {
         **problem.switches,
         "DROPOUT": terms.dropout > 0.0,
-        "SATURATE": problem.quick and not interpreted(_queries_kernel),
+        "SATURATE": problem.quick and not interpreting,
         "BLOCK_DV": padded(dim_value),
         "num_warps": tiles.num_warps,
         "num_stages": tiles.back_stages,
@@ -384,12 +393,13 @@ def launch_backward(
         _queries_kernel, n_tiles * problem.planes, kind,
         *sources, tau, dq, rows, dalpha, dslope, *numbers, dim_head,
         QUICK=problem.quick and terms.form in (0, PACKED.value) and not terms.dropout,
-        ALPHA_GRAD=alpha is not None,
-        **constants, maxnreg=tiles.most.queries,
+        ALPHA_GRAD=alpha is not None, HELD=tiles.held.queries and not interpreting,
+        INTERPRETED=interpreting, **constants, maxnreg=tiles.most.queries,
     )  # fmt: skip
     launch(
         _keys_kernel, slots * k.shape[0] * k.shape[1], kind,
         *sources, rows, dk, dv, *numbers, width, dim_head, dim_value, **constants,
+        HELD=tiles.held.keys and not interpreting,
     )  # fmt: skip
     sums = (tau.new_empty(0) if x is rows else x.sum(-1) for x in (dalpha, dslope))
     dbias = bias_gradient(problem, grad, active, rows) if bias_grad else tau.new_empty(0)

@@ -64,7 +64,7 @@ def _bias_kernel(
             its_mask = mask_ptr + batch.to(tl.int64) * stride_mask
             s, _gate = scores(
                 q, k, its_mask, terms, first, block * BLOCK_N, seq_q, seq_k, left, right,
-                IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
+                IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_N, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             factor = factor_of(scale, alpha, FORM)
             _x, u = roots(s * factor, tau[:, None], 1.0 / (alpha - 1.0), HALF)

@@ -67,5 +67,3 @@ def launch_forward(
     if problem.paired:
         dense_pairs(problem, candidates, tau, output, active)
     return output, tau, active
-
-

@@ -1,4 +1,4 @@
-"""A key padding mask as the kernels read it: which blocks of keys it hides, and which it leaves alone.
+"""A key padding mask as the kernels read it: which blocks of keys it hides, and which it does not.
 
 A block of keys that are all visible needs no question for any of them, and one that is hidden as a
 whole is never listed: what a mask costs are the blocks where some keys are hidden. One program for

@@ -1,7 +1,7 @@
 """The output, over the blocks that can hold weight, and which of them do.
 
-QUICK, half formats at alpha 1.5: weights are divided by their sum, and what that lacks to 1 improves
-the tau that the backward gets.
+QUICK, half formats at alpha 1.5: weights are divided by their sum, and what that lacks to 1
+improves the tau that the backward gets.
 
 Scores and layout as in `forward.py`. Source: AdaSplash (arXiv 2502.12082), section 3.2; what is
 quick is our own.
@@ -20,7 +20,7 @@ from .philox import words
 from .scores import factor_of, load_part, scores, sequence_of, terms_of
 from .screen import is_dense
 from .solver import SLACK
-from .tiles import SIZES, UNALIGNED, Problem, excess, padded, partial_sums, store_rows
+from .tiles import SIZES, UNALIGNED, Problem, excess, hold, padded, partial_sums, store_rows
 
 if TYPE_CHECKING:
     from .screen import Candidates
@@ -36,18 +36,22 @@ def weigh(
     n_blocks, drop_below, tolerance, max_tries,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HALF: tl.constexpr, FORM: tl.constexpr, LISTED: tl.constexpr, DROPOUT: tl.constexpr,
-    QUICK: tl.constexpr, SATURATE: tl.constexpr, TILE: tl.constexpr,
+    QUICK: tl.constexpr, SATURATE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Return the output of BLOCK_M rows, tau, and the number of rows; mark blocks that hold weight.
 
-    Over blocks of keys as in `threshold.solve`. Marks are those of tiles of TILE rows. QUICK:
-    weights are divided by their sum. Where that is not near 1 all is done again for another tau.
+    Over blocks of keys as in `threshold.solve`. Marks are those of tiles of TILE rows and blocks of
+    BLOCK keys, of which one of BLOCK_N may hold some. QUICK: weights are divided by their sum.
+    Where that is not near 1 all is done again for another tau.
     """
     PARTS: tl.constexpr = 4 if QUICK else 1
     inner = tl.arange(0, BLOCK_M)
     rows = first + inner
+    BLOCKS: tl.constexpr = BLOCK_N // BLOCK
     marks = (inner // TILE)[:, None] * n_blocks + tl.arange(0, PARTS)[None, :] * 0
+    if BLOCKS > 1:
+        marks = marks[:, None, :] + tl.arange(0, BLOCKS)[None, :, None]
     before, step = tau, tau
     tries, open_rows = 0, 1
     output = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -61,17 +65,21 @@ def weigh(
             v = load_part(v_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_DV)
             s, _gate = scores(
                 q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
-                IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
+                IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             x, u = excess(s, factor, tau[:, None], power, HALF, SATURATE)
             p = x * u
-            its = partial_sums(p, BLOCK_M, BLOCK_N, QUICK)
+            if BLOCKS > 1:
+                its = tl.sum(tl.reshape(p, [BLOCK_M, BLOCKS, BLOCK // 8, 4, 2]), 4)
+                its = tl.sum(its, 2)
+            else:
+                its = partial_sums(p, BLOCK_M, BLOCK_N, QUICK)
             if DROPOUT:
                 drawn = words(tl.load(seed_ptr), plane, row_at + first, start, BLOCK_M, BLOCK_N)
                 p = tl.where(drawn >= drop_below, p, 0.0)
             output = tl.dot(p.to(v.dtype), v, output, input_precision="ieee")
-            tl.store(active_ptr + block + marks, 1, mask=its != 0.0)
-            total += its
+            tl.store(active_ptr + block * BLOCKS + marks, 1, mask=its != 0.0)
+            total += tl.sum(its, 1) if BLOCKS > 1 else its
         if QUICK:
             whole = tl.sum(total, 1)
             fine = (tl.abs(whole - 1.0) <= tolerance) | (tau == float("inf")) | (tau != tau)
@@ -103,6 +111,7 @@ def _output_kernel(
     HALF: tl.constexpr, FORM: tl.constexpr, PAIRED: tl.constexpr, DROPOUT: tl.constexpr,
     QUICK: tl.constexpr, SATURATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HELD: tl.constexpr,
 ):  # fmt: skip
     """Write the output of one tile of queries, and mark the blocks that hold weight.
 
@@ -117,12 +126,11 @@ def _output_kernel(
     list_ptr += line * n_blocks
     active_ptr += line * n_blocks
     count = tl.load(count_ptr + line)
-    if PAIRED:
-        if is_dense(
-            count_ptr + line, tile, n_tiles, seq_q, seq_k, mask_ptr,
-            IS_CAUSAL, HAS_MASK, BLOCK_M, BLOCK_N,
-        ):  # fmt: skip
-            return
+    if PAIRED and is_dense(
+        count_ptr + line, tile, n_tiles, seq_q, seq_k, mask_ptr,
+        IS_CAUSAL, HAS_MASK, BLOCK_M, BLOCK_N,
+    ):  # fmt: skip
+        return
     row_base = plane.to(tl.int64) * seq_q
     tile, row_at, seq_q, key_at, seq_k, _sequence = sequence_of(
         tile, bounds_q_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, seq_q, seq_k, FORM, BLOCK_M
@@ -131,6 +139,7 @@ def _output_kernel(
     rows = first + tl.arange(0, BLOCK_M)
     row_base += row_at
     q = load_part(q_desc, batch, head, row_at, first, seq_q, FORM, BLOCK_M, BLOCK_D)
+    q = hold(q, BLOCK_D, HELD)
     tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
     slope = tau
     if QUICK:
@@ -147,7 +156,7 @@ def _output_kernel(
         batch, head_kv, row_at, key_at, first, 0, count, seq_q, seq_k, left, right, factor, power,
         n_blocks, drop_below, tolerance, max_tries,
         IS_CAUSAL, HAS_MASK, HAS_WINDOW, HALF, FORM, True, DROPOUT, QUICK, SATURATE, BLOCK_M,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        BLOCK_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     if QUICK:
         tl.store(tau_ptr + row_base + rows, tau, mask=rows < last)
@@ -173,6 +182,7 @@ def weighted_sum(
         SLACK.get(output.dtype, 0.0), MAX_TRIES, **problem.switches,
         PAIRED=problem.paired, DROPOUT=problem.terms.dropout > 0.0,
         QUICK=quick, SATURATE=quick and not interpreted(_output_kernel),
+        HELD=tiles.held.output and not interpreted(_output_kernel),
         BLOCK_DV=padded(dim_value), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         maxnreg=tiles.most.output,
     )  # fmt: skip

@@ -4,7 +4,8 @@
 
 with `shift = seq_k - seq_q`; each of cap, slope and bias may be missing. What a kernel has to know
 is the constant FORM, a set of the bits below. Without any of them (`FORM == 0`) the scores are the
-bare products, and kernels compile to what they would be without this file. With one of SHAPED, scores come out times alpha - 1, and the factor of the kernel is 1.
+bare products, and kernels compile to what they would be without this file. With one of SHAPED,
+scores come out times alpha - 1, and the factor of the kernel is 1.
 
 PACKED: sequences stand one after another in `[1, heads, tokens, dim]`, and each attends to itself.
 The grid covers their tiles without the host knowing where they begin: sequence s has its tiles from
@@ -114,11 +115,12 @@ def shaped(s, rows, keys, first, seq_q, seq_k, terms, FORM: tl.constexpr):
 def scores(
     q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FORM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Return scores of the rows from `first` on and the keys from `start` on; -inf where hidden.
 
-    Products if not SHAPED, else scores times alpha - 1. Beside them the slope of the cap.
+    Products if not SHAPED, else scores times alpha - 1. Beside them the slope of the cap. A mask
+    has been summed up by BLOCK keys.
     """
     s = tl.dot(q, k.T, input_precision="ieee")
     gate = 1.0
@@ -128,7 +130,7 @@ def scores(
         s, gate = shaped(s, rows, keys, first, seq_q, seq_k, terms, FORM)
     s = hide(
         s, first, start, seq_q, seq_k, mask_ptr, left, right,
-        IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N, BLOCK_N,
+        IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N, BLOCK,
     )  # fmt: skip
     return s, gate
 

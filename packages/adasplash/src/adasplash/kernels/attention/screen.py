@@ -42,6 +42,7 @@ from .tiles import (
     Problem,
     describe,
     hide,
+    hold,
     load_tile,
     n_slots,
     roots,
@@ -192,7 +193,7 @@ def _screen_kernel(
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HALF: tl.constexpr, FORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, INTERPRETED: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, INTERPRETED: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """Write the maximum of every row, and of every row in every block."""
     PARTS: tl.constexpr = TILE_N // BLOCK_N
@@ -213,6 +214,7 @@ def _screen_kernel(
     inner = tl.arange(0, TILE_M)
     rows = first + inner
     q = load_part(q_desc, batch, head, row_at, first, seq_q, FORM, TILE_M, BLOCK_D)
+    q = hold(q, BLOCK_D, HELD)
 
     alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
     factor = factor_of(scale, alpha, FORM)
@@ -415,13 +417,13 @@ def _list_kernel(
 @no_type_check
 def blocks_of(
     first, rows: tl.constexpr, seq_q, seq_k, mask_ptr,
-    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Return the first block of keys that rows of a tile may see, and how many there are."""
+    """Return the first of groups of KEYS keys that rows of a tile may see, and how many."""
     begin, end = _range(
         first, rows, seq_q, seq_k, mask_ptr, 0, 0, IS_CAUSAL, HAS_MASK, False, BLOCK_N
     )
-    return begin // BLOCK_N, tl.maximum(tl.cdiv(end, BLOCK_N) - begin // BLOCK_N, 0)
+    return begin // KEYS, tl.maximum(tl.cdiv(end, KEYS) - begin // KEYS, 0)
 
 
 @triton.jit
@@ -435,8 +437,9 @@ def is_dense(
     Tiles 0 and 1 are a pair, and so on; `count_ptr` is where the length of the tile's list stands.
     """
     _begin, blocks = blocks_of(
-        tile // 2 * (2 * BLOCK_M), 2 * BLOCK_M, seq_q, seq_k, mask_ptr, IS_CAUSAL, HAS_MASK, BLOCK_N
-    )
+        tile // 2 * (2 * BLOCK_M), 2 * BLOCK_M, seq_q, seq_k, mask_ptr,
+        IS_CAUSAL, HAS_MASK, BLOCK_N, BLOCK_N,
+    )  # fmt: skip
     both = tile // 2 * 2 + 1 < n_tiles
     other = tl.load(count_ptr + 1 - tile % 2 * 2, mask=both, other=0)
     return both & (4 * (tl.load(count_ptr) + other) >= 3 * 2 * blocks)
@@ -463,6 +466,7 @@ def screen(problem: Problem, *, skip: bool = True) -> Candidates:
             *sources, problem.mask, problem.alpha, top, peaks, first, *problem.added,
             *problem.sizes, problem.scale,
             **switches, TILE_M=tiles.screen_m, TILE_N=tiles.screen_n, INTERPRETED=interpreting,
+            HELD=tiles.held.screen and not interpreting,
             num_warps=tiles.screen_warps, num_stages=tiles.screen_stages,
             maxnreg=tiles.most.screen,
         )  # fmt: skip

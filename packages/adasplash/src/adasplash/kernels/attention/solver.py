@@ -29,7 +29,7 @@ MAX_PASSES = 20  # this bounds the loop where ties slow it down
 TOLERANCE = {torch.float32: 2e-7, torch.float16: 1e-5, torch.bfloat16: 1e-4}
 
 
-# Half formats: how far the sum of the weights of any row may be from 1 before they are divided by it.
+# Half formats: how far the sum of the weights of a row may be from 1 before they are divided by it.
 # Of that a quarter stays in weights that are evenly spread; most rows are ten times as near.
 SLACK = {torch.float16: 4 * 2.0**-10, torch.bfloat16: 4 * 2.0**-7}
 # Half formats: how far from 1 the nearer sum may be where tau lies outside of the two t.
@@ -117,8 +117,8 @@ def approach(t, a0, a1, s, b0, b1, lower, upper, tolerance):
 
     `a0` and `a1` are A0 and A1 at t, `b0` and `b1` those at s, further right. A power of A0 falls
     nearly linearly. Where tau lies in between, a cubic in it through both points with their slopes
-    is taken, which is it where they are not 16 times `tolerance` apart; else the power law that fits
-    both, from the nearer one, which must be as near to 1 as `tolerance`.
+    is taken, which is it where they are not 16 times `tolerance` apart; else the power law that
+    fits both, from the nearer one, which must be as near to 1 as `tolerance`.
     """
     known, beyond = a1 > 0.0, b1 > 0.0
     a0, a1 = tl.where(known, a0, 1e-9), tl.where(known, a1, 1.0)

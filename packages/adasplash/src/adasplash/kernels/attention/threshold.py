@@ -24,7 +24,7 @@ from ..launch import interpreted, launch
 from .scores import factor_of, load_part, scores, sequence_of, terms_of
 from .screen import is_dense
 from .solver import MAX_PASSES, NEAR, TOLERANCE, approach, further, improve
-from .tiles import SIZES, UNALIGNED, Problem, excess, partial_sums
+from .tiles import SIZES, UNALIGNED, Problem, excess, hold, partial_sums
 
 if TYPE_CHECKING:
     from .screen import Candidates
@@ -53,11 +53,11 @@ def _sums(
 @triton.jit
 @no_type_check
 def solve(
-    q, t, lower, top, k_desc, mask_ptr, list_ptr, terms, batch, head_kv, key_at, first, begin, count,
-    seq_q, seq_k, left, right, factor, power, tolerance, max_passes,
+    q, t, lower, top, k_desc, mask_ptr, list_ptr, terms, batch, head_kv, key_at, first, begin,
+    count, seq_q, seq_k, left, right, factor, power, tolerance, max_passes,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HALF: tl.constexpr, FORM: tl.constexpr, LISTED: tl.constexpr,
-    QUICK: tl.constexpr, SATURATE: tl.constexpr,
+    QUICK: tl.constexpr, SATURATE: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return tau of a tile of rows and, where QUICK, the slope of the sum of p over -2.
@@ -85,7 +85,7 @@ def solve(
             k = load_part(k_desc, batch, head_kv, key_at, start, seq_k, FORM, BLOCK_N, BLOCK_D)
             s, _gate = scores(
                 q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
-                IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
+                IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             b0, b1, b2 = _sums(s, factor, t, power, HALF, QUICK, SATURATE, BLOCK_M, BLOCK_N)
             a0, a1 = a0 + b0, a1 + b1
@@ -125,12 +125,12 @@ def _threshold_kernel(
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HALF: tl.constexpr, FORM: tl.constexpr, PAIRED: tl.constexpr,
     QUICK: tl.constexpr, SATURATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """Write tau of one tile of queries; +inf for rows without a key.
 
-    QUICK: it is a step away from the last sums, and the slope that the sum of p has there goes beside
-    it, but for a factor of -2. PAIRED: tiles that `pairs.py` takes are left to it.
+    QUICK: it is a step away from the last sums, and the slope that the sum of p has there goes
+    beside it, but for a factor of -2. PAIRED: tiles that `pairs.py` takes are left to it.
     """
     place = tl.program_id(0)
     plane, tile = place // n_tiles, n_tiles - 1 - place % n_tiles
@@ -140,12 +140,11 @@ def _threshold_kernel(
     mask_ptr += batch.to(tl.int64) * stride_mask
     list_ptr += line * n_blocks
     count = tl.load(count_ptr + line)
-    if PAIRED:
-        if is_dense(
-            count_ptr + line, tile, n_tiles, seq_q, seq_k, mask_ptr,
-            IS_CAUSAL, HAS_MASK, BLOCK_M, BLOCK_N,
-        ):  # fmt: skip
-            return
+    if PAIRED and is_dense(
+        count_ptr + line, tile, n_tiles, seq_q, seq_k, mask_ptr,
+        IS_CAUSAL, HAS_MASK, BLOCK_M, BLOCK_N,
+    ):  # fmt: skip
+        return
     row_base = plane.to(tl.int64) * seq_q
     tile, row_at, seq_q, key_at, seq_k, _sequence = sequence_of(
         tile, bounds_q_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, seq_q, seq_k, FORM, BLOCK_M
@@ -154,6 +153,7 @@ def _threshold_kernel(
     rows = first + tl.arange(0, BLOCK_M)
     row_base += row_at
     q = load_part(q_desc, batch, head, row_at, first, seq_q, FORM, BLOCK_M, BLOCK_D)
+    q = hold(q, BLOCK_D, HELD)
     top = tl.load(top_ptr + row_base + rows, mask=rows < seq_q, other=float("-inf"))
     lower = tl.load(bound_ptr + row_base + rows, mask=rows < seq_q, other=0.0)
     t = lower
@@ -169,10 +169,10 @@ def _threshold_kernel(
     if not HALF:  # a high power of x has fewer digits
         tolerance = tolerance * (1.0 + power)
     tau, slope = solve(
-        q, t, lower, top, k_desc, mask_ptr, list_ptr, terms, batch, head_kv, key_at, first, 0, count,
-        seq_q, seq_k, left, right, factor, power, tolerance, max_passes,
+        q, t, lower, top, k_desc, mask_ptr, list_ptr, terms, batch, head_kv, key_at, first, 0,
+        count, seq_q, seq_k, left, right, factor, power, tolerance, max_passes,
         IS_CAUSAL, HAS_MASK, HAS_WINDOW, HALF, FORM, True, QUICK, SATURATE,
-        BLOCK_M, BLOCK_N, BLOCK_D,
+        BLOCK_N, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     tl.store(tau_ptr + row_base + rows, tau, mask=rows < seq_q)
     if QUICK:
@@ -181,7 +181,8 @@ def _threshold_kernel(
 
 def threshold(problem: Problem, candidates: Candidates) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tau, float32 `[batch, heads, seq_q]`, and its slope as large where it is quick."""
-    tau, slope = torch.empty_like(candidates.top), torch.empty_like(candidates.top)
+    like = candidates.top
+    tau, slope = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for _ in range(2))
     tiles, quick = problem.tiles, problem.quick
     tolerance = (NEAR if quick else TOLERANCE)[problem.q.dtype]
     launch(
@@ -189,6 +190,7 @@ def threshold(problem: Problem, candidates: Candidates) -> tuple[torch.Tensor, t
         *problem.descriptors[:2], problem.mask, problem.alpha, *candidates, tau, slope,
         *problem.added, *problem.sizes, problem.scale, tolerance, MAX_PASSES, **problem.switches,
         PAIRED=problem.paired, QUICK=quick, SATURATE=quick and not interpreted(_threshold_kernel),
+        HELD=tiles.held.threshold and not interpreted(_threshold_kernel),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         maxnreg=tiles.most.threshold,
     )  # fmt: skip

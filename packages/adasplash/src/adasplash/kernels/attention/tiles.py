@@ -43,6 +43,18 @@ class Registers(NamedTuple):
     threshold: int | None = None
     output: int | None = None
     queries: int | None = None
+    pairs: int | None = None
+
+
+class Held(NamedTuple):
+    """Which kernels hold what stays the same in registers; see `hold`."""
+
+    screen: bool = False
+    threshold: bool = False
+    output: bool = False
+    queries: bool = False
+    keys: bool = False
+    pairs: bool = False
 
 
 class Tiles(NamedTuple):
@@ -60,13 +72,16 @@ class Tiles(NamedTuple):
     most: Registers = Registers()
     pair_warps: int = 0  # of pairs of dense tiles of queries; 0 for none
     pair_stages: int = 2
+    pair_m: int = 128  # rows and keys at a time
+    pair_n: int = 64
+    held: Held = Held()
 
 
 # By the padded head size; float32 products need twice the room.
 _HALF = {
-    64: Tiles(64, 64, 4, 2, 128, 128, 4, 3, 2, Registers(168, 64, 96, 168), 4),
+    64: Tiles(64, 64, 4, 2, 128, 128, 4, 3, 2, Registers(168, 72, 128, 200), 4),
     128: Tiles(64, 64, 4, 2, 128, 128, 8, 2, 2, pair_warps=8),
-    256: Tiles(64, 32, 8, 2, 64, 64, 4, 2, 2, pair_warps=8),
+    256: Tiles(64, 32, 8, 2, 64, 64, 4, 2, 2),
 }
 _FULL = {
     64: Tiles(64, 32, 8, 2, 64, 32, 8, 2, 2),  # 8 warps: with 4 more registers spill
@@ -231,7 +246,7 @@ def _plan(
     tiles = _tiles(dtype, max(dim_head, dim_value))
     if form % 8:  # what shapes the scores takes registers: no larger tiles than the blocks
         tiles = tiles._replace(screen_m=tiles.block_m, screen_n=tiles.block_n)
-    if form or drops or has_mask or window is not None or not half:
+    if form or drops or not half:
         tiles = tiles._replace(most=Registers())
     sizes = (0, *(window or (0, 0)), heads, heads // heads_kv, seq_q, seq_k,
              *marks_of(shape, seq_k, tiles, n_seq, max_k))  # fmt: skip
@@ -345,6 +360,13 @@ def roots(z, t, power, HALF: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _not_above(keys, rows, TURNED: tl.constexpr):
+    """Return which keys are at most the numbers of the rows; TURNED: `[keys, rows]`."""
+    return keys[:, None] <= rows[None, :] if TURNED else keys[None, :] <= rows[:, None]
+
+
+@triton.jit
+@no_type_check
 def _is_partly_hidden(
     first, start, seq_q, seq_k, mask_ptr, left, right,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -394,15 +416,9 @@ def hide(
             limits = tl.where(seen != 0, keys, 2**31 - 1)
         else:
             limits = keys
-        if TURNED:
-            visible = limits[:, None] <= last[None, :]
-        else:
-            visible = limits[None, :] <= last[:, None]
+        visible = _not_above(limits, last, TURNED)
         if HAS_WINDOW:
-            if TURNED:
-                visible = visible & (keys[:, None] >= (place - left)[None, :])
-            else:
-                visible = visible & (keys[None, :] >= (place - left)[:, None])
+            visible = visible & (_not_above(keys, place - left - 1, TURNED) == 0)
         z = tl.where(visible, z, float("-inf"))
     return z
 
@@ -415,6 +431,35 @@ def saturated(a, b, c):
         "{ .reg .f32 m; neg.f32 m, $3; fma.rn.sat.f32 $0, $1, $2, m; }", "=f,f,f,f", [a, b, c],
         dtype=tl.float32, is_pure=True, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def hold(x, D: tl.constexpr, HELD: tl.constexpr):
+    """Return `x`, in registers where HELD: a product with the identity leaves it there, exact.
+
+    Products of the tensor cores read both factors from shared memory, which has no more speed than
+    64 x 64 tiles of them need. A factor that stays the same is better kept in registers.
+    """
+    if HELD:
+        numbers = tl.arange(0, D)
+        return tl.dot(x, (numbers[:, None] == numbers[None, :]).to(x.dtype)).to(x.dtype)
+    else:
+        return x
+
+
+@triton.jit
+@no_type_check
+def settled(x, INTERPRETED: tl.constexpr):
+    """Return `x`, computed by now: no instruction, but the product in it does not stay under way.
+
+    A product that is under way from one turn of a loop to the next makes ptxas wait for each part
+    of every product of the kernel, warning C7515.
+    """
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise("", "=f,0", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
