@@ -241,9 +241,11 @@ class Rounds:
         before: Arm | None = None
         course = self._start(arm, before) if self.rows else None
         while course is not None:
-            new, outcome = self._end(course)
-            # What is done once, and a round with it, say nothing about an arm.
-            if before is not None and outcome is not None:
+            new, setup, outcome = self._end(course)
+            # What is done once, and a round with it, say nothing about an arm's speed.
+            if setup:
+                policy.prepared(arm, setup)
+            elif before is not None:
                 policy.learn(arm, outcome)
             before, ahead, course = arm, course.ahead, None
             if self.rows:
@@ -269,8 +271,8 @@ class Rounds:
         finish = self._begin(arm, ahead == PLAIN)
         return _Course(arm, finish, ahead, counts, setup, clock() - begun, readied)
 
-    def _end(self, course: _Course) -> tuple[list[tuple[Row, list[int]]], Outcome | None]:
-        """Finish a round; return its tokens, and what it brought unless anything was set up."""
+    def _end(self, course: _Course) -> tuple[list[tuple[Row, list[int]]], float, Outcome]:
+        """Finish a round; return its tokens, the seconds that setting up took, what it brought."""
         begun = self._request.clock()
         new = course.finish()
         stats = self.stats
@@ -288,10 +290,9 @@ class Rounds:
         setup = self._setup_seconds() - course.setup
         seconds = course.seconds + self._request.clock() - begun - setup
         stats.seconds["total"] += seconds
-        if setup:
-            return result, None
         brought = [now - then for now, then in zip(self._counts(), course.counts, strict=True)]
-        return result, Outcome(*brought, seconds - course.readied, course.readied)  # type: ignore
+        outcome = Outcome(*brought, seconds - course.readied, course.readied)  # type: ignore
+        return result, setup, outcome
 
     def _counts(self) -> tuple[int, ...]:
         """Return what `Outcome` counts, in its order."""
