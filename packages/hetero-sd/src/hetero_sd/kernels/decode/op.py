@@ -159,14 +159,19 @@ def _fastest(
     return _routes[key](x, weights)
 
 
-def _alike(found: Tensor | list[Tensor], wanted: Tensor | list[Tensor]) -> bool:
-    """Return whether two results of products are the same but for rounding; waits for them."""
-    if isinstance(found, list):
-        return all(_alike(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
-    assert isinstance(wanted, Tensor)
-    slack = 2.0**-4 if wanted.dtype.itemsize < 4 else 2.0**-8
-    error = (found.double() - wanted.double()).abs().amax()
-    return bool((error <= slack * wanted.double().abs().amax()) | wanted.isnan().any())
+def _fault(route: Route, x: Tensor, weights: tuple[Tensor, ...], wanted: Any) -> str:
+    """Return why a route cannot be taken; "" if its results are the usual ones but for rounding."""
+    try:
+        found = route(x, weights)
+    except Exception as fault:  # Whatever a compiler may raise.
+        return repr(fault)
+    pairs = zip(found, wanted, strict=True) if isinstance(wanted, list) else [(found, wanted)]
+    for mine, theirs in pairs:
+        slack = 2.0**-4 if theirs.dtype.itemsize < 4 else 2.0**-8
+        error = (mine.double() - theirs.double()).abs().amax()
+        if bool(error > slack * theirs.double().abs().amax()):
+            return f"they differ by {float(error):.2g}"
+    return ""
 
 
 def _measure(what: str, routes: dict[str, Route], x: Tensor, weights: tuple[Tensor, ...]) -> Route:
@@ -179,10 +184,10 @@ def _measure(what: str, routes: dict[str, Route], x: Tensor, weights: tuple[Tens
     sets += [tuple(torch.empty_like(w) for w in weights) for _ in range(copies - 1)]
     times, count, wanted = {}, max(8, len(sets)), routes["usual"](x, weights)
     for name, route in routes.items():
-        graph = torch.cuda.CUDAGraph()
-        if not _alike(route(x, weights), wanted):
-            _logger.warning("%s by %s are wrong on this device: left out", what, name)
+        if name != "usual" and (reason := _fault(route, x, weights, wanted)):
+            _logger.warning("%s by %s are left out: %s", what, name, reason)
             continue
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.Stream(x.device)):
             for turn in range(count):
                 route(x, sets[turn % len(sets)])

@@ -56,16 +56,17 @@ def _log_exponential(state_ptr, index, stream, row):
 def _combined(logits_ptr, among_ptr, column, inside, MULTIPLE: tl.constexpr):
     """Return logits of columns: of their one id, or of the sum of their ids' probabilities."""
     if MULTIPLE == 0:
-        return tl.load(logits_ptr + column, mask=inside, other=float("-inf")).to(tl.float32)
-    first = tl.load(among_ptr + column * MULTIPLE, mask=inside, other=0)
-    z = tl.load(logits_ptr + first, mask=inside, other=float("-inf")).to(tl.float32)
-    for place in tl.static_range(1, MULTIPLE):
-        other = tl.load(among_ptr + column * MULTIPLE + place, mask=inside, other=-1)
-        y = tl.load(logits_ptr + other, mask=inside & (other >= 0), other=float("-inf"))
-        y = y.to(tl.float32)
-        top = tl.maximum(z, y)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        z = tl.where(y == float("-inf"), z, top + tl.log(tl.exp(z - top) + tl.exp(y - top)))
+        z = tl.load(logits_ptr + column, mask=inside, other=float("-inf")).to(tl.float32)
+    else:
+        first = tl.load(among_ptr + column * MULTIPLE, mask=inside, other=0)
+        z = tl.load(logits_ptr + first, mask=inside, other=float("-inf")).to(tl.float32)
+        for place in tl.static_range(1, MULTIPLE):
+            other = tl.load(among_ptr + column * MULTIPLE + place, mask=inside, other=-1)
+            y = tl.load(logits_ptr + other, mask=inside & (other >= 0), other=float("-inf"))
+            y = y.to(tl.float32)
+            top = tl.maximum(z, y)
+            top = tl.where(top == float("-inf"), 0.0, top)
+            z = tl.where(y == float("-inf"), z, top + tl.log(tl.exp(z - top) + tl.exp(y - top)))
     return z
 
 
