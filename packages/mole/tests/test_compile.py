@@ -45,7 +45,7 @@ for form, block_size in (
             build(kernel._plain_norm_kernel, form, sizes | {"BLOCK_D": 1024}, 8)
         continue
     sizes = {"DIM": 1024, "BLOCK_SIZE": block_size, "FORMAT": form, "BLOCK_N": 4, "BLOCK_D": block}
-    build(kernel._combine_norm_kernel, form, sizes, kernel._warps(4 * block, form))
+    build(kernel._combine_norm_kernel, form, sizes, kernel._warps(block, form))
 WORDS = dict.fromkeys(("table_ptr", "slots_ptr", "landing_ptr", "landed_ptr", "out_ptr",
                        "told_ptr", "known_ptr"), "*i64")
 TYPES |= {**WORDS, "ready_ptr": "*i32", "turn_ptr": "*i32"}

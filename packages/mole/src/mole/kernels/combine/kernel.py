@@ -354,10 +354,13 @@ def _plain_norm_kernel(
     tl.store(normed_ptr + token * DIM + d, normed.to(kind), mask=mask)
 
 
-def _warps(elements: int, form: str) -> int:
-    """Return the warps of a program that adds up so many values; measured on an H200."""
+def _warps(block_d: int, form: str) -> int:
+    """Return the warps of a program for so many channels; measured on an H200 at a width of 1,024.
+
+    For plain values a thread has eight channels of every vector that it asks for ahead.
+    """
     if form == "float":
-        return 4 if elements <= 4096 else 8
+        return max(4, min(block_d // 256, 16))
     return 16 if form == "nf4" else 8
 
 
@@ -393,7 +396,6 @@ def _launch_norm(
     if tokens == 0:
         return out, normed
     values, form, block_size = _form(values, scales, dim)
-    block_n = triton.next_power_of_2(experts)
     block_d = triton.next_power_of_2(dim // 2 if form == "nf4" else dim)
     if scales is None:
         _plain_norm_kernel[(tokens,)](
@@ -414,7 +416,7 @@ def _launch_norm(
             STRIDE_VN=values.stride(1),
             AHEAD=min(experts, _AHEAD),
             BLOCK_D=block_d,
-            num_warps=_warps(block_n * block_d, form),
+            num_warps=_warps(block_d, form),
         )
         return out, normed
     _combine_norm_kernel[(tokens,)](
@@ -439,9 +441,9 @@ def _launch_norm(
         DIM=dim,
         BLOCK_SIZE=block_size,
         FORMAT=form,
-        BLOCK_N=block_n,
+        BLOCK_N=triton.next_power_of_2(experts),
         BLOCK_D=block_d,
-        num_warps=_warps(block_n * block_d, form),
+        num_warps=_warps(block_d, form),
     )
     return out, normed
 
