@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from mole.kernels.admit import kernel as rows
-from mole.kernels.combine import kernel
+from mole.kernels.combine import kernel, norm
 
 VALUES = {"float": "*fp16", "int8": "*i8", "fp8": "*u8", "nf4": "*u8", "nf3": "*u8"}
 TYPES = {"index_ptr": "*i64", "scales_ptr": "*fp16", "codebook_ptr": "*fp32", "eps": "fp32"}
@@ -42,10 +42,10 @@ for form, block_size in (
     if form == "float":
         for experts, ahead in ((4, 4), (16, 16), (40, 16)):
             sizes = {"DIM": 1024, "EXPERTS": experts, "STRIDE_VN": 1024, "AHEAD": ahead}
-            build(kernel._plain_norm_kernel, form, sizes | {"BLOCK_D": 1024}, 8)
+            build(norm._plain_norm_kernel, form, sizes | {"BLOCK_D": 1024}, 8)
         continue
     sizes = {"DIM": 1024, "BLOCK_SIZE": block_size, "FORMAT": form, "BLOCK_N": 4, "BLOCK_D": block}
-    build(kernel._combine_norm_kernel, form, sizes, kernel._warps(4 * block, form))
+    build(norm._combine_norm_kernel, form, sizes, norm._warps(block, form))
 WORDS = dict.fromkeys(("table_ptr", "slots_ptr", "landing_ptr", "landed_ptr", "out_ptr",
                        "told_ptr", "known_ptr"), "*i64")
 TYPES |= {**WORDS, "ready_ptr": "*i32", "turn_ptr": "*i32"}
