@@ -35,7 +35,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import interpreted, launch
+from ..launch import interpreted, launch, side_by_side
 from .bias import bias_gradient
 from .philox import words
 from .scores import (
@@ -389,18 +389,19 @@ def launch_backward(
         "num_stages": tiles.back_stages,
     }
     kind = *problem.kind, (tau.data_ptr() | active.data_ptr()) % 16  # they may be anybody's
-    launch(
-        _queries_kernel, n_tiles * problem.planes, kind,
-        *sources, tau, dq, rows, dalpha, dslope, *numbers, dim_head,
-        QUICK=problem.quick and terms.form in (0, PACKED.value) and not terms.dropout,
-        ALPHA_GRAD=alpha is not None, HELD=tiles.held.queries and not interpreting,
-        INTERPRETED=interpreting, **constants, maxnreg=tiles.most.queries,
-    )  # fmt: skip
-    launch(
-        _keys_kernel, slots * k.shape[0] * k.shape[1], kind,
-        *sources, rows, dk, dv, *numbers, width, dim_head, dim_value, **constants,
-        HELD=tiles.held.keys and not interpreting,
-    )  # fmt: skip
+    with side_by_side():
+        launch(
+            _queries_kernel, n_tiles * problem.planes, kind,
+            *sources, tau, dq, rows, dalpha, dslope, *numbers, dim_head,
+            QUICK=problem.quick and terms.form in (0, PACKED.value) and not terms.dropout,
+            ALPHA_GRAD=alpha is not None, HELD=tiles.held.queries and not interpreting,
+            INTERPRETED=interpreting, **constants, maxnreg=tiles.most.queries,
+        )  # fmt: skip
+        launch(
+            _keys_kernel, slots * k.shape[0] * k.shape[1], kind,
+            *sources, rows, dk, dv, *numbers, width, dim_head, dim_value, **constants,
+            HELD=tiles.held.keys and not interpreting,
+        )  # fmt: skip
     sums = (tau.new_empty(0) if x is rows else x.sum(-1) for x in (dalpha, dslope))
     dbias = bias_gradient(problem, grad, active, rows) if bias_grad else tau.new_empty(0)
     return dq, dk, dv, *sums, dbias

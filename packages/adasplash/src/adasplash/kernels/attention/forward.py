@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import torch
 
+from ..launch import side_by_side
 from .output import weighted_sum
 from .pairs import dense_pairs
 from .screen import screen
@@ -59,11 +60,12 @@ def launch_forward(
         skip: False visits every block; in float32 the output is the same, bit for bit.
     """
     problem = pose(q, k, v, key_mask, alpha, scale, is_causal, window, terms)
-    candidates = screen(problem, skip=skip)
     output = problem.new(*q.shape[:3], v.shape[-1], dtype=q.dtype)
-    active = torch.zeros(candidates.listed.shape, dtype=torch.int8, device=q.device)
-    tau, slope = threshold(problem, candidates)
-    weighted_sum(problem, candidates, tau, slope, output, active)
-    if problem.paired:
-        dense_pairs(problem, candidates, tau, output, active)
+    active = torch.zeros((*q.shape[:2], *problem.grid), dtype=torch.int8, device=q.device)
+    with side_by_side():
+        candidates = screen(problem, skip=skip)
+        tau, slope = threshold(problem, candidates)
+        weighted_sum(problem, candidates, tau, slope, output, active)
+        if problem.paired:
+            dense_pairs(problem, candidates, tau, output, active)
     return output, tau, active
