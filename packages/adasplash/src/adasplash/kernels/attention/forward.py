@@ -47,6 +47,9 @@ def launch_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return output, tau and the blocks that hold weight.
 
+    The latter are uint8 `[batch, heads, tiles of queries, blocks of keys / 8]`, a bit for each
+    block, the first one in the lowest bit.
+
     Args:
         q: `[batch, heads, seq_q, dim_head]`.
         k: `[batch, heads_kv, seq_k, dim_head]`.
@@ -61,11 +64,13 @@ def launch_forward(
     """
     problem = pose(q, k, v, key_mask, alpha, scale, is_causal, window, terms)
     output = problem.new(*q.shape[:3], v.shape[-1], dtype=q.dtype)
-    active = torch.zeros((*q.shape[:2], *problem.grid), dtype=torch.int8, device=q.device)
+    marks = torch.zeros((*q.shape[:2], *problem.grid), dtype=torch.int8, device=q.device)
+    shape = *marks.shape[:3], -(-marks.shape[3] // 8)
+    active = torch.empty(shape, dtype=torch.uint8, device=q.device)
     with side_by_side():
         candidates = screen(problem, skip=skip)
         tau, slope = threshold(problem, candidates)
-        weighted_sum(problem, candidates, tau, slope, output, active)
+        weighted_sum(problem, candidates, tau, slope, output, marks, active)
         if problem.paired:
-            dense_pairs(problem, candidates, tau, output, active)
+            dense_pairs(problem, candidates, tau, output, marks, active)
     return output, tau, active
