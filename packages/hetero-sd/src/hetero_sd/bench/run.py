@@ -95,7 +95,7 @@ def run_bench(
         methods: Methods of ours.
         lookaheads: Lookaheads of each; `auto` chooses its own.
         decodings: Ways to choose tokens.
-        batches: Numbers of rows decoded together: a prompt and those that follow it.
+        batches: Numbers of prompts decoded together.
         tokens: New tokens of each prompt, 2 or more.
         repeats: Timed passes over the prompts, 1 or more.
         draws: Draws of one token, to compare with the target's law; 0 for no such test.
@@ -195,10 +195,10 @@ def report(results: Results) -> str:
 
 
 def _groups(texts: Sequence[Tensor], batch: int, pair: Pair) -> list[_Group]:
-    """Return each prompt with the `batch - 1` that follow it, the first after the last."""
+    """Return the prompts, `batch` at a time; the last group is filled up with the first ones."""
     pad = pair.target_tokenizer.pad_token_id or 0
     groups = []
-    for place in range(len(texts)):
+    for place in range(0, len(texts), batch):
         rows = [texts[(place + step) % len(texts)] for step in range(batch)]
         width = max(row.shape[1] for row in rows)
         ids, mask = torch.full((batch, width), pad), torch.zeros(batch, width, dtype=torch.long)

@@ -288,8 +288,8 @@ def _launch(
         max_k=options.max_k,
     )
     group = q.shape[1] // k.shape[1]
-    bare = terms.form < 2 and not terms.dropout  # nothing but a cap
-    if q.shape[2] == 1 and group > 1 and window is None and bare and not isinstance(alpha, Tensor):
+    single = q.shape[2] == 1 and group > 1 and window is None and terms.bare
+    if single and not isinstance(alpha, Tensor):
         # One query sees all keys: the heads that share them become the rows of one tile.
         rows = q.reshape(q.shape[0], k.shape[1], group, q.shape[3])
         alphas = None if alphas is None else alphas[:, ::group].contiguous()
@@ -392,7 +392,7 @@ def _shown(q: Tensor, k: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor
         values = lengths.tolist()
         if not all(0 <= length <= k.shape[2] for length in values):
             raise ValueError(
-                f"`varlen` must hold lengths from 0 to {k.shape[2]}, that of `k`; got {values}."
+                f"`varlen` must hold lengths from 0 to {k.shape[2]}, those of `k`; got {values}."
             )
     if mask is not None:
         raise ValueError("`key_padding_mask` cannot go with `varlen`; leave one of them out.")

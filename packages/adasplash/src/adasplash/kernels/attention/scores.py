@@ -28,6 +28,7 @@ CAPPED = tl.constexpr(1)
 SLOPED = tl.constexpr(2)
 BIASED = tl.constexpr(4)
 PACKED = tl.constexpr(8)
+CLOSE = tl.constexpr(16)  # eight neighbouring keys of the bias can be read at once
 PLACED = tl.constexpr(2 + 4)  # scores depend on where row and key stand
 SHAPED = tl.constexpr(1 + 2 + 4)
 
@@ -102,9 +103,22 @@ def shaped(s, rows, keys, first, seq_q, seq_k, terms, FORM: tl.constexpr):
             s = s - slope * distance_of(rows, keys, seq_q, seq_k)
         if BIASED & FORM:
             bias_ptr += tl.cast(first, tl.int64) * bias_row
-            places = bias_ptr + (rows - first) * bias_row + keys * bias_key
-            inside = (rows < seq_q) & (keys < seq_k)
-            bias = tl.load(places, mask=inside, other=0.0)
+            if CLOSE & FORM:
+                # Else threads would go down the rows, and read each key by itself. What lies
+                # behind the last key is hidden later.
+                places = bias_ptr + (rows - first) * bias_row + keys
+                inside = (rows < seq_q) & (keys < (seq_k + 7) // 8 * 8)
+                if keys.shape[0] == 1:
+                    places = tl.multiple_of(places, [1, 8])
+                    inside = tl.max_constancy(inside, [1, 8])
+                else:
+                    places = tl.multiple_of(places, [8, 1])
+                    inside = tl.max_constancy(inside, [8, 1])
+                bias = tl.load(places, mask=inside, other=0.0)
+            else:
+                places = bias_ptr + (rows - first) * bias_row + keys * bias_key
+                inside = (rows < seq_q) & (keys < seq_k)
+                bias = tl.load(places, mask=inside, other=0.0)
             s = s + tl.where(bias <= lowest(bias_ptr), float("-inf"), bias.to(tl.float32))
         s = s * degree
     return s, gate
@@ -115,12 +129,11 @@ def shaped(s, rows, keys, first, seq_q, seq_k, terms, FORM: tl.constexpr):
 def scores(
     q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    FORM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Return scores of the rows from `first` on and the keys from `start` on; -inf where hidden.
 
-    Products if not SHAPED, else scores times alpha - 1. Beside them the slope of the cap. A mask
-    has been summed up by BLOCK keys.
+    Products if not SHAPED, else scores times alpha - 1. Beside them the slope of the cap.
     """
     s = tl.dot(q, k.T, input_precision="ieee")
     gate = 1.0
@@ -130,7 +143,7 @@ def scores(
         s, gate = shaped(s, rows, keys, first, seq_q, seq_k, terms, FORM)
     s = hide(
         s, first, start, seq_q, seq_k, mask_ptr, left, right,
-        IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N, BLOCK,
+        IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N, BLOCK_N,
     )  # fmt: skip
     return s, gate
 
