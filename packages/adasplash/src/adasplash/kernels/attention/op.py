@@ -113,7 +113,8 @@ def adasplash(
         alpha: 1 (softmax) to 2 (sparsemax); or a tensor of shape `[]`, `[heads]` or
             `[batch, heads]` with values above 1, up to 2.
         is_causal: Row i sees keys up to `i + seq_k - seq_q` (aligned at the last).
-        varlen: Length of every sequence, where padding follows it; rows of padding give zeros.
+        varlen: Length of every sequence, where padding follows it; rows of padding give zeros. On
+            a GPU a length above that of `k` counts as that: looking would wait for the device.
         niter: Has no effect: thresholds are always solved to rounding. It stands where the paper's
             own package has it.
         scale: Factor of the scores; `dim_head ** -0.5` if None.
@@ -386,11 +387,12 @@ def _shown(q: Tensor, k: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor
             f"`varlen` must have shape {(q.shape[0],)}, a length for each sequence; got "
             f"{tuple(lengths.shape)}."
         )
+    # Values on a GPU are not looked at: that would wait for the device. No trace can either.
     if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-        fits = (lengths >= 0) & (lengths <= q.shape[2])
-        if not bool(fits.all()):
+        values = lengths.tolist()
+        if not all(0 <= length <= k.shape[2] for length in values):
             raise ValueError(
-                f"`varlen` must be from 0 to {q.shape[2]}, the tokens; got {lengths.tolist()}."
+                f"`varlen` must hold lengths from 0 to {k.shape[2]}, the length of `k`; got {values}."
             )
     if mask is not None:
         raise ValueError("`key_padding_mask` cannot go with `varlen`; leave one of them out.")
