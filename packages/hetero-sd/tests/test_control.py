@@ -21,16 +21,18 @@ class World:
 
     def play(self, bandit, rounds):
         for _ in range(rounds):
-            arm = bandit.choose()
-            taken = 0
-            while taken < arm.lookahead and self.draw.random() < self.acceptance[arm.method]:
-                taken += 1
-            tokens, judged = taken + 1, min(taken + 1, arm.lookahead)
-            seconds = (1 + self.cost * arm.lookahead) * self.draw.lognormvariate(0, self.noise)
-            bandit.learn(arm, Outcome(1, tokens, arm.lookahead, judged, taken, seconds))
-            self.now += seconds
-            self.tokens += tokens
+            self.round(bandit, bandit.choose())
         return self.tokens / self.now
+
+    def round(self, bandit, arm):
+        taken = 0
+        while taken < arm.lookahead and self.draw.random() < self.acceptance[arm.method]:
+            taken += 1
+        tokens, judged = taken + 1, min(taken + 1, arm.lookahead)
+        seconds = (1 + self.cost * arm.lookahead) * self.draw.lognormvariate(0, self.noise)
+        bandit.learn(arm, Outcome(1, tokens, arm.lookahead, judged, taken, seconds))
+        self.now += seconds
+        self.tokens += tokens
 
     def rate(self, arm):
         a = self.acceptance[arm.method]
@@ -147,3 +149,59 @@ def test_what_was_learned_lasts_from_call_to_call(tokenizers):
     assert dec._policy(True, 1) is policy
     assert len(policy.history) > known
     assert dec._policy(False, 1) is not policy
+
+
+# ------------------------------------------------------------- arms that have to be prepared
+class Dear(World):
+    """A world where the first round of each drafting arm takes so many seconds more."""
+
+    def __init__(self, *args, price, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.price, self.ready = price, set()
+
+    def round(self, bandit, arm):
+        if arm != PLAIN and arm not in self.ready:
+            self.ready.add(arm)
+            bandit.prepared(arm, self.price)
+            self.now += self.price
+        super().round(bandit, arm)
+
+
+@pytest.mark.parametrize("acceptance", [0.02, 0.15])
+def test_little_is_prepared_for_a_weak_drafter(acceptance):
+    """Beside the first arm, which has to be tried."""
+    world = Dear(0.3, dict.fromkeys(("plain", "tli", "slrs", "slem"), acceptance), price=40.0)
+    bandit = Bandit(["tli", "slrs", "slem"])
+    world.play(bandit, 40)
+    world.now = world.tokens = 0.0
+    assert world.play(bandit, 1500) > 0.97
+    assert len(world.ready) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_long_lookahead_is_prepared_once_it_would_have_paid(seed):
+    world = Dear(0.02, dict.fromkeys(("plain", "tli"), 0.95), seed, price=40.0)
+    bandit = Bandit(["tli"])
+    world.play(bandit, 20)
+    assert world.ready == {Arm("tli", 3)}, "nothing is missed yet"
+    world.play(bandit, 400)
+    assert len(world.ready) <= 4
+    world.now = world.tokens = 0.0
+    assert world.play(bandit, 200) > 0.8 * world.rate(Arm("tli", 12))
+
+
+def test_what_costs_nothing_to_prepare_is_played_at_once():
+    world = World(0.02, dict.fromkeys(("plain", "tli"), 0.95))
+    bandit = Bandit(["tli"], dear=False)
+    world.play(bandit, 60)
+    assert max(arm.lookahead for arm in bandit.history) >= 8
+
+
+def test_trials_lose_a_few_rounds_at_once_whatever_went_before():
+    """Long plain decoding is no credit for a spell of bad drafts."""
+    world = World(0.5, {"plain": 0.0, "tli": 0.0}, noise=0.0)
+    bandit = Bandit(["tli"])
+    world.play(bandit, 3000)
+    bandit.begin()
+    world.now = world.tokens = 0.0
+    assert world.play(bandit, 100) > 0.95

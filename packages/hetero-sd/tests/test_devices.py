@@ -79,3 +79,46 @@ def test_a_generator_serves_its_own_device():
     assert chance.serves(torch.device("cpu"))
     assert not chance.serves(torch.device("cuda", 1))
     assert Chance().serves(torch.device("cuda", 1))
+
+
+class LinearInt8(torch.nn.Module):
+    """A product with rows of 8-bit weights, whose `weight` is a method as in PyTorch's own."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.out_features = linear.out_features
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("rows", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def weight(self):
+        return self.rows
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.rows * self.scale)
+
+
+def quantised(model):
+    """Return a copy with 8-bit linear layers, the head among them."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear:
+                setattr(module, name, LinearInt8(child))
+    return model
+
+
+@pytest.mark.parametrize("method", ["tli", "slem", "slrs", "auto"])
+@pytest.mark.parametrize("who", ["target", "drafter", "both"])
+def test_quantised_models_run_by_their_own_forward(pair, who, method):
+    target, drafter, *tokenizers = pair[0]
+    target = target if who == "drafter" else quantised(target)
+    drafter = drafter if who == "target" else quantised(drafter)
+    decoder = HeteroSpeculativeDecoder(target, drafter, *tokenizers, method=method)
+    ids = tokenizers[0]("the cat sat", return_tensors="pt", add_special_tokens=False).input_ids
+    wanted = target.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+    )
+    made = decoder.generate(input_ids=ids, max_new_tokens=12)
+    assert made.sequences.tolist() == wanted.tolist()
+    assert why_not_llama(drafter if who == "drafter" else target) != ""

@@ -142,6 +142,10 @@ def test_other_settings_do_not_resume(make_mole, text, tmp_path):
         train(make_mole(), text.flip(0), tmp_path, TrainSettings(**SETTINGS))
     with pytest.raises(ValueError, match=r"other settings \(lr\)"):
         train(make_mole(), text, tmp_path, TrainSettings(**(SETTINGS | {"lr": 1.0})))
+    frozen = make_mole()
+    frozen.lm_head.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"other settings \(trained weights\)"):
+        train(frozen, text, tmp_path, TrainSettings(**SETTINGS))
 
 
 @pytest.mark.parametrize(

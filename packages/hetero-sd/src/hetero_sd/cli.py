@@ -58,7 +58,10 @@ def main(verbose: bool) -> None:
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
 def env(as_json: bool) -> None:
-    """Print versions, devices and where this package was loaded from."""
+    """Print versions and devices.
+
+    And where this package was loaded from.
+    """
     from fourfold_common import environment_report
 
     report = {

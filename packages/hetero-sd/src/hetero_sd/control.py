@@ -14,12 +14,14 @@ METHODS = ("auto", "tli", "slem", "slrs", "c-slrs", "slrs-plain", "standard")
 LADDER = (1, 2, 3, 4, 6, 8, 12)
 _DISCOUNT = 0.99  # Weight of a round at the next one: a memory of some 100 rounds.
 _ANEW = 0.1  # The same of all rounds before a text.
+_LONG = 0.998  # The same where texts of many kinds are looked at together.
 _HOPE = 1.0  # Proposals that a method is credited with, beside those judged,
 _APART = 0.3  # accepted so much oftener than those of all methods.
 _STEP = 0.06  # What a drafter step is taken to cost, in plain rounds, before one was timed.
-_GAIN = {True: 1.05, False: 0.95}  # What an arm never played must promise, if dear to prepare.
-_ALLOWANCE = 2.0  # Rounds' worth of plain decoding that trials may cost at first,
-_SHARE = 0.01  # and share of all time after that.
+_FIXED = 0.5  # Share of what a draft costs that is one for all lookaheads, on a GPU.
+_GAIN = 0.95  # What a lookahead never played must promise, of the best one's rate.
+_ALLOWANCE = 2.0  # Rounds' worth of plain decoding that trials may cost at once,
+_SHARE = 0.01  # and share of the time that pays it back.
 _RECENT = 15  # Rounds of an arm whose times are kept,
 _FIRST = 2  # how many it takes to believe them,
 _STALE = 160  # and rounds of any arm after which they are out of date.
@@ -101,6 +103,10 @@ class _Record:
         for name, value in vars(self).items():
             setattr(self, name, share * value)
 
+    def add(self, other: _Record) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
     def tokens(self, lookahead: int, prior: float = 0.5, weight: float = 2.0) -> float:
         """Return the tokens that a round is expected to bring to a row.
 
@@ -134,6 +140,9 @@ class Fixed:
     def learn(self, arm: Arm, outcome: Outcome) -> None:
         """Take note of a round."""
 
+    def prepared(self, arm: Arm, seconds: float) -> None:
+        """Take note of what getting an arm ready took, once for all."""
+
 
 class Bandit:
     """Optimism in the face of uncertainty, over plain decoding and (method, lookahead) pairs.
@@ -142,9 +151,10 @@ class Bandit:
     an arm's cost from its rounds. Both together predict what every lookahead brings: the best one
     is found without trials of the others. Methods are tried again as what is known of them fades.
 
-    Trials of what turns out slower than plain decoding may cost a small share of all time, and no
-    more: beyond it, plain decoding goes on until the share is small again. An arm that has to be
-    prepared is played only where it promises a gain. What is chosen
+    Trials of what turns out slower than plain decoding may cost a few rounds at once and a small
+    share of all time, and no more: beyond it, plain decoding goes on. An arm that has to be
+    prepared, all but the first, is prepared once it would have saved as much time as that takes,
+    had it been there: at worst twice the time that the best foresight would take. What is chosen
     depends on the past alone, never on the round at hand, so the law of the output is the same for
     any choice.
 
@@ -154,7 +164,8 @@ class Bandit:
         start: Lookahead to begin with.
         dear: Whether an arm that was never played has to be prepared, as graphs are.
 
-    Source: own; the model of the speed is Leviathan et al.'s, the optimism as in Lai and Robbins.
+    Source: own; the model of the speed is Leviathan et al.'s, the optimism as in Lai and Robbins,
+        the rule for what has to be prepared that of renting or buying skis (Karlin et al. 1988).
     """
 
     def __init__(
@@ -164,21 +175,24 @@ class Bandit:
         start: int = 3,
         dear: bool = True,
     ) -> None:
-        self._gain = _GAIN[dear]
+        self._dear = dear
+        self._fixed = _FIXED if dear else 0.0
         self._ladder = sorted(lookaheads)
         self._start = min(self._ladder, key=lambda step: abs(step - start))
         self._records = {method: _Record() for method in methods}
         self._costs: dict[Arm, _Cost] = {}
         self._rounds = 0
-        self._elapsed = 0.0
         self._lost = 0.0  # Seconds lost to trials against plain decoding; negative when gained.
+        self._long = {method: _Record() for method in methods}
+        self._ready: set[Arm] = set()
+        self._price = 0.0  # Seconds that it last took to prepare an arm.
+        self._missed: dict[Arm, float] = {}  # Seconds that arms not ready would have saved.
         self.history: list[Arm] = []
 
     def begin(self) -> None:
         """Take note that a new text begins, which may be of another kind."""
         for record in self._records.values():
             record.fade(_ANEW)
-        self._lost = max(self._lost, 0.0)  # Gains elsewhere are no credit for trials here.
 
     def choose(self) -> Arm:
         """Return the arm of the next round."""
@@ -197,26 +211,34 @@ class Bandit:
         plain = self._costs.get(PLAIN)
         if plain is None or self._rounds - plain.round > _STALE:
             return PLAIN
-        if self._lost > _ALLOWANCE * plain.seconds + _SHARE * self._elapsed:
+        if self._lost > _ALLOWANCE * plain.seconds:
             return PLAIN
-        arms = [self._best_of(method) for method in self._records]
-        best = max(arms, key=self._hoped)  # Of equals, the first method.
-        return best if self._hoped(best) * plain.seconds > 1 else PLAIN
+        arms = [arm for arm in map(self._best_of, self._records) if self._pays(arm)]
+        best = max(arms, key=self._hoped, default=PLAIN)  # Of equals, the first method.
+        return best if best != PLAIN and self._hoped(best) * plain.seconds > 1 else PLAIN
 
     def _best_of(self, method: str) -> Arm:
         """Return the arm of a method that promises most."""
-        played = [arm for arm in self._costs if arm.method == method]
-        if not played:
+        ready = [arm for arm in (*self._costs, *self._ready) if arm.method == method]
+        if not ready:
             return Arm(method, self._start)
-        best = max(played, key=self._rate)
-        if not self._costs[best].believed:
+        best = max(ready, key=self._rate)
+        if best not in self._costs or not self._costs[best].believed:
             return best
-        place = self._ladder.index(best.lookahead)
-        near = [Arm(method, step) for step in self._ladder[max(place - 1, 0) : place + 2]]
-        plain = self._rate(PLAIN)
-        least = max(self._gain * max(self._rate(best), plain), plain)
-        fresh = [arm for arm in near if arm not in self._costs and self._rate(arm) > least]
-        return max(fresh, key=self._rate, default=best)
+        steps = self._ladder
+        if not self._dear:
+            place = steps.index(best.lookahead)
+            steps = steps[max(place - 1, 0) : place + 2]
+        least = max(_GAIN * self._rate(best), self._rate(PLAIN))
+        others = [Arm(method, step) for step in steps]
+        fresh = [arm for arm in others if arm not in ready and self._rate(arm) > least]
+        return max(filter(self._pays, fresh), key=self._rate, default=best)
+
+    def _pays(self, arm: Arm) -> bool:
+        """Return whether an arm is ready, or would have saved what it takes to get it ready."""
+        if not self._dear or arm in self._costs or arm in self._ready or not self._ready:
+            return True
+        return self._missed.get(arm, 0.0) >= self._price
 
     def _rate(self, arm: Arm) -> float:
         """Return the tokens a second that an arm is expected to bring to a row."""
@@ -243,12 +265,14 @@ class Bandit:
     def _guess(self, arm: Arm) -> float:
         plain = self._costs[PLAIN].seconds if PLAIN in self._costs else 0.0
         guess = plain * (1 + _STEP * arm.lookahead)
-        timed = [other for other in self._costs if other.method == arm.method and other != arm]
+        timed = [other for other in self._costs if other not in (arm, PLAIN)]
+        own = [other for other in timed if other.method == arm.method]
+        timed = own if own or not self._dear else timed
         if not timed or arm == PLAIN:
             return guess
         near = min(timed, key=lambda other: abs(other.lookahead - arm.lookahead))
-        more = self._costs[near].seconds - plain
-        return plain + max(more, 0.0) * arm.lookahead / near.lookahead
+        more = max(self._costs[near].seconds - plain, 0.0)
+        return plain + more * (self._fixed + (1 - self._fixed) * arm.lookahead / near.lookahead)
 
     def learn(self, arm: Arm, outcome: Outcome) -> None:
         """Take note of a round."""
@@ -260,14 +284,20 @@ class Bandit:
         if arm not in self._costs:  # What is done only once is no cost of an arm's.
             seconds = min(seconds, _OUTLIER * guess)
         self._costs.setdefault(arm, _Cost()).add(seconds, guess, self._rounds)
-        self._elapsed += outcome.seconds + outcome.readied
+        if PLAIN in self._costs:
+            credit = -_ALLOWANCE * self._costs[PLAIN].seconds
+            paid = _SHARE * (outcome.seconds + outcome.readied)
+            self._lost = max(self._lost - paid, min(self._lost, credit))
+        if self._dear and self._ready:
+            self._miss(seconds)
         if arm == PLAIN:
             return
-        record = self._records[arm.method]
-        record.steps += arm.lookahead * outcome.rows
-        record.proposed += outcome.proposed
-        record.judged += outcome.judged
-        record.accepted += outcome.accepted
+        steps = arm.lookahead * outcome.rows
+        counts = steps, outcome.proposed, outcome.judged, outcome.accepted
+        found = _Record(*map(float, counts))
+        self._records[arm.method].add(found)
+        self._long[arm.method].fade(_LONG)
+        self._long[arm.method].add(found)
         if PLAIN in self._costs:
             plain = self._costs[PLAIN].seconds
             readied = min(outcome.readied, _ALLOWANCE * plain)
@@ -275,6 +305,33 @@ class Bandit:
             lost = self._costs[arm].seconds + readied - plain * outcome.tokens / outcome.rows
             # What was gained long ago is little credit for new trials.
             self._lost = max(self._lost + lost, -_ALLOWANCE * plain)
+
+    def prepared(self, arm: Arm, seconds: float) -> None:
+        """Take note of what getting an arm ready took, once for all."""
+        if arm != PLAIN:
+            self._ready.add(arm)
+            self._price = seconds
+            self._missed.clear()  # What others would have saved, this one will save now.
+
+    def _miss(self, seconds: float) -> None:
+        """Take note of what the arms that are not ready would have saved in a round.
+
+        All texts so far are what is asked, and one method is taken to be as good as another.
+        """
+        whole = _Record()
+        for record in self._long.values():
+            whole.add(record)
+
+        def rate(arm: Arm) -> float:
+            own = self._long[arm.method] if self._long[arm.method].judged else whole
+            return own.tokens(arm.lookahead) / self._seconds(arm)
+
+        ready = self._ready | self._costs.keys() - {PLAIN}
+        best = max([self._rate(PLAIN), *map(rate, ready)])
+        for arm in (Arm(method, step) for method in self._records for step in self._ladder):
+            if arm not in ready:
+                saved = seconds * (1 - best / rate(arm))
+                self._missed[arm] = max(self._missed.get(arm, 0.0) + saved, 0.0)
 
     def rates(self) -> dict[Arm, float]:
         """Return the tokens a second that each arm played so far is expected to bring to a row."""

@@ -153,7 +153,9 @@ def find_head(drafter: Any, keep: Tensor) -> Tensor | None:
     """
     head, body = drafter.get_output_embeddings(), drafter.base_model
     weight = getattr(head, "weight", None)
-    if body is drafter or weight is None or not weight.is_floating_point():
+    if body is drafter or not isinstance(weight, Tensor) or type(weight.data) is not Tensor:
+        return None  # Quantised weights are methods or tensors of a kind of their own.
+    if not weight.is_floating_point():
         return None
     if getattr(head, "bias", None) is not None or is_spread(drafter):
         return None

@@ -15,8 +15,9 @@ from ..speed import best_speedup
 from .contenders import PLAIN
 
 _logger = logging.getLogger(__name__)
-_COSTS = {0.01: "#0072b2", 0.05: "#009e73", 0.1: "#e69f00", 0.2: "#d55e00"}
+_COSTS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 _MARKERS = "os^Dv*PX"
+_FEW = 24  # Points up to which each is named.
 
 
 def draw(results: Results, output: Path) -> list[Path]:
@@ -90,8 +91,10 @@ def _speeds(results: Results) -> Any:
 
 
 def _over_acceptance(results: Results) -> Any:
-    """Return measured speed-ups over acceptance, on the curves of the model of the speed."""
+    """Return measured speed-ups over acceptance, by c, on the best that the model predicts."""
     from matplotlib import pyplot
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
 
     gained = {(*where.values(), who): value for where, who, value in _found(results, "over plain")}
     costs = {(*where.values(), who): value for where, who, value in _found(results, "c")}
@@ -103,20 +106,32 @@ def _over_acceptance(results: Results) -> Any:
     if not points:
         return None
     figure, axis = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
-    acceptances = [i / 100 for i in range(96)]
-    for c, colour in _COSTS.items():
+    scale, colours = LogNorm(_COSTS[0], _COSTS[-1]), pyplot.get_cmap("viridis")
+    acceptances = [i / 100 for i in range(98)]
+    for c in _COSTS:
         best = [best_speedup(acceptance, c)[0] for acceptance in acceptances]
-        axis.plot(acceptances, best, color=colour, linewidth=1, label=f"best lookahead, c = {c:g}")
+        label = "model: best lookahead, v = 1, o = 0" if c == _COSTS[0] else None
+        axis.plot(acceptances, best, color=colours(scale(c)), linewidth=1, label=label)
     kinds = list(dict.fromkeys((p[4]["decoding"], p[4]["batch"]) for p in points))
     for kind, marker in zip(kinds, _MARKERS * len(kinds), strict=False):
         here = [p for p in points if (p[4]["decoding"], p[4]["batch"]) == kind]
-        spread = [p[2] for p in here]
-        label = f"{kind[0]}, batch {kind[1]} (c {min(spread):.2g} to {max(spread):.2g})"
-        axis.scatter([p[0] for p in here], [p[1] for p in here], marker=marker, s=24, label=label)
-        for acceptance, speed, _, who, _ in here:
+        axis.scatter(
+            [p[0] for p in here],
+            [p[1] for p in here],
+            c=[p[2] for p in here],
+            cmap=colours,
+            norm=scale,
+            marker=marker,
+            s=26,
+            label=f"{kind[0]}, batch {kind[1]}",
+        )
+        for acceptance, speed, _, who, _ in here if len(points) <= _FEW else ():
             axis.annotate(
                 who, (acceptance, speed), fontsize=6, xytext=(3, 3), textcoords="offset points"
             )
+    bar = figure.colorbar(ScalarMappable(scale, colours), ax=axis, ticks=_COSTS, format="%g")
+    bar.set_label("c: cost of a drafter step in target steps")
+    bar.minorticks_off()
     axis.axhline(1.0, color="#7f7f7f", linewidth=0.8, linestyle=":")
     axis.set_xlim(0, 1)
     axis.set_ylim(0, max(3.0, 1.15 * max(p[1] for p in points)))
@@ -130,4 +145,4 @@ def _over_acceptance(results: Results) -> Any:
 
 def _target(results: Results) -> str:
     targets = dict.fromkeys(case["parameters"]["target"] for case in results.cases)
-    return ", ".join(targets)
+    return "\n".join(targets) if len(targets) < 4 else f"{len(targets)} pairs"

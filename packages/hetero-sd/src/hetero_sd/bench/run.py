@@ -98,8 +98,7 @@ def run_bench(
         batches: Numbers of prompts decoded together.
         tokens: New tokens of each prompt, 2 or more.
         repeats: Timed passes over the prompts, 1 or more.
-        draws: Draws of one token, to compare with the target's law; 0 for no such test. Peers, who
-            draw one row at a time, make a quarter of them.
+        draws: Draws of one token, to compare with the target's law; 0 for no such test.
         peers: Time transformers' assisted generation and prompt lookup too, one row at a time.
         peer_repeats: Timed passes of transformers' own ways, which take longest; `repeats` if
             missing.
@@ -196,7 +195,7 @@ def report(results: Results) -> str:
 
 
 def _groups(texts: Sequence[Tensor], batch: int, pair: Pair) -> list[_Group]:
-    """Return the prompts, `batch` at a time; the first ones again where the last group lacks some."""
+    """Return the prompts, `batch` at a time; the last group is filled up with the first ones."""
     pad = pair.target_tokenizer.pad_token_id or 0
     groups = []
     for place in range(0, len(texts), batch):
@@ -293,7 +292,6 @@ def _judge(
         return "", ""
     torch.manual_seed(seed)
     alone = contender.name.startswith(EAGER)
-    draws = -(-draws // 4) if alone else draws
     place = openest(pair.target, groups[0].rows[0], reference.written[0][0], options)
     return judge_sampled(pair.target, contender, place, options, draws, alone)
 

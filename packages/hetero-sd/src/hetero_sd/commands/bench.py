@@ -143,7 +143,10 @@ def bench(
     progress: bool,
     as_json: bool,
 ) -> None:
-    """Time every way to decode, side by side, with what explains its speed."""
+    """Time every way to decode, side by side.
+
+    Beside speeds: acceptance, costs, what both predict, and whether each is exact.
+    """
     pair = load(target, drafter, dtype, device, small_target, inflate)
     from ..bench import Decoding, report, run_bench
 

@@ -68,7 +68,10 @@ def verify(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Check that what is written is the target's own, on your pair of models."""
+    """Check that a pair writes what the target would.
+
+    Greedy texts token for token; sampled ones by a statistical test, and a control that must fail.
+    """
     pair = load(target, drafter, dtype, device, small_target)
     from dataclasses import asdict
 

@@ -28,7 +28,7 @@ from .options import yield_while_waiting
 @click.option("--small-target", is_flag=True, help="Use the package's small target, not SmolLM2.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 def demo(output: Path, seed: int, tokens: int, small_target: bool, progress: bool) -> None:
-    """Generate real answers with TLI and SLEM and compare with the target alone."""
+    """Answer questions with TLI, SLEM and the target alone."""
     yield_while_waiting()
     from ..demo.run import run
 

@@ -271,10 +271,14 @@ def split(texts: list[str], seed: int) -> tuple[list[str], list[str]]:
     return shuffled[count:], shuffled[:count]
 
 
+def marked(text: str) -> str:
+    """Return a text that `as_text` returned, with the target's own marks of turns."""
+    return text.replace("<s>", "<|im_start|>").replace("</s>", "<|im_end|>")
+
+
 def as_ids(tokenizer: Any, text: str) -> list[int]:
     """Return the target's tokens of a text that `as_text` returned."""
-    marked = text.replace("<s>", "<|im_start|>").replace("</s>", "<|im_end|>")
-    ids: list[int] = tokenizer.backend_tokenizer.encode(marked).ids
+    ids: list[int] = tokenizer.backend_tokenizer.encode(marked(text)).ids
     return ids
 
 

@@ -3,7 +3,8 @@
 Run as `python -m hetero_sd.demo.train --gguf FILE --data FOLDER --output FOLDER`; about seven
 minutes on one H200. `--size 4m`, the smallest, makes the drafter that ships and the small target:
 `assets.tar` in the output folder is unpacked into `hetero_sd/demo/assets`. Larger ones suit a GPU;
-unpacked anywhere, they are given to the command line as `--drafter FOLDER/drafter`.
+unpacked anywhere, they are given to the command line as `--drafter FOLDER/drafter`. `demo.distil`
+teaches them further.
 
 What the target writes is kept in `OUTPUT/texts`, and a later run goes on from there. `--texts`
 takes such a folder instead, for one drafter after another or where the machine has no target; if it
@@ -74,7 +75,6 @@ SIZES = {
         Shape(vocab=6144, hidden=256, inner=704, layers=3, heads=4, kv_heads=2), 3e-3, ships=True
     ),
     "20m": Size(Shape(vocab=16_384, hidden=512, inner=1408, layers=4, heads=8, kv_heads=2), 2e-3),
-    "60m": Size(Shape(vocab=32_000, hidden=768, inner=2048, layers=6, heads=12, kv_heads=4), 1e-3),
 }
 SMALL_TARGET = Shape(vocab=1024, hidden=192, inner=448, layers=4, heads=6, kv_heads=2)
 
@@ -283,7 +283,7 @@ def write_like(folder: Path, beginnings: list[str], *, seconds: float, rows: int
         rows: Texts a batch.
     """
     cuda = torch.cuda.is_available()
-    model, tokenizer = _load_drafter(folder)
+    model, tokenizer = load_drafter(folder)
     model = model.eval().to("cuda", torch.bfloat16) if cuda else model.eval()
     draw, begun = random.Random(0), time.perf_counter()
     texts: list[str] = []
@@ -320,7 +320,7 @@ def _load_target(gguf: Path | None, data: Path) -> tuple[Any, Any]:
     return target, AutoTokenizer.from_pretrained(data / "tokenizers" / "smollm2")
 
 
-def _load_drafter(folder: Path) -> tuple[Any, Any]:
+def load_drafter(folder: Path) -> tuple[Any, Any]:
     """Return a drafter trained before, with weights of float32, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -421,7 +421,7 @@ def main(
         drafter_tokenizer = train_drafter_tokenizer(unmarked, chosen.shape.vocab)
         drafter = build(chosen.shape, drafter_tokenizer)
     else:
-        drafter, drafter_tokenizer = _load_drafter(start)
+        drafter, drafter_tokenizer = load_drafter(start)
     models = {"drafter": (drafter, drafter_tokenizer)}
     lines = {"drafter": ours, "more": other, "held": held}
     streams = {name: _stream(drafter_tokenizer, part) for name, part in lines.items()}
