@@ -1,9 +1,9 @@
 """Record what the package adasplash 0.2.2 computes on small inputs, for tests/test_compat.py.
 
 Run with that package in PYTHONPATH instead of ours, on a GPU:
-`python packages/adasplash/benchmarks/record_upstream.py FILE.npz`. Inputs are drawn on the CPU from a
-seed and stored with the outputs and gradients, in float32; its kernels are compiled in one of their
-configurations each instead of being tuned.
+`python packages/adasplash/benchmarks/record_upstream.py FILE.npz`. Inputs are drawn on the CPU from
+a seed and stored with the outputs and gradients, in float32; its kernels are compiled in one of
+their configurations each instead of being tuned.
 """
 
 from __future__ import annotations
