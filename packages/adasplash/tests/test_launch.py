@@ -5,7 +5,6 @@ import torch
 
 from adasplash import adasplash
 from adasplash.kernels import launch as module
-from adasplash.kernels.attention import operators
 from adasplash.testing import oracle_weights, random_inputs, relative_error
 
 
@@ -48,58 +47,6 @@ def test_a_variant_is_asked_for_once(monkeypatch):
     assert len(other.asked) == 1
     module.launch(kernel, 7, ("b",), 5, 6, **first)
     assert kernel.direct[1:] == [(2, (7, 1, 1), (5, 6, 8, True))]
-
-
-def test_ahead_everything_is_compiled_and_nothing_runs(monkeypatch):
-    monkeypatch.setattr(module, "interpreted", lambda kernel: False)
-    monkeypatch.setattr(module, "_variants", {})
-    kernel, loaded = _Kernel(), []
-
-    class Compiled:
-        def __init__(self, *given):
-            self.given = given
-
-        @property
-        def run(self):
-            loaded.append(self.given)
-            if self.given[0] == 2:
-                raise RuntimeError("cannot be loaded")
-
-    kernel.warmup = lambda *args, grid, **constants: Compiled(*args, grid, constants)
-
-    def call():
-        for x in (1, 2, 3):
-            module.launch(kernel, x, ("a",), x, 7, WIDTH=8, DEEP=True)
-        raise ValueError("as what the launches would have written is missing")
-
-    module.compile_ahead(call)
-    rest = {"WIDTH": 8, "DEEP": True}
-    assert sorted(loaded) == [(x, 7, (x,), rest) for x in (1, 2, 3)]
-    assert kernel.asked == []
-    module.launch(kernel, 3, ("a",), 1, 7, **rest)
-    assert len(kernel.asked) == 1
-
-
-def test_the_first_call_of_a_kind_prepares_its_backward(device, monkeypatch):
-    asked = []
-
-    def ahead(call):
-        asked.append(call)
-        token = module._ahead.set([])
-        call()
-        module._ahead.reset(token)
-
-    monkeypatch.setattr(operators, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(operators, "_prepared", set())
-    monkeypatch.setattr(module, "compile_ahead", ahead)
-    q, k, v = (x.requires_grad_() for x in random_inputs(1, 2, 2, 20, 20, 16, device=device))
-    want = adasplash(q, k, v, backend="reference")
-    for _ in range(2):
-        found = adasplash(q, k, v, backend="triton")
-        assert relative_error(found.detach(), want.detach()) < 1e-5
-    assert len(asked) == 1
-    adasplash(q, k, v, backend="triton", window=(3, 0))
-    assert len(asked) == 2
 
 
 @pytest.mark.gpu

@@ -77,16 +77,13 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _launch_forward(*inputs)
 
 
-def _launch_forward(
-    q: Tensor, *inputs: Any, backward: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_forward(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, tau and the bits of the blocks that hold weight."""
-    output, tau, active = _run_forward(q, *inputs, backward=backward)
+    output, tau, active = _run_forward(q, *inputs)
     return output, tau, _on_device(_marks().packed, active)
 
 
-def _run_forward(q: Tensor, *inputs: Any, backward: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    _prepare(q, *inputs, backward=backward)
+def _run_forward(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     made: tuple[Tensor, Tensor, Tensor] = _on_device(
         _kernels()[0].launch_forward, q, *inputs[:6], *_window_and_terms(*inputs[6:])
     )
@@ -97,46 +94,6 @@ def _window_and_terms(left: int, right: int, *terms: Any) -> tuple[tuple[int, in
     made = Terms(*terms)
     made = made._replace(bias=brought_close(made.bias))
     return None if left < 0 else (left, right), made
-
-
-_prepared: set[tuple[Any, ...]] = set()
-
-
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
-
-
-def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, alpha: Tensor | None, scale: float,
-    is_causal: bool, left: int, right: int, *rest: Any, backward: bool,
-) -> None:  # fmt: skip
-    """Compile the kernels of a first call side by side, those of its backward with them."""
-    if not _on_gpu(q):
-        return
-    terms = Terms(*rest)
-    kind = (
-        q.dtype, q.device, q.shape[3], v.shape[3], key_mask is None, alpha is None, is_causal,
-        left < 0, terms.form, terms.dropout > 0.0, backward,
-    )  # fmt: skip
-    if kind in _prepared:
-        return
-    _prepared.add(kind)
-
-    def call(q: Tensor) -> None:
-        forward, its_backward = _kernels()
-        window, its = _window_and_terms(left, right, *rest)
-        same = q, k, v, key_mask, alpha
-        output, tau, active = forward.launch_forward(*same, scale, is_causal, window, its)
-        if backward:
-            active = _marks().unpacked(_marks().packed(active), active.shape[-1])
-            its_backward.launch_backward(
-                output, *same, tau, active, scale, is_causal, window, its,
-                bias_grad=its.bias is not None and rest[1].requires_grad,
-            )  # fmt: skip
-
-    from ..launch import compile_ahead
-
-    _on_device(lambda x: compile_ahead(lambda: call(x)), q)
 
 
 @cache
@@ -314,9 +271,7 @@ class _Eager(torch.autograd.Function):
         settings: tuple[Any, ...],
         terms: Terms,
     ) -> Tensor:
-        output, tau, bits = _launch_forward(
-            q, k, v, key_mask, alpha, *settings, *terms, backward=True
-        )
+        output, tau, bits = _launch_forward(q, k, v, key_mask, alpha, *settings, *terms)
         _keep(ctx, (q, k, v, key_mask, alpha, tau, bits), settings, terms)
         return output
 
