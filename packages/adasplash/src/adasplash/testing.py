@@ -90,7 +90,8 @@ def local_inputs(
         return torch.randn(shape, generator=generator, device=device)
 
     def long(x: Tensor) -> Tensor:
-        return x / x.norm(dim=-1, keepdim=True) * dim_head**0.5
+        scaled: Tensor = x / x.norm(dim=-1, keepdim=True) * dim_head**0.5
+        return scaled
 
     # A sum of past noise, the older the less, as a product of spectra.
     fading = torch.exp(-torch.arange(length, device=device) / reach)
