@@ -63,8 +63,10 @@ def test_each_tile_is_computed_once(device):
     assert mine == [True, True, False, False, True]  # the last has no neighbour
     assert tau[0, 0, 128:256].isnan().all()
     output = torch.full_like(q, torch.nan)
-    active = torch.zeros(candidates.listed.shape, dtype=torch.int8, device=device)
-    pairs.dense_pairs(problem, candidates, tau, output, active)
+    marks = torch.zeros(candidates.listed.shape, dtype=torch.int8, device=device)
+    active = torch.zeros(1, 2, 5, 1, dtype=torch.uint8, device=device)
+    pairs.dense_pairs(problem, candidates, tau, output, marks, active)
+    assert active[0, 0].flatten().tolist() == [0, 0, 63, 63, 0]  # six blocks, all with weight
     assert output[:, :, 128:256].isfinite().all()
     assert output[:, :, :128].isnan().all()
     assert output[:, :, 256:].isnan().all()

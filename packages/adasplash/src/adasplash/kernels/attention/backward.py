@@ -35,7 +35,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import interpreted, launch
+from ..launch import interpreted, launch, side_by_side
 from .bias import bias_gradient
 from .philox import words
 from .scores import (
@@ -132,7 +132,8 @@ def _queries_kernel(
     head_kv = head // group
     mask_ptr += batch.to(tl.int64) * stride_mask
     list_ptr += line * n_blocks
-    count = list_marked(active_ptr + line * n_blocks, 1, n_blocks, list_ptr, True)
+    active_ptr += line * tl.cdiv(n_blocks, 8)
+    count = list_marked(active_ptr, 0, 0, n_blocks, list_ptr, True)
     row_base = plane.to(tl.int64) * seq_q
     tile, row_at, seq_q, key_at, seq_k, _sequence = sequence_of(
         tile, bounds_q_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, seq_q, seq_k, FORM, BLOCK_M
@@ -282,9 +283,10 @@ def _keys_kernel(
         head = head_kv * group + member
         plane = batch * heads + head
         line = plane.to(tl.int64) * n_tiles + first_tile
-        marks = active_ptr + line * n_blocks + block
+        n_bytes = tl.cdiv(n_blocks, 8)
+        marks = active_ptr + line * n_bytes + block // 8
         listed = list_ptr + (plane * n_slots + slot).to(tl.int64) * list_width
-        count = list_marked(marks, n_blocks, its_tiles, listed, False)
+        count = list_marked(marks, n_bytes, block % 8, its_tiles, listed, False)
         alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
         power = 1.0 / (alpha - 1.0)
         factor = factor_of(scale, alpha, FORM)
@@ -389,18 +391,19 @@ def launch_backward(
         "num_stages": tiles.back_stages,
     }
     kind = *problem.kind, (tau.data_ptr() | active.data_ptr()) % 16  # they may be anybody's
-    launch(
-        _queries_kernel, n_tiles * problem.planes, kind,
-        *sources, tau, dq, rows, dalpha, dslope, *numbers, dim_head,
-        QUICK=problem.quick and terms.form in (0, PACKED.value) and not terms.dropout,
-        ALPHA_GRAD=alpha is not None, HELD=tiles.held.queries and not interpreting,
-        INTERPRETED=interpreting, **constants, maxnreg=tiles.most.queries,
-    )  # fmt: skip
-    launch(
-        _keys_kernel, slots * k.shape[0] * k.shape[1], kind,
-        *sources, rows, dk, dv, *numbers, width, dim_head, dim_value, **constants,
-        HELD=tiles.held.keys and not interpreting,
-    )  # fmt: skip
+    with side_by_side():
+        launch(
+            _queries_kernel, n_tiles * problem.planes, kind,
+            *sources, tau, dq, rows, dalpha, dslope, *numbers, dim_head,
+            QUICK=problem.quick and terms.form in (0, PACKED.value) and not terms.dropout,
+            ALPHA_GRAD=alpha is not None, HELD=tiles.held.queries and not interpreting,
+            INTERPRETED=interpreting, **constants, maxnreg=tiles.most.queries,
+        )  # fmt: skip
+        launch(
+            _keys_kernel, slots * k.shape[0] * k.shape[1], kind,
+            *sources, rows, dk, dv, *numbers, width, dim_head, dim_value, **constants,
+            HELD=tiles.held.keys and not interpreting,
+        )  # fmt: skip
     sums = (tau.new_empty(0) if x is rows else x.sum(-1) for x in (dalpha, dslope))
     dbias = bias_gradient(problem, grad, active, rows) if bias_grad else tau.new_empty(0)
     return dq, dk, dv, *sums, dbias

@@ -49,7 +49,8 @@ def _bias_kernel(
         this = tile + member % its_tiles
         plane = batch * heads + head
         line = plane.to(tl.int64) * n_tiles + this
-        if tl.load(active_ptr + line * n_blocks + block) != 0:
+        marks = tl.load(active_ptr + line * tl.cdiv(n_blocks, 8) + block // 8).to(tl.int32)
+        if (marks >> (block % 8)) & 1 != 0:
             first = this * BLOCK_M
             alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
             terms = terms_of(

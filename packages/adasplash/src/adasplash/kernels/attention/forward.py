@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import torch
 
+from ..launch import side_by_side
 from .output import weighted_sum
 from .pairs import dense_pairs
 from .screen import screen
@@ -46,6 +47,9 @@ def launch_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return output, tau and the blocks that hold weight.
 
+    The latter are uint8 `[batch, heads, tiles of queries, blocks of keys / 8]`, a bit for each
+    block, the first one in the lowest bit.
+
     Args:
         q: `[batch, heads, seq_q, dim_head]`.
         k: `[batch, heads_kv, seq_k, dim_head]`.
@@ -59,11 +63,14 @@ def launch_forward(
         skip: False visits every block; in float32 the output is the same, bit for bit.
     """
     problem = pose(q, k, v, key_mask, alpha, scale, is_causal, window, terms)
-    candidates = screen(problem, skip=skip)
     output = problem.new(*q.shape[:3], v.shape[-1], dtype=q.dtype)
-    active = torch.zeros(candidates.listed.shape, dtype=torch.int8, device=q.device)
-    tau, slope = threshold(problem, candidates)
-    weighted_sum(problem, candidates, tau, slope, output, active)
-    if problem.paired:
-        dense_pairs(problem, candidates, tau, output, active)
+    marks = torch.zeros((*q.shape[:2], *problem.grid), dtype=torch.int8, device=q.device)
+    shape = *marks.shape[:3], -(-marks.shape[3] // 8)
+    active = torch.empty(shape, dtype=torch.uint8, device=q.device)
+    with side_by_side():
+        candidates = screen(problem, skip=skip)
+        tau, slope = threshold(problem, candidates)
+        weighted_sum(problem, candidates, tau, slope, output, marks, active)
+        if problem.paired:
+            dense_pairs(problem, candidates, tau, output, marks, active)
     return output, tau, active

@@ -117,7 +117,8 @@ def _(
     marks = marks_of(q.shape, k.shape[2], tiles_for(q, v), terms.n_seq, terms.max_k)
     output = q.new_empty(*q.shape[:-1], v.shape[-1])
     tau = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    active = torch.empty((*q.shape[:2], *marks), dtype=torch.int8, device=q.device)
+    shape = *q.shape[:2], marks[0], (marks[1] + 7) // 8
+    active = torch.empty(shape, dtype=torch.uint8, device=q.device)
     return output, tau, active
 
 

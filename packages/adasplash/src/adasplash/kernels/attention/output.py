@@ -20,7 +20,17 @@ from .philox import words
 from .scores import factor_of, load_part, scores, sequence_of, terms_of
 from .screen import is_dense
 from .solver import SLACK
-from .tiles import SIZES, UNALIGNED, Problem, excess, hold, padded, partial_sums, store_rows
+from .tiles import (
+    SIZES,
+    UNALIGNED,
+    Problem,
+    excess,
+    hold,
+    pack_marks,
+    padded,
+    partial_sums,
+    store_rows,
+)
 
 if TYPE_CHECKING:
     from .screen import Candidates
@@ -31,7 +41,7 @@ MAX_TRIES = 8
 @triton.jit
 @no_type_check
 def weigh(
-    q, tau, slope, k_desc, v_desc, mask_ptr, list_ptr, active_ptr, seed_ptr, terms, plane, batch,
+    q, tau, slope, k_desc, v_desc, mask_ptr, list_ptr, marks_ptr, seed_ptr, terms, plane, batch,
     head_kv, row_at, key_at, first, begin, count, seq_q, seq_k, left, right, factor, power,
     n_blocks, drop_below, tolerance, max_tries,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -78,7 +88,7 @@ def weigh(
                 drawn = words(tl.load(seed_ptr), plane, row_at + first, start, BLOCK_M, BLOCK_N)
                 p = tl.where(drawn >= drop_below, p, 0.0)
             output = tl.dot(p.to(v.dtype), v, output, input_precision="ieee")
-            tl.store(active_ptr + block * BLOCKS + marks, 1, mask=its != 0.0)
+            tl.store(marks_ptr + block * BLOCKS + marks, 1, mask=its != 0.0)
             total += tl.sum(its, 1) if BLOCKS > 1 else its
         if QUICK:
             whole = tl.sum(total, 1)
@@ -102,7 +112,7 @@ def weigh(
 @no_type_check
 def _output_kernel(
     q_desc, k_desc, v_desc, mask_ptr, alpha_ptr, list_ptr, count_ptr, tau_ptr, slope_ptr, out_ptr,
-    active_ptr,
+    marks_ptr, active_ptr,
     slopes_ptr, bias_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, cap,
     bias_batch, bias_head, bias_row, bias_key,
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
@@ -124,7 +134,7 @@ def _output_kernel(
     head_kv = head // group
     mask_ptr += batch.to(tl.int64) * stride_mask
     list_ptr += line * n_blocks
-    active_ptr += line * n_blocks
+    marks_ptr += line * n_blocks
     count = tl.load(count_ptr + line)
     if PAIRED and is_dense(
         count_ptr + line, tile, n_tiles, seq_q, seq_k, mask_ptr,
@@ -152,7 +162,7 @@ def _output_kernel(
         bias_batch, bias_head, bias_row, bias_key, FORM,
     )  # fmt: skip
     output, tau, last = weigh(
-        q, tau, slope, k_desc, v_desc, mask_ptr, list_ptr, active_ptr, seed_ptr, terms, plane,
+        q, tau, slope, k_desc, v_desc, mask_ptr, list_ptr, marks_ptr, seed_ptr, terms, plane,
         batch, head_kv, row_at, key_at, first, 0, count, seq_q, seq_k, left, right, factor, power,
         n_blocks, drop_below, tolerance, max_tries,
         IS_CAUSAL, HAS_MASK, HAS_WINDOW, HALF, FORM, True, DROPOUT, QUICK, SATURATE, BLOCK_M,
@@ -162,6 +172,7 @@ def _output_kernel(
         tl.store(tau_ptr + row_base + rows, tau, mask=rows < last)
     if DROPOUT:
         output = output * keep_scale
+    pack_marks(marks_ptr, active_ptr + line * tl.cdiv(n_blocks, 8), n_blocks)
     store_rows(out_ptr + row_base * dim_value, output, rows, last, dim_value, BLOCK_DV)
 
 
@@ -170,15 +181,15 @@ def weighted_sum(
     candidates: Candidates,
     tau: torch.Tensor,
     slope: torch.Tensor,
-    output: torch.Tensor,
-    active: torch.Tensor,
+    *results: torch.Tensor,
 ) -> None:
-    """Write the output, and which blocks hold weight."""
+    """Write the output, and which blocks hold weight: marks and packed, as in `forward.py`."""
+    output = results[0]
     tiles, quick, dim_value = problem.tiles, problem.quick, output.shape[-1]
     launch(
         _output_kernel, problem.grid[0] * problem.planes, problem.kind,
         *problem.descriptors, problem.mask, problem.alpha, *candidates[3:], tau, slope,
-        output, active, *problem.added, *problem.sizes, problem.scale, *problem.drop, dim_value,
+        *results, *problem.added, *problem.sizes, problem.scale, *problem.drop, dim_value,
         SLACK.get(output.dtype, 0.0), MAX_TRIES, **problem.switches,
         PAIRED=problem.paired, DROPOUT=problem.terms.dropout > 0.0,
         QUICK=quick, SATURATE=quick and not interpreted(_output_kernel),

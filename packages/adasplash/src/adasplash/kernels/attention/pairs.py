@@ -21,15 +21,25 @@ from .output import MAX_TRIES, weigh
 from .screen import Candidates, blocks_of, is_dense
 from .solver import MAX_PASSES, NEAR, SLACK
 from .threshold import solve
-from .tiles import SIZES, UNALIGNED, Problem, describe, hold, load_tile, padded, store_rows
+from .tiles import (
+    SIZES,
+    UNALIGNED,
+    Problem,
+    describe,
+    hold,
+    load_tile,
+    pack_marks,
+    padded,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 @no_type_check
 def _pairs_kernel(
     q_desc, k_desc, v_desc, mask_ptr, top_ptr, bound_ptr, start_ptr, count_ptr, tau_ptr, out_ptr,
-    active_ptr, stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
-    dim_value, near, tolerance, max_passes, max_tries,
+    marks_ptr, active_ptr, stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks,
+    scale, dim_value, near, tolerance, max_passes, max_tries,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, SATURATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, HELD: tl.constexpr,
@@ -65,13 +75,17 @@ def _pairs_kernel(
             IS_CAUSAL, HAS_MASK, False, True, 0, False, True, SATURATE,
             BLOCK_N, ROWS, KEYS, BLOCK_D,
         )  # fmt: skip
+        marks_ptr += line * n_blocks
         output, tau, last = weigh(
-            q, tau, slope, k_desc, v_desc, mask_ptr, count_ptr, active_ptr + line * n_blocks,
-            count_ptr, 0, plane, batch, head // group, 0, 0, first, begin, count, seq_q, seq_k,
+            q, tau, slope, k_desc, v_desc, mask_ptr, count_ptr, marks_ptr, count_ptr,
+            0, plane, batch, head // group, 0, 0, first, begin, count, seq_q, seq_k,
             left, right, factor, 2.0, n_blocks, 0, tolerance, max_tries,
             IS_CAUSAL, HAS_MASK, False, True, 0, False, False, True, SATURATE, BLOCK_M, BLOCK_N,
             ROWS, KEYS, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
+        n_bytes = tl.cdiv(n_blocks, 8)
+        for its in tl.static_range(0, ROWS // BLOCK_M):
+            pack_marks(marks_ptr + its * n_blocks, active_ptr + (line + its) * n_bytes, n_blocks)
         tl.store(tau_ptr + places, tau, mask=rows < last)
         out_ptr += plane.to(tl.int64) * seq_q * dim_value
         store_rows(out_ptr, output, rows, last, dim_value, BLOCK_DV)
@@ -81,10 +95,10 @@ def dense_pairs(
     problem: Problem,
     candidates: Candidates,
     tau: torch.Tensor,
-    output: torch.Tensor,
-    active: torch.Tensor,
+    *results: torch.Tensor,
 ) -> None:
     """Write what the other kernels have left out: output, tau, and which blocks hold weight."""
+    output = results[0]
     tiles, switches, dtype = problem.tiles, problem.switches, output.dtype
     top, bound, start, _, length = candidates
     sources = (
@@ -95,7 +109,7 @@ def dense_pairs(
     launch(
         _pairs_kernel, problem.grid[0] // 2 * (2 * tiles.block_m // tiles.pair_m) * problem.planes,
         problem.kind, *sources, problem.mask,
-        top, bound, start, length, tau, output, active, *problem.sizes, problem.scale,
+        top, bound, start, length, tau, *results, *problem.sizes, problem.scale,
         output.shape[-1], NEAR[dtype], SLACK[dtype], MAX_PASSES, MAX_TRIES,
         IS_CAUSAL=switches["IS_CAUSAL"], HAS_MASK=switches["HAS_MASK"], SATURATE=not interpreting,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=switches["BLOCK_D"],

@@ -52,7 +52,8 @@ from .tiles import (
 _ROOM = 2**28  # bytes of stored maxima
 _CHUNK, _LISTED, _WARPS = 4, 64, 1  # of the second kernel: blocks at a time
 _LIST_SWITCHES = "IS_CAUSAL", "HAS_MASK", "HAS_WINDOW", "HALF", "FORM", "BLOCK_M", "BLOCK_N"
-_STEPS = tl.constexpr(3)
+_STEPS = tl.constexpr(2)
+_MANY = tl.constexpr(16)  # blocks whose maxima rise above the largest score - 1
 _SHARE = tl.constexpr(0.8)  # of the weight of a row, that of the maxima of blocks alone; a guess
 
 
@@ -352,15 +353,16 @@ def _list_kernel(
             real = blocks >= begin
             peaks = _peaks(peak_ptr, blocks, inner, real, TILE_M)
             needed = tl.max(((peaks <= limit[None, :]) == 0).to(tl.int32), 1)  # true for NaN
-            if not SKIP:
-                needed = needed * 0 + 1
             needed = tl.where(real, needed, 0)
             tl.store(list_ptr + count + tl.cumsum(needed, 0) - needed, blocks, mask=needed != 0)
             count += tl.sum(needed, 0)
         tl.debug_barrier()  # other threads read the list
 
-        # Newton's method and the like on the maxima alone, until it hardly moves.
+        # Newton's method and the like on the maxima alone, until it hardly moves; where many scores
+        # are near the largest tau is far from the lowest that it can be.
         bound, t, guess, steps, moving = lowest, lowest, lowest, 0, 1
+        if HALF:
+            t += tl.where(count > _MANY, 0.3, 0.0)
         while (steps < _STEPS) & (moving > 0):
             sum_p = tl.zeros([CHUNK, BLOCK_M], tl.float32)
             sum_u = tl.zeros([CHUNK, BLOCK_M], tl.float32)
@@ -398,18 +400,22 @@ def _list_kernel(
 
         limit = _limit(bound, slack, known, rows < seq_q)
         kept = 0
-        for offset in range(0, count, CHUNK):
-            index = offset + tl.arange(0, CHUNK)
-            real = index < count
-            blocks = tl.load(list_ptr + index, mask=real, other=0)
-            peaks = _peaks(peak_ptr, blocks, inner, real, TILE_M)
-            needed = tl.max(((peaks <= limit[None, :]) == 0).to(tl.int32), 1)
-            if not SKIP:
-                needed = needed * 0 + 1
-            needed = tl.where(real, needed, 0)
-            tl.debug_barrier()  # never beyond what all have read
-            tl.store(list_ptr + kept + tl.cumsum(needed, 0) - needed, blocks, mask=needed != 0)
-            kept += tl.sum(needed, 0)
+        if SKIP:
+            for offset in range(0, count, CHUNK):
+                index = offset + tl.arange(0, CHUNK)
+                real = index < count
+                blocks = tl.load(list_ptr + index, mask=real, other=0)
+                peaks = _peaks(peak_ptr, blocks, inner, real, TILE_M)
+                needed = tl.max(((peaks <= limit[None, :]) == 0).to(tl.int32), 1)
+                needed = tl.where(real, needed, 0)
+                tl.debug_barrier()  # never beyond what all have read
+                tl.store(list_ptr + kept + tl.cumsum(needed, 0) - needed, blocks, mask=needed != 0)
+                kept += tl.sum(needed, 0)
+        else:
+            for offset in range(0, end - begin, LISTED):
+                blocks = end - 1 - offset - tl.arange(0, LISTED)
+                tl.store(list_ptr + end - 1 - blocks, blocks, mask=blocks >= begin)
+            kept = tl.maximum(end - begin, 0)
         tl.store(count_ptr + line, kept)
 
 

@@ -131,7 +131,10 @@ def n_slots(seq: int, block: int, n_seq: int) -> int:
 def marks_of(
     shape: tuple[int, ...], keys: int, tiles: Tiles, n_seq: int, max_k: int
 ) -> tuple[int, int]:
-    """Return the tiles of queries, and the blocks of keys of the longest sequence."""
+    """Return the tiles of queries, and the blocks of keys of the longest sequence.
+
+    What is kept is a bit for each of them, in rows of whole bytes.
+    """
     return n_slots(shape[2], tiles.block_m, n_seq), -(-(max_k or keys) // tiles.block_n)
 
 
@@ -303,19 +306,37 @@ def load_numbers(rows_ptr, line, BLOCK_M: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def list_marked(marked_ptr, stride, n_items, list_ptr, DESCENDING: tl.constexpr):
+def pack_marks(marks_ptr, packed_ptr, n_items):
+    """Write eight marks of a line, bytes that are 0 or 1, to the byte."""
+    CHUNK: tl.constexpr = 64
+    tl.debug_barrier()  # other threads have written them
+    bits = tl.arange(0, 8)[None, :]
+    for start in range(0, tl.cdiv(n_items, 8), CHUNK):
+        places = start + tl.arange(0, CHUNK)
+        item = places[:, None] * 8 + bits
+        marks = tl.load(marks_ptr + item, mask=item < n_items, other=0).to(tl.int32)
+        packed = tl.sum(marks << bits, 1).to(tl.uint8)
+        tl.store(packed_ptr + places, packed, mask=places * 8 < n_items)
+
+
+@triton.jit
+@no_type_check
+def list_marked(packed_ptr, stride, bit, n_items, list_ptr, DESCENDING: tl.constexpr):
     """Write the indices of the marked items of one line; return how many they are.
 
-    Every program lists the blocks that it visits by itself: nothing waits for the device or for
-    another launch.
+    Marks are packed along the line where `stride` is 0, else they are the `bit` of bytes that far
+    apart. Every program lists the blocks that it visits by itself: nothing waits for the device or
+    for another launch.
     """
     CHUNK: tl.constexpr = 128
     count = 0
     for start in range(0, n_items, CHUNK):
         order = start + tl.arange(0, CHUNK)
         item = n_items - 1 - order if DESCENDING else order
-        marked = tl.load(marked_ptr + item.to(tl.int64) * stride, mask=order < n_items, other=0)
-        marked = marked.to(tl.int32)
+        along = stride == 0
+        place = tl.where(along, item // 8, item.to(tl.int64) * stride)
+        byte = tl.load(packed_ptr + place, mask=order < n_items, other=0).to(tl.int32)
+        marked = (byte >> tl.where(along, item % 8, bit)) & 1
         tl.store(list_ptr + count + tl.cumsum(marked, 0) - marked, item, mask=marked != 0)
         count += tl.sum(marked, 0)
     tl.debug_barrier()  # other threads read the list
