@@ -59,7 +59,6 @@ from .tiles import (
     describe,
     excess,
     hide,
-    hold,
     list_marked,
     load_numbers,
     n_slots,
@@ -86,7 +85,7 @@ def _block(
     """Return x, u and dP of the rows from `first` on and the keys from `start` on, and c'."""
     s, gate = scores(
         q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
-        IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_N, BLOCK_M, BLOCK_N,
+        IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     x, u = excess(s, factor, tau[:, None], power, HALF, SATURATE)
     dp = tl.dot(do, v.T, input_precision="ieee")
@@ -117,7 +116,7 @@ def _queries_kernel(
     HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
     QUICK: tl.constexpr, SATURATE: tl.constexpr, ALPHA_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HELD: tl.constexpr, INTERPRETED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Write dQ of one tile of queries, and tau and delta of its rows side by side.
 
@@ -143,7 +142,6 @@ def _queries_kernel(
     row_base += row_at
     q = load_part(q_desc, batch, head, row_at, first, seq_q, FORM, BLOCK_M, BLOCK_D)
     do = load_part(do_desc, batch, head, row_at, first, seq_q, FORM, BLOCK_M, BLOCK_DV)
-    q, do = hold(q, BLOCK_D, HELD), hold(do, BLOCK_DV, HELD)
     tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
 
     alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
@@ -249,7 +247,6 @@ def _keys_kernel(
     HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
     SATURATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HELD: tl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of one block of keys, summed over the query heads that share them.
 
@@ -276,7 +273,6 @@ def _keys_kernel(
     keys = first_key + tl.arange(0, BLOCK_N)
     k = load_part(k_desc, batch, head_kv, key_at, first_key, seq_k, FORM, BLOCK_N, BLOCK_D)
     v = load_part(v_desc, batch, head_kv, key_at, first_key, seq_k, FORM, BLOCK_N, BLOCK_DV)
-    k, v = hold(k, BLOCK_D, HELD), hold(v, BLOCK_DV, HELD)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, group):
@@ -388,7 +384,6 @@ def launch_backward(
         "SATURATE": problem.quick and not interpreting,
         "BLOCK_DV": padded(dim_value),
         "num_warps": tiles.num_warps,
-        "num_stages": tiles.back_stages,
     }
     kind = *problem.kind, (tau.data_ptr() | active.data_ptr()) % 16  # they may be anybody's
     with side_by_side():
@@ -396,13 +391,13 @@ def launch_backward(
             _queries_kernel, n_tiles * problem.planes, kind,
             *sources, tau, dq, rows, dalpha, dslope, *numbers, dim_head,
             QUICK=problem.quick and terms.form in (0, PACKED.value) and not terms.dropout,
-            ALPHA_GRAD=alpha is not None, HELD=tiles.held.queries and not interpreting,
-            INTERPRETED=interpreting, **constants, maxnreg=tiles.most.queries,
+            ALPHA_GRAD=alpha is not None, INTERPRETED=interpreting, **constants,
+            num_stages=tiles.queries_stages, maxnreg=tiles.most.queries,
         )  # fmt: skip
         launch(
             _keys_kernel, slots * k.shape[0] * k.shape[1], kind,
             *sources, rows, dk, dv, *numbers, width, dim_head, dim_value, **constants,
-            HELD=tiles.held.keys and not interpreting,
+            num_stages=tiles.keys_stages,
         )  # fmt: skip
     sums = (tau.new_empty(0) if x is rows else x.sum(-1) for x in (dalpha, dslope))
     dbias = bias_gradient(problem, grad, active, rows) if bias_grad else tau.new_empty(0)

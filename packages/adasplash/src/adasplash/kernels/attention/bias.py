@@ -65,7 +65,7 @@ def _bias_kernel(
             its_mask = mask_ptr + batch.to(tl.int64) * stride_mask
             s, _gate = scores(
                 q, k, its_mask, terms, first, block * BLOCK_N, seq_q, seq_k, left, right,
-                IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_N, BLOCK_M, BLOCK_N,
+                IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             factor = factor_of(scale, alpha, FORM)
             _x, u = roots(s * factor, tau[:, None], 1.0 / (alpha - 1.0), HALF)
@@ -116,6 +116,6 @@ def bias_gradient(
         bias.shape[1], *sharing,
         **problem.switches, DROPOUT=problem.terms.dropout > 0.0, ALL_ROWS=all_rows,
         BLOCK_DV=padded(problem.v.shape[-1]),
-        num_warps=tiles.num_warps, num_stages=tiles.back_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.queries_stages,
     )  # fmt: skip
     return dbias

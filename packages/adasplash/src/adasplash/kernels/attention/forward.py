@@ -8,8 +8,7 @@ with `tau_i` such that the row sums to 1. Three steps, of which only the first s
 2. `threshold.py` solves for tau over those.
 3. `output.py` adds up `p v` over them, and marks the blocks that hold any weight for the backward.
 
-Where the lists of two tiles hold nearly all blocks, `pairs.py` takes the last two steps for both at
-once. In half formats at alpha 1.5 tau is as exact as the format: weights are divided by their sum.
+In half formats at alpha 1.5 tau is as exact as the format: weights are divided by their sum.
 
 For another alpha, `z = (alpha - 1) s` and `p = x ** (1 / (alpha - 1))`. What else shapes z is in
 `scores.py`. Dropout leaves tau and the marks as they are: it takes weights out of the last sum.
@@ -25,7 +24,6 @@ import torch
 
 from ..launch import side_by_side
 from .output import weighted_sum
-from .pairs import dense_pairs
 from .screen import screen
 from .terms import PLAIN, Terms
 from .threshold import threshold
@@ -63,14 +61,8 @@ def launch_forward(
         skip: False visits every block; in float32 the output is the same, bit for bit.
     """
     problem = pose(q, k, v, key_mask, alpha, scale, is_causal, window, terms)
-    output = problem.new(*q.shape[:3], v.shape[-1], dtype=q.dtype)
-    marks = torch.zeros((*q.shape[:2], *problem.grid), dtype=torch.int8, device=q.device)
-    shape = *marks.shape[:3], -(-marks.shape[3] // 8)
-    active = torch.empty(shape, dtype=torch.uint8, device=q.device)
     with side_by_side():
         candidates = screen(problem, skip=skip)
         tau, slope = threshold(problem, candidates)
-        weighted_sum(problem, candidates, tau, slope, output, marks, active)
-        if problem.paired:
-            dense_pairs(problem, candidates, tau, output, marks, active)
+        output, active = weighted_sum(problem, candidates, tau, slope)
     return output, tau, active

@@ -392,7 +392,7 @@ def _shown(q: Tensor, k: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor
         values = lengths.tolist()
         if not all(0 <= length <= k.shape[2] for length in values):
             raise ValueError(
-                f"`varlen` must hold lengths from 0 to {k.shape[2]}, that of `k`; got {values}."
+                f"`varlen` must hold lengths from 0 to {k.shape[2]}, those of `k`; got {values}."
             )
     if mask is not None:
         raise ValueError("`key_padding_mask` cannot go with `varlen`; leave one of them out.")

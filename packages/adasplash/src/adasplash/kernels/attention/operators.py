@@ -78,6 +78,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _launch_forward(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output, tau and the bits of the blocks that hold weight."""
     made: tuple[Tensor, Tensor, Tensor] = _on_device(
         _kernels()[0].launch_forward, q, *inputs[:6], *_window_and_terms(*inputs[6:])
     )
@@ -114,18 +115,17 @@ def _(
     from .tiles import marks_of, tiles_for
 
     terms = Terms(*rest)
-    marks = marks_of(q.shape, k.shape[2], tiles_for(q, v), terms.n_seq, terms.max_k)
+    n_tiles, n_blocks = marks_of(q.shape, k.shape[2], tiles_for(q, v), terms.n_seq, terms.max_k)
     output = q.new_empty(*q.shape[:-1], v.shape[-1])
     tau = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    shape = *q.shape[:2], marks[0], (marks[1] + 7) // 8
-    active = torch.empty(shape, dtype=torch.uint8, device=q.device)
-    return output, tau, active
+    shape = *q.shape[:2], n_tiles, (n_blocks + 7) // 8
+    return output, tau, torch.empty(shape, dtype=torch.uint8, device=q.device)
 
 
 @torch.library.custom_op(
     "adasplash::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_INPUTS}, Tensor tau, Tensor active, bool bias_grad, {_SETTINGS}) "
+    schema=f"(Tensor grad, {_INPUTS}, Tensor tau, Tensor bits, bool bias_grad, {_SETTINGS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(*inputs: Any) -> tuple[Tensor, ...]:
@@ -134,10 +134,10 @@ def _backward(*inputs: Any) -> tuple[Tensor, ...]:
 
 def _launch_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, alpha: Tensor | None,
-    tau: Tensor, active: Tensor, bias_grad: bool, scale: float, is_causal: bool, *rest: Any,
+    tau: Tensor, bits: Tensor, bias_grad: bool, scale: float, is_causal: bool, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     made: tuple[Tensor, ...] = _on_device(
-        _kernels()[1].launch_backward, grad, q, k, v, key_mask, alpha, tau, active, scale,
+        _kernels()[1].launch_backward, grad, q, k, v, key_mask, alpha, tau, bits, scale,
         is_causal, *_window_and_terms(*rest), bias_grad=bias_grad,
     )  # fmt: skip
     return made
@@ -146,7 +146,7 @@ def _launch_backward(
 @_backward.register_fake
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Any, alpha: Tensor | None,
-    tau: Tensor, active: Tensor, bias_grad: bool,
+    tau: Tensor, bits: Tensor, bias_grad: bool,
     scale: float, is_causal: bool, left: int, right: int, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     terms, heads = Terms(*rest), q.shape[:2]
@@ -162,9 +162,9 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, key_mask, alpha, *rest = inputs
     settings, terms = rest[:_N_SETTINGS], Terms(*rest[_N_SETTINGS:])
-    _, tau, active = output
-    ctx.mark_non_differentiable(tau, active)
-    _keep(ctx, (q, k, v, key_mask, alpha, tau, active), tuple(settings), terms)
+    _, tau, bits = output
+    ctx.mark_non_differentiable(tau, bits)
+    _keep(ctx, (q, k, v, key_mask, alpha, tau, bits), tuple(settings), terms)
 
 
 def _keep(ctx: Any, tensors: tuple[Any, ...], settings: tuple[Any, ...], terms: Terms) -> None:
@@ -253,8 +253,8 @@ class _Eager(torch.autograd.Function):
         settings: tuple[Any, ...],
         terms: Terms,
     ) -> Tensor:
-        output, tau, active = _launch_forward(q, k, v, key_mask, alpha, *settings, *terms)
-        _keep(ctx, (q, k, v, key_mask, alpha, tau, active), settings, terms)
+        output, tau, bits = _launch_forward(q, k, v, key_mask, alpha, *settings, *terms)
+        _keep(ctx, (q, k, v, key_mask, alpha, tau, bits), settings, terms)
         return output
 
     @staticmethod

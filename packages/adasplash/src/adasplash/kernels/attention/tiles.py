@@ -43,18 +43,6 @@ class Registers(NamedTuple):
     threshold: int | None = None
     output: int | None = None
     queries: int | None = None
-    pairs: int | None = None
-
-
-class Held(NamedTuple):
-    """Which kernels hold what stays the same in registers; see `hold`."""
-
-    screen: bool = False
-    threshold: bool = False
-    output: bool = False
-    queries: bool = False
-    keys: bool = False
-    pairs: bool = False
 
 
 class Tiles(NamedTuple):
@@ -64,29 +52,26 @@ class Tiles(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    output_stages: int
     screen_m: int  # a tile of the screening pass, multiples of the block
     screen_n: int
     screen_warps: int
     screen_stages: int
-    back_stages: int
+    queries_stages: int
+    keys_stages: int
     most: Registers = Registers()
-    pair_warps: int = 0  # of pairs of dense tiles of queries; 0 for none
-    pair_stages: int = 2
-    pair_m: int = 128  # rows and keys at a time
-    pair_n: int = 64
-    held: Held = Held()
 
 
 # By the padded head size; float32 products need twice the room.
 _HALF = {
-    64: Tiles(64, 64, 4, 2, 128, 128, 4, 3, 2, Registers(168, 72, 128, 200), 4),
-    128: Tiles(64, 64, 4, 2, 128, 128, 8, 2, 2, pair_warps=8),
-    256: Tiles(64, 32, 8, 2, 64, 64, 4, 2, 2),
+    64: Tiles(64, 64, 4, 2, 2, 128, 128, 4, 3, 2, 3, Registers(168, 72, 128, 168)),
+    128: Tiles(64, 64, 4, 2, 3, 128, 128, 8, 2, 2, 2),
+    256: Tiles(64, 32, 8, 2, 2, 64, 64, 4, 2, 2, 2),
 }
 _FULL = {
-    64: Tiles(64, 32, 8, 2, 64, 32, 8, 2, 2),  # 8 warps: with 4 more registers spill
-    128: Tiles(32, 32, 8, 2, 32, 32, 8, 2, 2),
-    256: Tiles(32, 16, 8, 1, 32, 16, 8, 1, 1),
+    64: Tiles(64, 32, 8, 2, 2, 64, 32, 8, 2, 2, 2),  # 8 warps: with 4 more registers spill
+    128: Tiles(32, 32, 8, 2, 2, 32, 32, 8, 2, 2, 2),
+    256: Tiles(32, 16, 8, 1, 1, 32, 16, 8, 1, 1, 1),
 }
 
 
@@ -171,13 +156,6 @@ class Problem(NamedTuple):
     def quick(self) -> bool:
         """Whether weights are divided by their sum, and tau need not be exact to the last digit."""
         return self.q.element_size() == 2 and bool(self.switches["HALF"])
-
-    @property
-    def paired(self) -> bool:
-        """Whether pairs of tiles of queries that see most of their keys are taken together."""
-        bare = self.terms.form == 0 and not self.terms.dropout
-        bare = bare and not self.switches["HAS_WINDOW"]
-        return self.quick and bare and self.tiles.pair_warps > 0 and self.grid[0] > 1
 
     @property
     def drop(self) -> tuple[torch.Tensor, int, float]:
@@ -452,21 +430,6 @@ def saturated(a, b, c):
         "{ .reg .f32 m; neg.f32 m, $3; fma.rn.sat.f32 $0, $1, $2, m; }", "=f,f,f,f", [a, b, c],
         dtype=tl.float32, is_pure=True, pack=1,
     )  # fmt: skip
-
-
-@triton.jit
-@no_type_check
-def hold(x, D: tl.constexpr, HELD: tl.constexpr):
-    """Return `x`, in registers where HELD: a product with the identity leaves it there, exact.
-
-    Products of the tensor cores read both factors from shared memory, which has no more speed than
-    64 x 64 tiles of them need. A factor that stays the same is better kept in registers.
-    """
-    if HELD:
-        numbers = tl.arange(0, D)
-        return tl.dot(x, (numbers[:, None] == numbers[None, :]).to(x.dtype)).to(x.dtype)
-    else:
-        return x
 
 
 @triton.jit
