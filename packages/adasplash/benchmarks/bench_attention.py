@@ -8,7 +8,8 @@ On a GPU replays of CUDA graphs are timed, so that no host work counts, from a c
 is checked, then timed: output and gradients of sampled rows are compared with float64. As the
 gradient that comes in is zero in all other rows, all of dK and dV is compared. Inputs are searched
 for a share of 64x64 blocks that hold weight; what was found is stored, with the share of 128x128
-blocks and of weights.
+blocks and of weights. By default tokens of a block share a topic; with `--inputs local` heads look
+near by and at the first tokens.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from adasplash import adasplash
 from adasplash.testing import (
     clustered_inputs,
+    local_inputs,
     oracle_attention,
     oracle_weights,
-    random_inputs,
     relative_error,
 )
 from fourfold_common import Results, pick_device, time_call
@@ -48,6 +49,7 @@ BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+INPUTS = {"topics": clustered_inputs, "local": local_inputs}
 METRICS = ("forward", "forward + backward")
 ROWS = 16  # a run of rows that is compared with float64
 Attend = Callable[..., Tensor]
@@ -59,36 +61,6 @@ class Grid(NamedTuple):
     dim_head: int
     length: int
     causal: bool
-
-
-def check(results: Results, dtypes: list[str], dims: list[int]) -> bool:
-    """Compare output and gradients with float64 for every dtype and several shapes."""
-    good = True
-    for dtype in (getattr(torch, name) for name in dtypes):
-        for shape in (
-            (2, 4, 2, 257, 257, 64),
-            (1, 2, 1, 100, 333, 128),
-            (1, 2, 2, 130, 130, 32),
-            (1, 1, 1, 1, 77, 80),
-            (1, 1, 1, 200, 200, 256),
-        ):
-            if dims and shape[-1] not in dims:
-                continue
-            for causal in (True, False):
-                q, k, v = random_inputs(*shape, dtype=dtype, device="cuda")
-                leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-                output = adasplash(*leaves, is_causal=causal, backend="triton")
-                grad = torch.randn_like(output)
-                output.backward(grad)
-                want = oracle_attention(q, k, v, causal, grad=grad)
-                found = (output, *(leaf.grad for leaf in leaves))
-                error = max(relative_error(x, y) for x, y in zip(found, want, strict=True))
-                good &= error <= BUDGET[dtype]
-                name = str(dtype).removeprefix("torch.")
-                results.add("adasplash", "worst relative error", error, "", dtype=name,
-                            shape=str(shape), causal=causal)  # fmt: skip
-                print(f"{name} {shape} causal={causal} error {error:.2e}", flush=True)
-    return good
 
 
 def softmax(backend: SDPBackend, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -199,7 +171,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self.options, self.device = options, device
         self.end = time.monotonic() + options.budget if options.budget else float("inf")
-        self.path = options.output / f"{options.name}_grid.json"
+        end = "grid" if options.inputs == "topics" else options.inputs
+        self.path = options.output / f"{options.name}_{end}.json"
         self.results = Results("adasplash", command=COMMAND, seed=0)
         self.failed: list[str] = []
         if self.path.exists():
@@ -221,8 +194,10 @@ class Bench:
         """Return q, k and v in bfloat16: fewer heads the longer they are, at least one."""
         heads = heads or max(1, self.options.tokens // grid.length)
         batch = 2 if heads % 2 == 0 else 1
-        return clustered_inputs(batch, heads // batch, grid.length, grid.dim_head, gain,
-                                dtype=torch.bfloat16, device=self.device)  # fmt: skip
+        return INPUTS[self.options.inputs](
+            batch, heads // batch, grid.length, grid.dim_head, gain,
+            dtype=torch.bfloat16, device=self.device,
+        )  # fmt: skip
 
     def gain(self, grid: Grid, density: float) -> float:
         """Return the strength of topics that leaves a share of blocks active, found by halving.
@@ -275,7 +250,7 @@ class Bench:
             print(self.failed[-1], flush=True)
             return
         grad.normal_()
-        case |= {"batch": q.shape[0], "heads": q.shape[1]}
+        case |= {"batch": q.shape[0], "heads": q.shape[1], "inputs": self.options.inputs}
         if ours:
             active = blocks_of(q, k, v, grid.causal)
             case |= {"gain": gain, "density": round(share(active, grid.causal), 4),
@@ -412,14 +387,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="head sizes")
     parser.add_argument("--densities", type=float, nargs="+", help="shares of blocks that "
                         "hold weight; 0.02 to 1 if left out, fewer on a CPU")  # fmt: skip
+    parser.add_argument("--inputs", default="topics", choices=INPUTS, help="what q and k are like")
     parser.add_argument("--causal", type=int, nargs="+", default=[1, 0], choices=[0, 1],
                         help="1: with a causal mask; 0: without")  # fmt: skip
     parser.add_argument("--backends", nargs="*", default=list(BACKENDS), choices=list(BACKENDS),
                         help="of softmax attention")  # fmt: skip
     parser.add_argument("--tokens", type=int, help="batch x heads x length, as far as one head "
                         "allows; 262144 if left out, 2048 on a CPU")  # fmt: skip
-    parser.add_argument("--dtypes", nargs="*", default=["float32", "float16", "bfloat16"],
-                        help="dtypes of the check of small shapes; none leaves it out")  # fmt: skip
     parser.add_argument("--budget", type=float, help="stop after so many seconds")
     parser.add_argument("--rep", type=float, default=50, help="ms of timed runs for a figure")
     parser.add_argument("--device", default="auto")
@@ -432,15 +406,12 @@ def main(arguments: list[str] | None = None) -> None:
     options.tokens = options.tokens or (262144 if gpu else 2048)
     torch.manual_seed(0)
     bench = Bench(options, device)
-    if options.dtypes and gpu:
-        errors = Results("adasplash", command=COMMAND, seed=0)
-        good = check(errors, options.dtypes, options.dims)
-        errors.save(options.output / f"{options.name}_errors.json")
-        if not good:
-            raise SystemExit("an error is over its budget: nothing is timed")
     measure(bench)
     if find_spec("matplotlib"):
-        draw(bench.results, options.output / f"{options.name}_crossover.png")
+        draw(
+            bench.results,
+            bench.path.with_name(f"{bench.path.stem.replace('grid', 'crossover')}.png"),
+        )
     print(bench.results.to_markdown())
     for metric in METRICS:
         for grid, points in ratios(bench.results, metric).items():

@@ -226,6 +226,15 @@ OPTIONS = {
 }  # fmt: skip
 
 
+def shared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries of which `GROUP` heads look for the topics of one head of keys."""
+    group = min(GROUP, k.shape[1])
+    noise = 0.5 * torch.randn(q.shape, generator=torch.Generator(q.device).manual_seed(1),
+                              device=q.device)  # fmt: skip
+    q, k, v = (x[:, ::group] for x in (q, k, v))
+    return (q.repeat_interleave(group, 1) + noise).to(q.dtype), k.contiguous(), v.contiguous()
+
+
 def first_head(x: Tensor, heads_kv: int) -> Tensor:
     """Return what belongs to the first key head of the first sequence, packed or not."""
     part = x[:, : x.shape[1] // heads_kv].detach()  # heads are the second axis of both
@@ -289,13 +298,15 @@ class Bench:
         long = min(tokens, 4 * length) if name == "packed" else length
         heads = max(1, tokens // long)
         batch = 2 if heads % 2 == 0 and name != "packed" else 1
-        q, k, v = clustered_inputs(batch, heads // batch, long, 64, self.arguments.gain,
-                                   dtype=torch.bfloat16, device=self.device)  # fmt: skip
+        q, k, v = clustered_inputs(batch, heads // batch, long, self.arguments.dim,
+                                   self.arguments.gain, dtype=torch.bfloat16,
+                                   device=self.device)  # fmt: skip
         if name == "shared keys":
-            k, v = (x[:, :: min(GROUP, x.shape[1])].contiguous() for x in (k, v))
+            q, k, v = shared(q, k, v)
         peers = Peers(q)
         chosen = blocks(peers, (q, k, v)) if name == "blocks" else OPTIONS[name](peers)
-        case = {"option": name, "batch": batch, "heads": heads // batch, "tokens": long}
+        case = {"option": name, "batch": batch, "heads": heads // batch, "tokens": long,
+                "dim": self.arguments.dim}  # fmt: skip
         if name == "packed":
             q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
         backend = "triton" if self.device.type == "cuda" else "reference"
@@ -352,8 +363,8 @@ class Bench:
             calls = [graphed(timed) for timed in plain]
         return Checked(provider, dict(case), error, peaks, calls, plain)
 
-    def time(self, found: list[Checked]) -> None:
-        """Time contenders and add their figures to the results."""
+    def time(self, found: list[Checked], path: Path) -> None:
+        """Time contenders; add their figures to the results and store these."""
         for one in found:
             shown = []
             for metric, call, peak in zip(METRICS, one.calls, one.peaks, strict=True):
@@ -363,6 +374,7 @@ class Bench:
                                  **one.case)  # fmt: skip
                 shown.append(f"{timing.median_ms:.3f} ms")
             error = "not compared" if one.error is None else f"{one.error:.1e}"
+            self.results.save(path)
             print(f"{one.provider}, {one.case}: {' / '.join(shown)}, error {error}", flush=True)
 
     @staticmethod
@@ -386,8 +398,7 @@ def work(bench: Bench, name: str, folder: Path) -> None:
     Path(folder, f"{name}.ready").touch()
     while not Path(folder, f"{name}.go").exists():
         time.sleep(0.02)
-    bench.time(found)
-    bench.results.save(folder / f"{name}.json")
+    bench.time(found, folder / f"{name}.json")
     sys.stdout.flush()
     os._exit(1 if bench.failed else 0)  # the next one waits: no time for taking things down
 
@@ -450,6 +461,7 @@ def main(arguments: list[str] | None = None) -> None:
                         "256 on a CPU")  # fmt: skip
     parser.add_argument("--tokens", type=int, help="batch x heads x length; 262144 if left out, "
                         "1024 on a CPU")  # fmt: skip
+    parser.add_argument("--dim", type=int, default=64, help="head size")
     parser.add_argument("--gain", type=float, default=1.0, help="strength of a block's topic")
     parser.add_argument("--budget", type=float, help="stop after so many seconds")
     parser.add_argument("--rep", type=float, default=50, help="ms of timed runs for a figure")
@@ -466,13 +478,13 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if gpu:
         same = [
-            f"--{name}={getattr(options, name)}" for name in ("length", "tokens", "gain", "rep")
+            f"--{name}={getattr(options, name)}"
+            for name in ("length", "tokens", "dim", "gain", "rep")
         ]
         missing = side_by_side(bench, same, options.budget)
     else:
         for name in options.options:
-            bench.time(bench.checked(name))
-        bench.results.save(options.output / "options.json")
+            bench.time(bench.checked(name), options.output / "options.json")
         missing = bench.failed
     print(bench.results.to_markdown())
     if missing:

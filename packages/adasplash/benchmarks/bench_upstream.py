@@ -84,7 +84,8 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, upstream: Upstream) -> None:
         self.options, self.upstream = options, upstream
-        self.end = time.monotonic() + (options.budget or float("inf"))
+        self.begun = time.monotonic()
+        self.end = self.begun + (options.budget or float("inf"))
         self.results = Results("adasplash", command="bench_upstream.py", seed=0)
         self.tensors: dict[str, list[Tensor]] = {}  # of the jobs, by their files
 
@@ -95,7 +96,8 @@ class Bench:
     def add(self, provider: str, metric: str, value: float, unit: str, **case: object) -> None:
         self.results.add(provider, metric, value, unit, **case)
         self.results.save(self.options.output / "upstream.json")
-        print(f"{provider}, {metric}, {case}: {value:.4g} {unit}", flush=True)
+        spent = time.monotonic() - self.begun
+        print(f"{spent:.0f} s: {provider}, {metric}, {case}: {value:.4g} {unit}", flush=True)
 
     def inputs(self, length: int, gain: float) -> list[Tensor]:
         """Return q, k and v in bfloat16 and a gradient of the output."""

@@ -85,7 +85,9 @@ def test_shares_count_what_causality_leaves(script):
 
 
 def test_inputs_are_searched_for_a_density(script, tmp_path):
-    options = script.argparse.Namespace(budget=None, output=tmp_path, name="x", tokens=512)
+    options = script.argparse.Namespace(
+        budget=None, output=tmp_path, name="x", tokens=512, inputs="topics"
+    )
     bench = script.Bench(options, torch.device("cpu"))
     grid = script.Grid(16, 512, True)
     gains = [bench.gain(grid, density) for density in (0.01, 0.7, 1.0)]
@@ -94,6 +96,17 @@ def test_inputs_are_searched_for_a_density(script, tmp_path):
     found = [script.share(script.blocks_of(*bench.inputs(grid, gain), True), True)
              for gain in gains[1:]]  # fmt: skip
     assert found == pytest.approx([0.7, 1.0], abs=0.05)
+
+
+def test_local_heads_hold_the_diagonal_and_the_first_block(script):
+    shape = (1, 2, 512, 16)
+    q, k, _ = script.local_inputs(*shape, 8.0, dtype=torch.float32, device="cpu", reach=32)
+    active = script.blocks_of(q, k, k, True)[0].double()
+    assert active.diagonal(dim1=1, dim2=2).all()
+    assert active[:, :, 0].mean() > 0.8
+    assert active[:, 4:, 1:3].mean() < 0.2
+    loose = script.local_inputs(*shape, 0.1, dtype=torch.float32, device="cpu", reach=32)
+    assert script.share(script.blocks_of(*loose, True), True) == 1
 
 
 def test_crossover_is_interpolated_in_the_logarithms(script):
@@ -122,7 +135,7 @@ def test_options_are_checked_and_timed(tmp_path, capsys, monkeypatch):
     # A softmax output of another option is told apart, and so is a wrong head of ours.
     bench = script.Bench(
         script.argparse.Namespace(
-            budget=None, output=tmp_path, tokens=128, length=64, gain=1.0, rep=1
+            budget=None, output=tmp_path, tokens=128, length=64, dim=64, gain=1.0, rep=1
         ),
         torch.device("cpu"),
     )
@@ -139,6 +152,28 @@ def test_options_are_checked_and_timed(tmp_path, capsys, monkeypatch):
     assert script.our_error(chosen, leaves, grad, found) > 0.5
 
 
+def test_errors_are_measured_and_those_too_large_are_named(tmp_path, monkeypatch):
+    script = load("bench_errors")
+    name = "1 x 77, size 80"
+    one = ["--output", str(tmp_path), "--workers", "1", "--cases", name, "--dtypes", "float32"]
+    script.main([*one, "--device", "cpu"])
+    ours, plain, ratio = Results.load(tmp_path / "errors.json").cases
+    assert 0 < ours["median"] < 1e-6
+    parts = {what: plain["parameters"][what] for what in ("output", "dq", "dk", "dv")}
+    assert plain["median"] == max(parts.values()) < 1e-6
+    assert ratio["median"] == max(ours["parameters"][what] / x for what, x in parts.items())
+    real = script.errors
+
+    def wrong(*arguments):
+        found = real(*arguments)
+        found["adasplash"]["dk"] = float("nan")
+        return found
+
+    monkeypatch.setattr(script, "errors", wrong)
+    with pytest.raises(SystemExit, match="over what is allowed"):
+        script.main([*one, "--device", "cpu"])
+
+
 def test_decoding_is_checked_and_timed(tmp_path):
     script = load("bench_decode")
     script.main(["--output", str(tmp_path), "--keys", "128", "--dim", "16", "--rep", "0.1",
@@ -148,3 +183,12 @@ def test_decoding_is_checked_and_timed(tmp_path):
     assert all(c["error"] < 5e-3 for c in cases)
     by_noise = {c["parameters"]["noise"]: c["parameters"]["near_blocks"] for c in cases}
     assert 0 < by_noise[0.1] <= 1
+
+
+def test_the_readme_shows_what_is_stored(monkeypatch):
+    script = load("tables")
+    text = script.README.read_text(encoding="utf-8")
+    assert {found[1] for found in script._MARKED.findall(text)} == set(script.TABLES)
+    assert script.filled(text) == text
+    monkeypatch.setattr(script, "cases", lambda *_, **__: [])
+    assert script.densities(0.1).count("\n") == 1  # nothing stored, nothing shown

@@ -83,6 +83,9 @@ def test_lengths_that_do_not_fit_are_refused():
     attend = adasplash.adasplash
     with pytest.raises(ValueError, match=r"`varlen` must have shape \(2,\), a length for each"):
         attend(q, k, v, varlen=lengths[:1])
+    for wrong in (k.shape[2] + 1, -1):
+        with pytest.raises(ValueError, match=rf"`varlen` must hold lengths from 0 to .*{wrong}\]"):
+            attend(q, k, v, varlen=torch.tensor([3, wrong]))
     with pytest.raises(ValueError, match="`varlen` needs as many queries as keys"):
         attend(q[:, :, :4], k, v, varlen=lengths)
     with pytest.raises(ValueError, match="`key_padding_mask` cannot go with `varlen`"):

@@ -12,7 +12,7 @@ from adasplash import adasplash
 from adasplash.kernels.attention import dropout, forward, op, operators
 from adasplash.kernels.attention.philox import words
 from adasplash.kernels.attention.scores import tanh
-from adasplash.kernels.attention.terms import Terms
+from adasplash.kernels.attention.terms import Terms, brought_close, is_close
 from adasplash.testing import clustered_inputs, random_inputs, relative_error
 
 ROWS, KEYS = 20, 45
@@ -21,7 +21,7 @@ ROWS, KEYS = 20, 45
 def _gradients(leaves, extra, grad, **options):
     """Return the output and the gradients of all tensors, from the same seed in every call."""
     leaves = [x.clone().requires_grad_() for x in leaves]
-    more = {name: x.clone().requires_grad_() for name, x in extra.items()}
+    more = {name: x.detach().requires_grad_() for name, x in extra.items()}  # strides as they are
     torch.manual_seed(5)
     output = adasplash(*leaves, **more, **options)
     output.backward(grad)
@@ -144,6 +144,25 @@ def test_tanh_is_exact_to_rounding(device):
 )
 def test_bias_equals_the_reference(shape, device):
     _compare(*_inputs(device), {"attn_bias": torch.randn(shape, device=device)}, is_causal=False)
+
+
+@pytest.mark.parametrize("layout", ["turned", "shifted", "shared", "one row for all keys"])
+def test_a_bias_in_any_layout_is_read_by_neighbouring_keys(layout, device):
+    table = torch.randn(2, 60, 60, device=device)
+    bias = {
+        "turned": table[:, :KEYS, :ROWS].mT,
+        "shifted": table[:, :ROWS, 1 : KEYS + 1],
+        "shared": table[:1, :ROWS, :KEYS].expand(2, -1, -1),
+        "one row for all keys": table[:, :ROWS, :1].expand(-1, -1, KEYS),
+    }[layout][None]
+    close = brought_close(bias)
+    assert torch.equal(close, bias)
+    assert not is_close(bias)
+    assert is_close(close)
+    heads = 1 if layout == "shared" else 2
+    assert close.untyped_storage().nbytes() == 4 * heads * ROWS * 48  # what is shared, once
+    assert brought_close(close) is close
+    _compare(*_inputs(device), {"attn_bias": bias}, is_causal=False)
 
 
 def test_a_bias_of_whole_rows_changes_nothing_and_has_no_gradient(device):

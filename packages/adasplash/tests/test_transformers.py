@@ -20,12 +20,12 @@ def model():
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def _oracle(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **_):
+def _oracle(module, query, key, value, attention_mask, scaling=None, position_bias=0.0, **_):
     """Dense float64 attention by bisection under the mask that transformers makes for SDPA."""
     group = query.shape[1] // key.shape[1]
     key, value = (x.double().repeat_interleave(group, 1) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    z = query.double() @ key.mT * scale / 2
+    z = (query.double() @ key.mT * scale + position_bias) / 2
     z = z.masked_fill(~attention_mask[..., : key.shape[2]], -torch.inf)
     top = z.amax(-1, keepdim=True)
     high = top.masked_fill(top == -torch.inf, 0.0)
@@ -64,12 +64,12 @@ CAUSAL = {**SMALL, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def _build(name):
+def _build(name, **changed):
     register_with_transformers()
     torch.manual_seed(0)
     t = transformers
     models = {
-        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**CAUSAL)),
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**{**CAUSAL, **changed})),
         "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**CAUSAL, head_dim=8)),
         "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**CAUSAL, sliding_window=4)),
         "gemma3": lambda: t.Gemma3ForCausalLM(
@@ -103,25 +103,40 @@ def _build(name):
                 sep_token_id=2,
             )
         ),
-    }
+        "t5": lambda: t.T5ForConditionalGeneration(
+            t.T5Config(
+                vocab_size=40, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4,
+                relative_attention_num_buckets=8, initializer_factor=0.6, dropout_rate=0.0,
+                attn_implementation="adasplash", pad_token_id=0, decoder_start_token_id=0,
+            )
+        ),
+    }  # fmt: skip
     return models[name]().eval()
 
 
-FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "gpt2", "bert", "roberta", "modernbert")
+FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "gpt2", "bert", "roberta", "modernbert", "t5")
+
+
+def _inputs(name, side):
+    """Return padded inputs of a model, and which of the logits are those of tokens."""
+    ids, mask = torch.randint(3, 40, (2, 14)), torch.ones(2, 14, dtype=torch.long)
+    if side != "none":
+        mask[1, slice(0, 4) if side == "left" else slice(10, 14)] = 0
+    inputs = {"input_ids": ids * mask, "attention_mask": None if side == "none" else mask}
+    if name == "t5":
+        inputs["decoder_input_ids"] = ids.flip(0)
+    return inputs, mask.bool()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right", "none"])
 def test_logits_equal_those_of_dense_attention_in_float64(name, side):
     model = _build(name)
-    ids, mask = torch.randint(3, 40, (2, 14)), torch.ones(2, 14, dtype=torch.long)
-    if side != "none":
-        mask[1, slice(0, 4) if side == "left" else slice(10, 14)] = 0
-    inputs = {"input_ids": ids * mask, "attention_mask": None if side == "none" else mask}
+    inputs, shown = _inputs(name, side)
     with torch.no_grad():
         found = model(**inputs).logits
         want = _with_oracle(model)(**inputs).logits
-    assert torch.allclose(found[mask.bool()], want[mask.bool()], atol=2e-4)
+    assert torch.allclose(found[shown], want[shown], atol=2e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -133,10 +148,7 @@ def test_alpha_1_is_softmax_by_torch_alone(name, side, monkeypatch):
         raise AssertionError("softmax needs no kernels of ours")
 
     model = set_softmax(_build(name))
-    ids, mask = torch.randint(3, 40, (2, 14)), torch.ones(2, 14, dtype=torch.long)
-    if side != "none":
-        mask[1, slice(0, 4) if side == "left" else slice(10, 14)] = 0
-    inputs = {"input_ids": ids * mask, "attention_mask": None if side == "none" else mask}
+    inputs, shown = _inputs(name, side)
     monkeypatch.setattr(integration, "adasplash", refuse)
     with torch.no_grad():
         found = model(**inputs).logits
@@ -148,7 +160,7 @@ def test_alpha_1_is_softmax_by_torch_alone(name, side, monkeypatch):
         want = model(**inputs).logits
         if tokens is not None:
             assert torch.equal(tokens, model.generate(**inputs, **options))
-    assert torch.allclose(found[mask.bool()], want[mask.bool()], atol=1e-5)
+    assert torch.allclose(found[shown], want[shown], atol=1e-5)
 
 
 def set_softmax(model):
@@ -244,19 +256,66 @@ def test_alpha_of_a_model_can_be_set_learned_saved_and_loaded(tmp_path):
     want = model(ids).logits
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, attn_implementation="adasplash")
-    with pytest.raises(ValueError, match=r"call `set_alpha"):
-        load_alpha(again, tmp_path)
-    set_alpha(again, "learned")
+    with pytest.raises(ValueError, match="the model's alphas were learned; call `load_alpha"):
+        again(ids)
     load_alpha(again, tmp_path)
     assert torch.allclose(again(ids).logits, want, atol=1e-5)
+    load_alpha(again, tmp_path)  # once more, where it has them
+    deeper = _build("llama", num_hidden_layers=4)
+    with pytest.raises(ValueError, match=r"`folder` .* holds no 'model.layers.3"):
+        load_alpha(deeper, tmp_path)
+    assert deeper(ids).logits.isfinite().all()  # as it was
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"`folder` .* holds no 'model.layers.0"):
+    with pytest.raises(ValueError, match=r"`folder` .* holds no learned alpha"):
         load_alpha(again, tmp_path)
     for value, message in ((3.0, "between 1 and 2; got 3.0"), ("all", "or 'learned'; got 'all'")):
         with pytest.raises(ValueError, match=message):
             set_alpha(model, value)
     with pytest.raises(ValueError, match="must have attention layers"):
         set_alpha(torch.nn.Linear(2, 2), 1.5)
+
+
+def test_a_number_is_saved_with_the_model(tmp_path):
+    model = _build("gpt2")
+    ids = torch.randint(3, 40, (1, 10))
+    set_alpha(model, 1.9)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="adasplash").eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        set_alpha(again, 1.5)
+        assert not torch.allclose(again(ids).logits, model(ids).logits)
+    set_alpha(again, torch.tensor(1.2))  # what fills it later nobody notes
+    assert not hasattr(again.config, "entmax_alpha")
+
+
+def test_learned_alphas_are_found_under_the_names_of_files(tmp_path):
+    register_with_transformers()
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=11, num_attention_heads=2, intermediate_size=16,
+        image_size=8, patch_size=4, attn_implementation="adasplash",
+    )  # fmt: skip
+    model = transformers.ViTModel(config)
+    alphas = set_alpha(model, "learned")
+    for place, alpha in enumerate(alphas):
+        alpha.raw.data.fill_(place / 10)
+    model.save_pretrained(tmp_path)
+    again = transformers.ViTModel.from_pretrained(tmp_path)
+    load_alpha(again, tmp_path)
+    found = [p for name, p in again.named_parameters() if name.endswith("entmax_alpha.raw")]
+    assert torch.equal(torch.stack(found), torch.stack([alpha.raw for alpha in alphas]))
+
+
+@pytest.mark.parametrize("name", ["s_aux", "indices"])
+def test_what_would_change_the_weights_is_refused(name):
+    from adasplash.integration import attention_forward
+
+    x = torch.randn(1, 2, 6, 8)
+    with pytest.raises(NotImplementedError, match=f"does not compute `{name}`, which Identity has"):
+        attention_forward(torch.nn.Identity(), x, x, x, None, **{name: torch.zeros(2)})
+    bounds = torch.tensor([0, 6])
+    with pytest.raises(NotImplementedError, match="`position_bias` cannot go with packed"):
+        attention_forward(torch.nn.Identity(), x, x, x, bounds, position_bias=torch.zeros(1))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -397,6 +456,15 @@ def test_static_caches_and_packing_are_left_to_the_kernels(model, monkeypatch):
     integration.register_with_transformers()
     assert {ndim for length, ndim in seen if length == 9} == {1, 2}
     assert torch.allclose(packed, alone, atol=1e-4)
+
+
+def test_a_trace_does_not_look_at_the_mask():
+    from adasplash.integration import make_mask
+
+    mask = torch.ones(2, 14, dtype=torch.long)
+    compiled = torch.compile(make_mask, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(2, 14, 14, attention_mask=mask), mask.bool())
+    assert make_mask(2, 14, 14, attention_mask=mask) is None
 
 
 def test_training_gives_every_weight_a_gradient(model):

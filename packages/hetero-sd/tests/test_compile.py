@@ -15,11 +15,12 @@ _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hetero_sd.kernels.judge import kernel, verdict
+from hetero_sd.kernels.judge import cut, kernel, verdict
 
-FLOATS = ("scores", "part", "norms", "law", "mass", "logsum", "share", "excess")
+FLOATS = "scores part norms law mass logsum share excess peaks above value".split()
 TYPES = {f"{name}_ptr": "*fp32" for name in FLOATS} | {"logits_ptr": "*bf16"}
-TYPES |= {"place_ptr": "*i32", "of_ptr": "*i32", "temperature": "fp32"}
+TYPES |= {f"{name}_ptr": "*i32" for name in ("place", "of", "found", "first")}
+TYPES |= {name: "fp32" for name in ("temperature", "bound", "margin")}
 
 
 def build(function, warps=4, **constants):
@@ -35,19 +36,24 @@ def build(function, warps=4, **constants):
 
 sizes = {"SLICES": 32, "BLOCK": kernel.BLOCK, "PLACES": 8}
 for multiple, draws in ((0, False), (0, True), (2, True)):
-    build(kernel._pick_kernel, MULTIPLE=multiple, DRAWS=draws, **sizes)
+    build(kernel._pick_kernel, MULTIPLE=multiple, DRAWS=draws, CUT=draws, **sizes)
     build(kernel._picked_kernel, warps=1, DRAWS=draws, **sizes)
 build(kernel._pack_kernel, warps=1, LONGEST=3, STEPS=4, DEPTHS=4)
 build(kernel._spread_kernel, LONGEST=3, **sizes)
 for draws in (False, True):
-    build(verdict._line_kernel, DRAWS=draws, **sizes)
-build(verdict._scan_kernel, DRAWS=False, BLOCKWISE=False, KIND=0, **sizes)
+    build(verdict._line_kernel, DRAWS=draws, CUT=draws, **sizes)
+build(verdict._scan_kernel, DRAWS=False, CUT=False, BLOCKWISE=False, KIND=0, **sizes)
 for kind, block in ((0, False), (1, True), (1, False), (2, False)):
-    build(verdict._scan_kernel, DRAWS=True, BLOCKWISE=block, KIND=kind, **sizes)
-    build(verdict._follow_kernel, BLOCKWISE=block, KIND=kind, **sizes)
+    build(verdict._scan_kernel, DRAWS=True, CUT=True, BLOCKWISE=block, KIND=kind, **sizes)
+    build(verdict._follow_kernel, CUT=block, BLOCKWISE=block, KIND=kind, **sizes)
 for block in (False, True):
     build(verdict._settled_kernel, warps=1, BLOCKWISE=block, **sizes)
-build(verdict._excess_kernel, KIND=1, **sizes)
+build(verdict._excess_kernel, KIND=1, CUT=True, **sizes)
+search = {"COUNTED": 4, "STAGES": 4, "PART": cut._PART, **sizes}
+for stage, multiple in ((0, 0), (4, 2), (7, 0)):
+    build(cut._narrow_kernel, STAGE=stage, MULTIPLE=multiple, **search)
+for stage in (-1, 3, 7):
+    build(cut._cut_kernel, STAGE=stage, EXACT=True, MULTIPLE=0, **search)
 """
 
 
@@ -63,4 +69,4 @@ def test_kernels_compile_for_an_h100(tmp_path):
         timeout=300,
     )
     assert found.returncode == 0, found.stderr[-3000:]
-    assert len(found.stdout.splitlines()) == 22
+    assert len(found.stdout.splitlines()) == 28

@@ -16,7 +16,7 @@ from hetero_sd.acceptance import (
     verify_runs,
 )
 from hetero_sd.chance import Chance
-from hetero_sd.drafts import Certain, Drawn, Runs, judge_together
+from hetero_sd.drafts import Certain, Drawn, Runs, Weighed, judge_together
 from hetero_sd.processors import Processors
 from hetero_sd.testing import (
     outcomes_of_block,
@@ -327,3 +327,27 @@ def test_judging_rows_together_is_judging_each():
         assert total_variation(together[row].flatten(), alone[row].flatten()) < 0.03
     p[3, 1] = torch.nan
     assert all(taken == -1 for taken, _ in judge_together(drafts, p, chance))
+
+
+def test_laws_that_the_host_knows_are_those_of_the_accept_rule():
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        lengths = torch.randint(1, 5, (6,), generator=draw)
+        runs = torch.randint(3, (6, 4), generator=draw)
+        runs = runs.masked_fill(torch.arange(4) >= lengths[:, None], -1)
+        mass = torch.rand(6, generator=draw, dtype=torch.float64)
+        for chosen, length in enumerate(lengths.tolist()):
+            like = torch.zeros(1, 3, dtype=torch.float64)
+            rule = laws_of_runs([Choice(runs, mass / mass.sum(), chosen)], [length], like)
+            lists = [[t for t in run if t >= 0] for run in runs.tolist()]
+            draft = Weighed.among(lists, mass.tolist(), chosen)
+            assert draft.tokens == lists[chosen]
+            torch.testing.assert_close(draft.dense(like), rule, atol=1e-15, rtol=1e-13)
+
+
+def test_host_draws_by_weights():
+    chance, counts = Chance(torch.Generator().manual_seed(1)), [0, 0, 0]
+    for _ in range(4000):
+        counts[chance.pick([0.5, 0.0, 1.5])] += 1
+    assert counts[1] == 0
+    assert abs(counts[0] / 4000 - 0.25) < 0.03

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hetero_sd.kernels.judge import CERTAIN, COLUMNS, DENSE, Law, noise, pick_rules
+from hetero_sd.kernels.judge import CERTAIN, COLUMNS, DENSE, Cut, Law, noise, pick_rules
 from hetero_sd.verify import fits_law
 
 pytest.importorskip("triton")
@@ -71,6 +71,25 @@ def test_what_is_picked_has_the_law_of_its_scores():
     assert not fits_law(counts.roll(1), law)[0]
 
 
+def test_what_is_cut_is_never_picked():
+    columns, rows = 8, 60
+    logits = normal(1, columns).expand(rows, columns).contiguous()
+    value = logits[:, 3].clone()
+    left = Cut(value, torch.zeros(rows, dtype=torch.int32, device=DEVICE))
+    forth = torch.arange(columns, device=DEVICE)
+    laws = []
+    for rules, _ in BOTH:
+        chosen = torch.zeros(rows, dtype=torch.long, device=DEVICE)
+        scores, norms = torch.zeros(rows, columns, device=DEVICE), torch.zeros(rows, device=DEVICE)
+        draws = scores, norms, new_state(), 0.7, 0
+        rules.pick(logits, None, forth, chosen, chosen.clone(), draws, left)
+        stays = logits[0] >= value[0]
+        assert set(chosen.tolist()) == set(stays.nonzero()[:, 0].tolist())
+        laws.append((scores[0] - norms[0]).exp())
+    torch.testing.assert_close(*laws)
+    torch.testing.assert_close(laws[0], (left.apply(logits)[0] / 0.7).softmax(0))
+
+
 def some_runs(columns, longest, vocab, seed=0):
     draw = torch.Generator().manual_seed(seed)
     runs = torch.randint(vocab, (columns, longest), generator=draw)
@@ -82,7 +101,10 @@ def laid(rules, runs, columns, steps, room):
     rows = len(columns)
     tokens = torch.full((rows, room), 7, device=DEVICE)
     origin, total = torch.zeros_like(tokens), torch.zeros(rows, dtype=torch.long, device=DEVICE)
-    rules.pack(columns, runs, tokens, origin, total, steps)
+    for most in (2, room):
+        limits = torch.full((rows, 2), most, device=DEVICE)[:, 1]
+        rules.pack(columns, runs, tokens, origin, total, limits, steps)
+        assert int(total.max()) <= most
     there = torch.arange(room, device=DEVICE) < total[:, None]
     return torch.where(there, tokens, -1), torch.where(there, origin, 0), total
 
@@ -139,7 +161,7 @@ def some_law(kind, rows, count, vocab, tokens):
 
 
 @pytest.mark.parametrize("kind", [CERTAIN, COLUMNS, DENSE])
-@pytest.mark.parametrize("way", ["greedy", "tokens", "block"])
+@pytest.mark.parametrize("way", ["greedy", "tokens", "block", "cut"])
 @pytest.mark.parametrize(("count", "vocab"), [(0, 90), (1, 2500), (5, 90)])
 def test_judging(kind, way, count, vocab):
     rows = 4
@@ -153,7 +175,12 @@ def test_judging(kind, way, count, vocab):
         )
     limits = torch.tensor([count, max(count - 2, 0), count, 0], device=DEVICE)
     logits[-1, 3] = float("nan")
-    taken = set()
+    left = None
+    if way == "cut":  # Of what equals it, some go.
+        value = logits[:, 20].clone()
+        logits[:, 30:60] = value[:, None]
+        left = Cut(value, torch.full_like(value, 41, dtype=torch.int32))
+    taken, after = set(), set()
     for turn in range(4):
         found = []
         for rules, dtype in BOTH:
@@ -169,14 +196,17 @@ def test_judging(kind, way, count, vocab):
                 out[:, 1],
                 out[:, 2],
                 draws,
-                way == "block",
+                way in ("block", "cut"),
+                None if left is None else Cut(left.value.to(dtype), left.first),
             )
             assert int(state[1]) == turn + (way != "greedy")
             found.append(out)
         assert torch.equal(found[0][:3], found[1][:3])
         assert found[0][3, 1] == found[1][3, 1] == -1
         taken |= set(found[0][:3, 1].tolist())
+        after |= set(found[0][:3, 2].tolist())
     assert count == 0 or len(taken) > 1 or way == "greedy"
+    assert left is None or not after & {20, *range(30, 41)}
 
 
 @pytest.mark.parametrize("kind", [CERTAIN, COLUMNS, DENSE])
@@ -198,3 +228,24 @@ def test_where_both_laws_agree_the_next_token_is_drawn_from_the_targets(kind):
             logits, tokens, limits, law, out[:, 0], out[:, 1], (new_state(turn=turn), 1.0), True
         )
         assert out.tolist() == [[1 if kind else 0, 4]]
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_limits_beyond_the_proposals_are_their_number(block):
+    """As when a graph of few proposals is captured in a round of many: nothing else is read."""
+    rows, vocab, count = 2, 8, 1
+    logits = torch.full((rows * 2, vocab), float("-inf"), device=DEVICE)
+    logits[:, 4] = 0.0
+    tokens = torch.full((rows, count), 4, device=DEVICE)
+    law = Law.certain(DEVICE)
+    if block:
+        column_of = torch.arange(vocab, dtype=torch.int32, device=DEVICE)
+        law = Law(
+            COLUMNS, logits.view(rows, 2, vocab), torch.zeros(rows, 2, device=DEVICE), column_of
+        )
+    for rules, _ in BOTH:
+        out = torch.zeros(rows, 2, dtype=torch.long, device=DEVICE)
+        limits = torch.tensor([7, 3], device=DEVICE)
+        state = new_state(), 1.0
+        rules.judge(logits, tokens, limits, law, out[:, 0], out[:, 1], state, block)
+        assert out.tolist() == [[1, 4]] * 2

@@ -86,7 +86,7 @@ def test_few_linear(rows):
     from hetero_sd.kernels.decode.kernel import FEW_LINEAR_CONFIGS, launch_few_linear
 
     x, weight = noise(rows, 300), noise(33, 300, seed=1)
-    for config in FEW_LINEAR_CONFIGS[rows == 1]:
+    for config in FEW_LINEAR_CONFIGS[rows if rows <= 2 else 16]:
         found = launch_few_linear(x, weight, config)
         torch.testing.assert_close(found, x @ weight.T, atol=1e-4, rtol=1e-4)
 

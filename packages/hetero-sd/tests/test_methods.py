@@ -163,6 +163,7 @@ def _flat_laws(whole):
         ("standard", "token", {"temperature": 0.8, "top_k": 0}, False),
         ("slrs", "token", {"temperature": 0.8, "top_k": 3}, False),
         ("slem", "token", {"top_k": 0}, False),
+        ("c-slrs", "token", {"temperature": 0.9, "top_k": 4}, False),
         pytest.param("tli", "token", {"top_k": 0}, True, id="negative control"),
         pytest.param("slrs", "token", {"top_k": 3}, True, id="negative control of runs"),
     ],

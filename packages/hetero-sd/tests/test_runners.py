@@ -94,7 +94,7 @@ def test_likeliest_ids_are_taken_on_the_device(among):
         feeds = [[draw.randrange(SIZE) for _ in range(draw.randint(1, length))] for _ in range(3)]
         feeds[1] = [] if length == 3 else feeds[1]
         counts = [4, 3, 1]
-        written = runner.write(feeds, counts, among)
+        written = runner.write(feeds, counts, among)()
         wanted = [[], [], []]
         for step in range(4):
             going = [feed if step < n else [] for feed, n in zip(feeds, counts, strict=True)]

@@ -10,6 +10,7 @@ from hetero_sd._bytes import ByteEncoder, token_bytes, unfinished_tail
 from hetero_sd.context import DrafterContext, DrafterMemory, SameContext
 from hetero_sd.demo.vocabularies import train_drafter_tokenizer
 from hetero_sd.testing import make_tokenizer, sentences
+from hetero_sd.texts import Text
 
 KINDS = ("byte-level", "sentencepiece", "prefixed", "characters")
 
@@ -137,6 +138,23 @@ def test_context_is_a_prefix_of_the_history_however_it_comes(tokenizers, text, s
             assert context.ids[0] == drafter.bos_token_id
             assert encoder.spell(context.ids) + context.pending == history
             assert unfinished_tail(history) == len(context.pending)
+
+
+@pytest.mark.parametrize("kinds", [("byte-level", "sentencepiece"), ("prefixed", "byte-level 2")])
+def test_many_ends_of_one_draft_are_tokenised_as_each_by_itself(tokenizers, kinds):
+    """The same bytes always, and the same tokens but where one reaches far back."""
+    ours, theirs = (ByteEncoder(tokenizers[k], token_bytes(tokenizers[k])) for k in kinds)
+    text, same, total = Text(ours, theirs, [0], [0]), 0, 0
+    for sentence in sentences(12):
+        history, ids = ours.encode(sentence[:9].encode()), theirs.encode(sentence[9:].encode())
+        for length in (0, 1, 3):
+            drafted, choices = ids[:length], list(range(5, 300, 31))
+            found = text.retokenise_each(history[-8:], drafted, choices)
+            for choice, run in zip(choices, found, strict=True):
+                alone = text.retokenise(history[-8:], [*drafted, choice])
+                assert ours.spell(run) == ours.spell(alone)
+                same, total = same + (run == alone), total + 1
+    assert same > 0.9 * total
 
 
 def test_context_passes_special_tokens_on_by_role(tokenizers):

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from mole import DenseForCausalLM, MoleForCausalLM, __version__
+from mole import DenseForCausalLM, MoleForCausalLM, __version__, to_upstream
 from mole.cli import main
 
 
@@ -63,6 +63,38 @@ def test_env_says_what_this_is(run):
     assert report["location"].endswith("mole")
     assert "torch" in report["packages"]
     assert f"version: {__version__}" in run("env").output.splitlines()
+
+
+def test_a_checkpoint_of_the_authors_is_a_model(run, saved, make_mole, tmp_path):
+    theirs = to_upstream(make_mole(), tmp_path / "theirs")
+    done = run("convert", theirs, tmp_path / "table", "--format", "fp32", "--no-progress")
+    assert done.exit_code == 0, done.output
+    assert run("verify", tmp_path / "table", "--model", saved).exit_code == 0
+    shutil.copyfile(saved / "tokenizer.json", theirs / "tokenizer.json")
+    (tmp_path / "text.txt").write_text("HELLOWORLD" * 9)
+    losses = [
+        json.loads(run("eval", folder, tmp_path / "text.txt").output)["nats"]
+        for folder in (saved, theirs)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_experts_alone_are_trained(run, saved, make_config, tmp_path):
+    (tmp_path / "text.txt").write_text("HELLOWORLD" * 50)
+    command = ("train", tmp_path / "text.txt", "--steps", 4, "--batch", 2, "--micro-batch", 1,
+               "--context", 16, "--no-progress", "--output", tmp_path / "out")  # fmt: skip
+    for more in (("--stop-after", 2), ()):  # and go on
+        done = run(*command, "--model", saved, "--experts-only", *more)
+        assert done.exit_code == 0, done.output
+    before, after = (
+        MoleForCausalLM.from_pretrained(folder).state_dict() for folder in (saved, tmp_path / "out")
+    )
+    same = {name for name, value in before.items() if torch.equal(value, after[name])}
+    assert same == {name for name in before if ".lookup." not in name}
+    DenseForCausalLM(make_config("dense")).save_pretrained(tmp_path / "dense")
+    done = run(*command, "--model", tmp_path / "dense", "--tokenizer", saved, "--experts-only")
+    assert done.exit_code == 2
+    assert "`--experts-only` needs a model with lookup experts; upcycle it first" in done.stderr
 
 
 def test_convert_verify_generate(run, saved, tmp_path):
@@ -225,8 +257,8 @@ def test_damage_is_reported_in_one_line(run, saved, tmp_path):
 
 
 def test_loaded_model_is_float32(saved):
-    from mole.cli import _load
+    from mole.folders import load_lookup
 
     model = MoleForCausalLM.from_pretrained(saved).to(torch.bfloat16)
     model.save_pretrained(saved)
-    assert _load(saved).dtype == torch.float32
+    assert load_lookup(saved).dtype == torch.float32

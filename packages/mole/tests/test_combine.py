@@ -106,6 +106,19 @@ def test_blocks_and_halves_of_the_kernel_with_norm(blocks, fmt):
 
 
 @interpreted
+@pytest.mark.parametrize("experts", [1, 15, 17, 33])
+def test_kernel_with_norm_takes_any_number_of_vectors(experts):
+    inputs = make_combine_inputs(2, experts, 24, fmt="fp16", seed=experts)
+    inputs |= {"update": torch.randn(2, 24), "weight": torch.rand(24), "eps": 1e-5}
+    inputs["logits"][1, 0] = float("nan")
+    found = combine_norm(**inputs, backend="triton")
+    for kernel, exact in zip(found, combine_norm(**inputs, backend="reference"), strict=True):
+        torch.testing.assert_close(kernel, exact, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert kernel[1].isnan().all()
+        assert not kernel[0].isnan().any()
+
+
+@interpreted
 def test_slices_of_wider_tensors_are_read_where_they_lie():
     inputs = make_combine_inputs(5, 4, 64)
     wide = torch.full((5, 3, 4, 64), float("nan"))
@@ -114,6 +127,19 @@ def test_slices_of_wider_tensors_are_read_where_they_lie():
     assert torch.equal(combine(**(inputs | {"values": wide[:, 1]}), backend="triton"), expected)
     turned = inputs["residual"].t().contiguous().t()
     assert torch.equal(combine(**(inputs | {"residual": turned}), backend="triton"), expected)
+
+
+@interpreted
+@pytest.mark.parametrize("fmt", ["fp16", "int8", "nf4", "nf3"])
+def test_tokens_may_share_rows(fmt):
+    inputs = make_combine_inputs(7, 4, 64, fmt=fmt)
+    index = torch.tensor([2, 0, 2, 2, 1, 0, 1], dtype=torch.long)
+    rows = {k: v for k, v in inputs.items() if k in ("values", "scales")}
+    few = {k: None if v is None else v[:3] for k, v in rows.items()}
+    many = {k: None if v is None else v[index] for k, v in rows.items()}
+    for backend in ("triton", "reference", "auto"):
+        found = combine(**(inputs | few), index=index, backend=backend)
+        assert torch.equal(found, combine(**(inputs | many), backend=backend)), backend
 
 
 @interpreted
@@ -159,6 +185,11 @@ def _inputs(**changes):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
+        (
+            {"index": torch.zeros(2, dtype=torch.long)},
+            ValueError,
+            r"`index` must have shape \(3,\); got \(2,\)",
+        ),
         ({"logits": torch.zeros(2, 4)}, ValueError, "`logits` must have 3 tokens .* got 2"),
         (
             {"values": torch.zeros(3, 5, 16)},

@@ -1,10 +1,12 @@
 """Conversion: the table form is the expert form, and a kill at any moment costs nothing."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,6 +291,18 @@ def test_fingerprint_depends_on_embeddings_and_experts_only(make_mole, part):
     assert fingerprint(model) == before
     weights[part][0, 0] += 1
     assert fingerprint(model) != before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from the system")
+def test_memory_is_that_of_a_few_chunks(make_mole, tmp_path):
+    model = make_mole(vocab_size=30_000, hidden_size=64)
+    convert(model, tmp_path / "warm", "fp32", chunk=500, progress=False)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of what ran before does not count
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    convert(model, tmp_path / "table", "fp32", chunk=500, progress=False)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    size = LutMeta.load(tmp_path / "table/lut").file_bytes
+    assert grown <= size / 4, (grown, size)
 
 
 def test_progress_bar_counts_ids(make_mole, tmp_path, capsys):

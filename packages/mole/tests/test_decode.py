@@ -6,6 +6,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from mole import DenseForCausalLM, MoeForCausalLM, MoleForCausalLM, convert
 from mole.decode import Decoder
+from mole.lut import FORMATS
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -21,10 +22,10 @@ def plain(model, tokens, count):
     )
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_dense_model(make_config, tokens, kv_heads):
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}, {"mlp_type": "swiglu"}])
+def test_dense_model(make_config, tokens, changes):
     torch.manual_seed(0)
-    model = DenseForCausalLM(make_config("dense", num_key_value_heads=kv_heads)).eval().to(DEVICE)
+    model = DenseForCausalLM(make_config("dense", **changes)).eval().to(DEVICE)
     tokens = tokens.to(DEVICE)
     decoder = Decoder(model, 2, 24)
     for _ in range(2):  # a decoder can be used again
@@ -52,6 +53,34 @@ def test_table_model(make_mole, tokens, tmp_path, fmt, store):
     tokens = tokens.to(DEVICE)
     expected = plain(model, tokens, 12)
     assert torch.equal(Decoder(model, 2, 24).generate(tokens, 12), expected)
+
+
+def test_an_upcycled_llama(make_mole, tokens, tmp_path):
+    changes = {"mlp_type": "swiglu", "hidden_act": "silu", "num_key_value_heads": 2,
+               "tie_word_embeddings": True, "lookup_layers": [1]}  # fmt: skip
+    convert(make_mole(**changes), tmp_path, "fp16", progress=False)
+    model = MoleForCausalLM.from_pretrained(tmp_path).eval().to(DEVICE)
+    tokens = tokens.to(DEVICE)
+    expected = plain(model, tokens, 12)
+    assert torch.equal(Decoder(model, 2, 24).generate(tokens, 12), expected)
+    assert torch.equal(plain(model, tokens, 12), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_graph_decodes_every_format_and_waits_for_nothing(make_mole, tokens, tmp_path, fmt):
+    convert(make_mole(), tmp_path, fmt, progress=False)
+    model = MoleForCausalLM.from_pretrained(tmp_path, lut_store="pinned").eval().cuda()
+    tokens = tokens.cuda()
+    decoder = Decoder(model, 2, 24, compiled=False)
+    assert torch.equal(decoder.generate(tokens, 12), plain(model, tokens, 12))
+    decoder.prefill(tokens)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(3):
+            decoder.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("cache", [1, 2, 3, 60])

@@ -12,8 +12,9 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoTokenizer
 
-from mole import DenseForCausalLM, MoeForCausalLM, MoleForCausalLM
+from mole import DenseForCausalLM, MoeForCausalLM, MoleForCausalLM, convert
 from mole.cli import main as mole_command
+from mole.demo import ASSETS
 from mole.demo import run as demo
 from mole.demo.train import (
     END_OF_TEXT,
@@ -25,7 +26,7 @@ from mole.demo.train import (
     learning_rate,
 )
 from mole.demo.train import main as train
-from mole.evaluation import token_bytes
+from mole.evaluation import token_bytes, window_losses
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "Alice", "run", "past", "it", "again"]
 
@@ -202,3 +203,18 @@ def test_missing_assets_are_explained(tmp_path, monkeypatch):
         demo.run(tmp_path, assets=tmp_path / "none")
     done = CliRunner().invoke(mole_command, ["demo", "--prompt", "", "--output", str(tmp_path)])
     assert done.exit_code == 2
+
+
+def test_tables_of_the_shipped_model_keep_its_perplexity(tmp_path):
+    model = MoleForCausalLM.from_pretrained(ASSETS / "mole", dtype=torch.float32).eval()
+    words = AutoTokenizer.from_pretrained(ASSETS / "tokenizer")
+    text = encode(words, [(ASSETS / "snippet.txt").read_text(encoding="utf-8")])[:2048]
+    exact = window_losses(model, text, 512).double().mean()
+    over = {}
+    for fmt in ("int8", "nf4", "nf3"):
+        table = MoleForCausalLM.from_pretrained(convert(model, tmp_path / fmt, fmt, progress=False))
+        loss = window_losses(table.eval(), text, 512).double().mean()
+        over[fmt] = float((loss - exact).exp()) - 1
+    assert abs(over["int8"]) < 0.002
+    assert 0 < over["nf4"] < 0.015
+    assert over["nf4"] < over["nf3"] < 0.06

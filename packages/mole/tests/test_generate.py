@@ -86,3 +86,15 @@ def test_embeddings_as_prompt_come_with_their_ids(forms, tokens, options):
         for one in ({"inputs_embeds": embeddings}, {"inputs": tokens, "lookup_ids": tokens}):
             with pytest.raises(ValueError, match="`lookup_ids` and `inputs_embeds` must be given"):
                 model.generate(**one, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("store", ["pinned", "mmap"])
+def test_a_static_cache_is_compiled_on_the_gpu(make_mole, tmp_path, store):
+    convert(make_mole(max_position_embeddings=512), tmp_path, "nf4", progress=False)
+    table = MoleForCausalLM.from_pretrained(tmp_path, lut_store=store).eval().cuda()
+    ids = torch.randint(1, 60, (1, 300), generator=torch.Generator().manual_seed(0)).cuda()
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    expected = table.generate(ids, pad_token_id=0, **options)
+    found = table.generate(ids, pad_token_id=0, cache_implementation="static", **options)
+    assert torch.equal(found, expected)

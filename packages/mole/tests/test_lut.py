@@ -556,6 +556,46 @@ def test_memory_is_unlocked_before_it_is_given_back(fp16, monkeypatch, end):
     assert locked == []
 
 
+@pytest.mark.parametrize("fmt", ["fp16", "nf3"])
+def test_parts_of_a_row_cover_it_in_the_order_of_layers(fmt):
+    meta = LutMeta(5, 7, 3, 8, fmt, 5, (), "")
+    for counts in ((), (1, 5), (1, 2, 2, 2), (7, 7), (0, 3)):
+        groups = list(meta.spans(counts))
+        assert groups[0][0] == 0
+        assert [first for first, _ in groups] == sorted({first for first, _ in groups})
+        there = set()
+        for (first, parts), following in zip(groups, [*groups[1:], (7, None)], strict=True):
+            assert all(edge % 8 == 0 for part in parts for edge in part)
+            there |= {byte for part in parts for byte in range(*part)}
+            needed = meta.code_bytes // 7 * following[0]
+            assert there >= set(range(needed))
+            assert there >= set(range(meta.code_bytes, meta.row_bytes))
+            assert first < following[0]
+
+
+@pytest.mark.parametrize("kind", [*STORES, "cached"])
+def test_a_long_text_takes_each_distinct_row_once(fp16, kind, monkeypatch):
+    cache = {"cache": 4} if kind == "cached" else {}
+    model = MoleForCausalLM.from_pretrained(fp16.parent).eval()
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randint(20, (9, 30), generator=generator)  # longer than what is not looked at
+    with torch.no_grad():
+        expected = model(text, lut_rows=model.lut.rows(text)).logits
+    model.open_lut(fp16, "mmap" if cache else kind, **cache)
+    asked, read = [], type(model.lut).read
+    monkeypatch.setattr(
+        type(model.lut), "read", lambda self, ids: asked.append(len(ids)) or read(self, ids)
+    )
+    with torch.no_grad():
+        assert torch.equal(model(text).logits, expected)
+    assert len(model.lut.fetch(text).index) == 270
+    assert model.lut.fetch(text[:1]).index is None
+    assert asked == [20, 20, 30] or kind == "disk"  # it reads each row once itself
+    with pytest.raises(LutIdError, match="got ids from 0 to 60"):
+        model.lut.fetch(torch.arange(300).clamp(max=60))
+    model.lut.close()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", STORES)
 def test_a_model_may_move_to_the_gpu_after_its_table_was_opened(fp16, tokens, kind):
@@ -575,6 +615,13 @@ def test_pinned_rows_reach_the_gpu(table, cache):
     expected = open_lut(table).rows(ids)
     found = store.prefetch(ids.cuda()).rows()
     assert torch.equal(found.codes.cpu().view(torch.uint8), expected.codes.view(torch.uint8))
+    text = torch.randint(60, (300,), generator=torch.Generator().manual_seed(0))
+    rows = store.fetch(text.cuda())  # long enough to look for repeated ids
+    assert len(rows.codes) == len(text.unique())
+    for number, (codes, scales, index) in enumerate(rows.layers(torch.float32)):
+        wanted = open_lut(table).rows(text)
+        assert torch.equal(codes[index].cpu(), wanted.codes[:, number])
+        assert scales is None or torch.equal(scales[index].cpu(), wanted.scales[:, number])
     if not cache:
         store.rows(torch.tensor([60], device="cuda"))
         with pytest.raises(LutIdError, match="zeros were used"):

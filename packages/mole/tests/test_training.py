@@ -142,6 +142,10 @@ def test_other_settings_do_not_resume(make_mole, text, tmp_path):
         train(make_mole(), text.flip(0), tmp_path, TrainSettings(**SETTINGS))
     with pytest.raises(ValueError, match=r"other settings \(lr\)"):
         train(make_mole(), text, tmp_path, TrainSettings(**(SETTINGS | {"lr": 1.0})))
+    frozen = make_mole()
+    frozen.lm_head.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"other settings \(trained weights\)"):
+        train(frozen, text, tmp_path, TrainSettings(**SETTINGS))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,7 @@ config = MoleConfig(vocab_size=60, hidden_size=16, intermediate_size=24, num_hid
 text = torch.randint(0, 60, (400,), generator=torch.Generator().manual_seed(0))
 settings = TrainSettings(steps=3, batch=4, micro_batch=1, context=8, lr=1e-3)
 model = train(MoleForCausalLM(config), text, output, settings, stop_after=int(stop) or None,
-              sharded=sharded == "sharded", progress=False)
+              sharded=sharded == "sharded", mixed_precision="no", progress=False)
 assert PartialState().num_processes == int(processes)
 whole, kept = (sum(p.numel() for p in ps) for ps in (
     model.parameters(), (getattr(p, "_local_tensor", p) for p in model.parameters())))
@@ -210,7 +214,9 @@ assert (kept <= 0.6 * whole) == (sharded == "sharded"), (kept, whole)
 """
 
 
-def in_processes(tmp_path, output, processes, *, dedup="micro", stop=0, sharded="", tied=""):
+def in_processes(
+    tmp_path, output, processes, *, dedup="micro", stop=0, sharded="", tied="", gpus=False
+):
     script = tmp_path / "two.py"
     script.write_text(_TWO)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -218,7 +224,7 @@ def in_processes(tmp_path, output, processes, *, dedup="micro", stop=0, sharded=
         [sys.executable, *(launch if processes > 1 else []), str(script), str(tmp_path / output),
          dedup, str(processes), str(stop), sharded, tied],
         capture_output=True, text=True, check=False, timeout=300,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        env=os.environ | {"ACCELERATE_USE_CPU": str(not gpus).lower()},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return tmp_path / output
@@ -240,6 +246,15 @@ def test_two_processes_with_a_share_of_the_weights_each_train_as_one(tmp_path, t
     one = MoleForCausalLM.from_pretrained(in_processes(tmp_path, "one", 1, tied=tied))
     folder = in_processes(tmp_path, "two", 2, sharded="sharded", tied=tied)
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["MoleForCausalLM"]
+    assert_same(MoleForCausalLM.from_pretrained(folder), one, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("sharded", ["sharded", ""])
+def test_two_gpus_train_as_one(tmp_path, sharded):
+    one = MoleForCausalLM.from_pretrained(in_processes(tmp_path, "one", 1, gpus=True))
+    folder = in_processes(tmp_path, "two", 2, sharded=sharded, gpus=True)
     assert_same(MoleForCausalLM.from_pretrained(folder), one, rtol=1e-3, atol=2e-5)
 
 

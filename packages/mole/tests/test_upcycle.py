@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -16,6 +18,7 @@ from transformers import (
 )
 
 from mole import DenseForCausalLM, MoleForCausalLM, convert, from_upstream, to_upstream, upcycle
+from mole.cli import main
 from mole.upcycling import load_base
 
 
@@ -63,6 +66,10 @@ def test_a_llama_from_a_gguf_file(llama, tokens, tmp_path):
     writer.add_rope_freq_base(500.0)
     writer.add_rope_dimension_count(8)
     writer.add_vocab_size(60)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*map(chr, range(65, 123)), "AB", "</s>"])
+    writer.add_token_merges(["A B"])
+    writer.add_eos_token_id(59)
     names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
              "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
              "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
@@ -92,6 +99,11 @@ def test_a_llama_from_a_gguf_file(llama, tokens, tmp_path):
         expected = base(tokens).logits
         torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(again(tokens).logits, loaded(tokens).logits)
+    command = ["upcycle", tmp_path, tmp_path / "cli", "--gguf", "base.gguf", "--experts", 2]
+    done = CliRunner().invoke(main, [str(part) for part in command])
+    assert done.exit_code == 0, done.output
+    words = AutoTokenizer.from_pretrained(tmp_path / "cli")
+    assert words("ABBA").input_ids == [58, 1, 0]
 
 
 def test_an_upcycled_model_learns_with_its_backbone_frozen(make_config, tokens):

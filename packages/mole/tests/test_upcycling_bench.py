@@ -72,6 +72,12 @@ def test_figures_are_those_of_the_weights(trained, base):
         found = report["models"][name]["validation"]
         assert found["nats"] == pytest.approx(nats[name], rel=1e-6), name
         assert found["tokens"] == 12 * 31
+    with open(trained / "upcycling_windows.csv", encoding="utf-8") as file:
+        windows = [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
+    assert len(windows) == 12
+    for name in nats:
+        mean = sum(window[name] for window in windows) / 12
+        assert mean == pytest.approx(nats[name], abs=1e-6), name
     gap = report["paired_differences"]["experts - continued"]["nats"]
     assert gap == pytest.approx(nats["experts"] - nats["continued"], abs=1e-6)
     for arm in ARMS[1:]:

@@ -15,7 +15,8 @@ from .kernels.decode import adasplash_decode
 from .modules import AlphaParam
 
 NAME = "adasplash"
-_ALPHA = "entmax_alpha"  # attribute of an attention layer, and part of its weights' names
+_ALPHA = "entmax_alpha"  # attribute of a layer and of its config, and part of its weights' names
+_UNKNOWN = ("s_aux", "sinks", "indices", "block_indices")  # they change which weights there are
 
 
 def register_with_transformers() -> None:
@@ -46,7 +47,9 @@ def set_alpha(
 ) -> list[AlphaParam]:
     """Set alpha of the attention layers of a transformers model; 1.5 where it is never called.
 
-    Call it in every step to follow an `AlphaSchedule`.
+    Call it in every step to follow an `AlphaSchedule`. A number for all layers is also noted in
+    their configuration, so `save_pretrained` and `from_pretrained` keep it; so is that alphas are
+    learned, which `load_alpha` reads.
 
     Args:
         model: A model, loaded with any attention implementation.
@@ -59,8 +62,7 @@ def set_alpha(
 
     Returns:
         The parameters, in the order of the layers, empty for a number. `save_pretrained` saves
-        them; `from_pretrained` does not know them: call `set_alpha(model, "learned")`, then
-        `load_alpha(model, folder)`.
+        them; `from_pretrained` does not know them: call `load_alpha(model, folder)` after it.
 
     Raises:
         ValueError: `alpha` is out of range, or `model` has no attention layer that is asked for.
@@ -72,7 +74,7 @@ def set_alpha(
     layers = list(_attention_layers(model))
     if not layers:
         raise ValueError(f"`model` must have attention layers of transformers; got {type(model)}.")
-    chosen = [(layer, heads) for layer, heads in layers if where is None or where(layer)]
+    chosen = [(layer, heads) for _, layer, heads in layers if where is None or where(layer)]
     if not chosen:
         raise ValueError(f"`where` must hold for an attention layer of {type(model).__name__}.")
     found = []
@@ -86,36 +88,63 @@ def set_alpha(
         if hasattr(layer, _ALPHA):
             delattr(layer, _ALPHA)  # a module cannot be replaced by a number
         setattr(layer, _ALPHA, value)
+        config = getattr(layer, "config", None)
+        if config is None or where is not None:
+            continue
+        if not isinstance(alpha, Tensor):
+            setattr(config, _ALPHA, value if isinstance(value, float) else alpha)
+        elif hasattr(config, _ALPHA):
+            delattr(config, _ALPHA)  # its number may change, and nobody would note that
     return found
 
 
 def load_alpha(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Read the alphas that `save_pretrained` wrote into a model prepared by `set_alpha`.
+    """Read the alphas that `save_pretrained` wrote into a model that `from_pretrained` has made.
 
     Args:
-        model: The model, after `set_alpha(model, "learned")`.
+        model: The model; its layers get an `AlphaParam` each where they have none.
         folder: The folder that was saved.
 
     Raises:
-        ValueError: The folder does not hold an alpha for every layer.
+        ValueError: The folder does not hold an alpha for every layer; the model stays as it is.
     """
     from safetensors import safe_open
 
-    wanted = {name: p for name, p in model.named_parameters() if f".{_ALPHA}." in f".{name}"}
-    if not wanted:
-        raise ValueError('`model` has no learned alpha; call `set_alpha(model, "learned")` first.')
+    stored: dict[str, Tensor] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in set(file.keys()) & set(wanted):
-                with torch.no_grad():
-                    wanted.pop(name).copy_(file.get_tensor(name))
-    if wanted:
-        raise ValueError(f"`folder` {str(folder)!r} holds no {sorted(wanted)[0]!r}.")
+            names = [name for name in file.keys() if f".{_ALPHA}." in f".{name}"]  # noqa: SIM118
+            stored |= {name: file.get_tensor(name) for name in names}
+    if not stored:
+        raise ValueError(f"`folder` {str(folder)!r} holds no learned alpha.")
+    learned = _learned_alphas(model)
+    wanted = list(learned) or [f"{name}.{_ALPHA}.raw" for name, *_ in _attention_layers(model)]
+    if len(stored) == len(wanted) and not stored.keys() >= set(wanted):
+        # transformers gives the weights of some models other names in files, in the same order.
+        pairs = zip(sorted(wanted, key=_by_number), sorted(stored, key=_by_number), strict=True)
+        stored = {name: stored[saved] for name, saved in pairs}
+    missing = [name for name in wanted if name not in stored]
+    if missing:
+        raise ValueError(f"`folder` {str(folder)!r} holds no {missing[0]!r}.")
+    if not learned:
+        set_alpha(model, "learned")
+    with torch.no_grad():
+        for name, parameter in _learned_alphas(model).items():
+            parameter.copy_(stored[name])
 
 
-def _attention_layers(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
-    """Yield the layers that call the attention interface, and their numbers of heads."""
-    for module in model.modules():
+def _learned_alphas(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if f".{_ALPHA}." in f".{name}"}
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Return a key that puts layer 10 behind layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _attention_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Yield the layers that call the attention interface: name, module, number of heads."""
+    for name, module in model.named_modules():
         if not hasattr(module, "is_causal"):
             continue
         config = getattr(module, "config", None)
@@ -125,7 +154,7 @@ def _attention_layers(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
             or getattr(config, "num_attention_heads", None)
         )
         if isinstance(heads, int):
-            yield module, heads
+            yield name, module, heads
 
 
 def attention_forward(
@@ -139,6 +168,7 @@ def attention_forward(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return the attention output `[batch, seq_q, heads, dim]` and no weights.
@@ -157,11 +187,26 @@ def attention_forward(
         sliding_window: A row sees so many keys up to its own position, that included; on either
             side where attention is not causal.
         softcap: Bound of the scores.
+        position_bias: Added to the scores, `[1 or batch, heads, seq_q, seq_k]`; T5's.
         **kwargs: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k` of sequences
             packed into one; the rest is for other implementations and ignored.
+
+    Raises:
+        NotImplementedError: The model has sinks, or chooses keys itself.
+        ValueError: The model was saved with learned alphas that have not been read.
     """
+    for name in _UNKNOWN:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"`attn_implementation='{NAME}'` does not compute `{name}`, which "
+                f"{type(module).__name__} has; use another implementation."
+            )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    alpha = getattr(module, _ALPHA, 1.5)
+    alpha = getattr(module, _ALPHA, None)
+    if alpha is None:
+        alpha = getattr(getattr(module, "config", None), _ALPHA, 1.5)
+        if isinstance(alpha, str):
+            raise ValueError("the model's alphas were learned; call `load_alpha(model, folder)`.")
     options: dict[str, Any] = {
         "alpha": alpha() if isinstance(alpha, AlphaParam) else alpha,
         "is_causal": causal, "scale": scaling, "softcap": softcap, "dropout_p": dropout,
@@ -170,6 +215,8 @@ def attention_forward(
         options["window"] = (sliding_window - 1, 0 if causal else sliding_window - 1)
     packed = attention_mask is not None and attention_mask.ndim == 1  # see `make_mask`
     bounds = attention_mask if packed else kwargs.get("cu_seq_lens_q")
+    if position_bias is not None and bounds is not None:
+        raise NotImplementedError("`position_bias` cannot go with packed sequences.")
     if bounds is not None and (packed or len(query) == 1):
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         if not packed:
@@ -187,6 +234,8 @@ def attention_forward(
             attention_mask = None
     if query.shape[2] == 1:
         attention_mask = _of_one_query(attention_mask, key, options)
+    if position_bias is not None:
+        options["attn_bias"] = position_bias[..., : key.shape[2]].to(query.dtype)
     if _decodes(query, key, value, attention_mask, options):
         lengths = torch.full(query.shape[:1], key.shape[2], dtype=torch.int32, device=key.device)
         output = adasplash_decode(
@@ -201,7 +250,8 @@ def attention_forward(
         bias = attention_mask[..., : key.shape[2]]
         if bias.dtype == torch.bool:
             bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(~bias, -torch.inf)
-        options |= {"is_causal": False, "attn_bias": bias.to(query.dtype)}
+        bias = bias.to(query.dtype) + options.get("attn_bias", 0.0)
+        options |= {"is_causal": False, "attn_bias": bias}
         options.pop("window", None)
     else:
         options["key_padding_mask"] = attention_mask
@@ -226,6 +276,14 @@ def _softmax(
         left, right = window or (seq_k, seq_k)
         seen = (distance >= -left) & (distance <= (0 if causal else right))
         seen = seen if mask is None else seen & mask[:, None, None]
+    bias = options.get("attn_bias")
+    if bias is not None:
+        if seen is None and causal:
+            seen = torch.ones(seq_q, seq_k, dtype=torch.bool, device=key.device).tril()
+        if seen is None:
+            seen = bias
+        else:
+            seen = bias.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else bias + seen
     if seen is not None and query.shape[1] != key.shape[1]:
         # No fast backend of torch takes both a mask and shared keys.
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
@@ -274,6 +332,7 @@ def _decodes(
         and (mask is None or mask.ndim == 2)
         and (isinstance(alpha, Tensor) or alpha > 1)
         and options["softcap"] is None
+        and "attn_bias" not in options
         and not options["dropout_p"]
         and not learns
         and query.dtype == key.dtype == value.dtype
@@ -327,7 +386,8 @@ def make_mask(
         known = isinstance(q_offset, int) or (q_length > 1 and not traced)
         filled = int(q_offset) + q_length - kv_offset if known and not bidirectional else kv_length
         if bidirectional or (known and 0 < filled <= kv_length):
-            return _visible(attention_mask, batch_size, filled, kv_length, kv_offset, kwargs)
+            return _visible(attention_mask, batch_size, filled, kv_length, kv_offset,
+                            q_length == 1, kwargs)  # fmt: skip
     if attention_mask is None and q_length == kv_length and not traced:
         starts = _packing(mask_function, causal_mask_function)
         if starts is not None:
@@ -341,14 +401,25 @@ def make_mask(
     return whole
 
 
+def _looked_at(mask: Tensor, single: bool) -> bool:
+    """Return whether it pays, and is possible, to wait for what a mask holds.
+
+    Once for all layers: without a mask they are faster. One new token is decoded with it as fast.
+    """
+    if not _on_gpu(mask):
+        return not torch.compiler.is_compiling()
+    return not (single or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
+
+
 def _visible(
-    mask: Tensor | None, batch: int, filled: int, kv_length: int, kv_offset: int, options: Any
-) -> Tensor | None:
+    mask: Tensor | None, batch: int, filled: int, kv_length: int, kv_offset: int, single: bool,
+    options: Any,
+) -> Tensor | None:  # fmt: skip
     """Return which of the first `filled` keys are tokens; None for all of all."""
     if mask is not None:
         mask = mask[:, kv_offset : kv_offset + filled].bool()
         mask = nn.functional.pad(mask, (0, filled - mask.shape[1]))
-        if not bool(mask.all()):
+        if not _looked_at(mask, single) or not bool(mask.all()):
             return mask
     if filled == kv_length:
         return None

@@ -65,6 +65,46 @@ def clustered_inputs(
     return q.to(dtype), k.to(dtype), draw(batch, heads, length, dim_head).to(dtype)
 
 
+def local_inputs(
+    batch: int,
+    heads: int,
+    length: int,
+    dim_head: int,
+    gain: float,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    reach: int = 256,
+    sinks: int = 4,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v of heads that look near by and at the first tokens.
+
+    A direction that all tokens share wanders off within `reach` tokens; the first `sinks` keys lie
+    along one that every query has a part of. A higher `gain` makes fewer blocks hold weight, down
+    to those on the diagonal and the first.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    def long(x: Tensor) -> Tensor:
+        scaled: Tensor = x / x.norm(dim=-1, keepdim=True) * dim_head**0.5
+        return scaled
+
+    # A sum of past noise, the older the less, as a product of spectra.
+    fading = torch.exp(-torch.arange(length, device=device) / reach)
+    spectrum = torch.fft.rfft(draw(batch, heads, length, dim_head), 2 * length, dim=2)
+    spectrum *= torch.fft.rfft(fading, 2 * length)[:, None]
+    near = long(torch.fft.irfft(spectrum, 2 * length, dim=2)[:, :, :length])
+    sink = long(draw(batch, heads, 1, dim_head))
+    q, k = (draw(batch, heads, length, dim_head) for _ in range(2))
+    q, k = q + gain**0.5 * (near + sink), k + gain**0.5 * near
+    k[:, :, :sinks] = gain**0.5 * sink
+    return q.to(dtype), k.to(dtype), draw(batch, heads, length, dim_head).to(dtype)
+
+
 def oracle_weights(
     q: Float[Tensor, "batch heads seq_q dim_head"],
     k: Float[Tensor, "batch heads_kv seq_k dim_head"],

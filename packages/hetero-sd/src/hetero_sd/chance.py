@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,7 @@ class Chance:
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self._generator = generator
+        self._host: random.Random | None = None
 
     def draw(self, weights: Tensor) -> list[int]:
         """Return one index for each row of weights, which need not add up to 1."""
@@ -22,6 +26,17 @@ class Chance:
         drawn = torch.multinomial(weights.to(where), 1, generator=self._generator)
         indices: list[int] = drawn[:, 0].tolist()
         return indices
+
+    def pick(self, weights: Sequence[float]) -> int:
+        """Return one index, without a device: weights need not add up to 1."""
+        if self._host is None:
+            self._host = random.Random(self.key())
+        left = self._host.random() * sum(weights)
+        for index, weight in enumerate(weights):
+            left -= weight
+            if left < 0:
+                return index
+        return max(index for index, weight in enumerate(weights) if weight > 0)  # By rounding.
 
     def coins(self, count: int, like: Tensor) -> Tensor:
         """Return numbers uniform on [0, 1), of the type and on the device of a tensor."""

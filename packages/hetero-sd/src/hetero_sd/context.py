@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ._bytes import ByteEncoder, unfinished_tail
-from .runners import Chooser, Runner
+from .processors import Processors
+from .runners import Chooser, Runner, Weigher
 from .vocab import VocabMap
 
 _LOOKBACK = 4  # Tokens before new text that may be encoded anew with it.
@@ -22,10 +23,12 @@ class Context(Protocol):
     Attributes:
         ids: Drafter ids.
         pending: Bytes of the history that `ids` does not hold yet.
+        kept: Ids before this place are as they were when it was set; a context only lowers it.
     """
 
     ids: list[int]
     pending: bytes
+    kept: int
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append target tokens."""
@@ -38,6 +41,7 @@ class SameContext:
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.pending = b""
+        self.kept = 0
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append target tokens."""
@@ -61,6 +65,7 @@ class DrafterContext:
     Attributes:
         ids: The drafter's context.
         pending: Bytes of the history that `ids` does not hold yet.
+        kept: Ids before this place are as they were when it was set.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class DrafterContext:
         self._start = start
         self.ids: list[int] = list(ids)
         self.pending = b""
+        self.kept = 0
         self._run = len(self.ids)  # Where the current run of text starts in `ids`.
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -109,6 +115,7 @@ class DrafterContext:
             # Trust the new reading only if it agrees where the window starts.
             if anew[:1] == old[:1] and self._encoder.spell(anew) == known + data:
                 self.ids[cut:] = anew
+                self.kept = min(self.kept, cut)
                 return
         self.ids += self._encoder.encode(data)
 
@@ -147,9 +154,15 @@ class DrafterMemory:
             if len(context.ids) - self._dropped[row] + room > self._limit:
                 self._dropped[row] = max(len(context.ids) - self._limit // 2, 0)
                 held.clear()
-            ids = context.ids[self._dropped[row] :]
-            keep.append(min(_common(held, ids), len(ids) - 1))
-            feeds.append(ids[keep[-1] :])
+            # What was held agrees with the context up to where that has changed since.
+            ids, start = context.ids, self._dropped[row]
+            place = max(min(context.kept - start, len(held)), 0)
+            end = min(len(held), len(ids) - start)
+            while place < end and held[place] == ids[start + place]:
+                place += 1
+            keep.append(min(place, len(ids) - start - 1))
+            feeds.append(ids[start + keep[-1] :])
+            context.kept = len(ids)
         self.crop(keep)
         return feeds
 
@@ -190,8 +203,8 @@ class DrafterMemory:
         ends: Container[int],
         among: Tensor | None = None,
         steps: int = 0,
-    ) -> list[list[int]]:
-        """Return the drafter's likeliest ids after each feed.
+    ) -> Callable[[], list[list[int]]]:
+        """Let the drafter write its likeliest ids after each feed; return what waits for them.
 
         Args:
             feeds: Ids that `missing` returned.
@@ -200,13 +213,28 @@ class DrafterMemory:
             among: Ids to choose from, ascending; all if missing.
             steps: As for `Chooser.write`.
         """
-        written: list[list[int]] = [[] for _ in feeds]
-        if isinstance(self._runner, Chooser) and any(feeds):
-            for row, ids in enumerate(self._runner.write(feeds, rooms, among, steps)):
-                self._held[row] += [*feeds[row], *ids[:-1]]
+        if not (isinstance(self._runner, Chooser) and any(feeds)):
+            return lambda: self._write(feeds, rooms, ends, among)
+        read = self._runner.write(feeds, rooms, among, steps)
+
+        def wait() -> list[list[int]]:
+            written: list[list[int]] = []
+            for held, feed, ids in zip(self._held, feeds, read(), strict=True):
+                held += [*feed, *ids[:-1]]
                 end = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
-                written[row] = ids[:end]
+                written.append(ids[:end])
             return written
+
+        return wait
+
+    def _write(
+        self,
+        feeds: Sequence[Sequence[int]],
+        rooms: Sequence[int],
+        ends: Container[int],
+        among: Tensor | None,
+    ) -> list[list[int]]:
+        written: list[list[int]] = [[] for _ in feeds]
         while any(feeds):
             active = [row for row, feed in enumerate(feeds) if feed]
             said = self.feed(feeds)
@@ -221,6 +249,70 @@ class DrafterMemory:
                     feeds[row] = [token]
         return written
 
+    def weigh(
+        self,
+        feeds: Sequence[Sequence[int]],
+        ends: Container[int],
+        steps: int,
+        processors: Processors,
+        top: int,
+    ) -> Callable[[], tuple[list[list[int]], list[list[int]], list[list[float]]]]:
+        """Let the drafter write its likeliest ids, and weigh the best ones for the last.
+
+        Args:
+            feeds: Ids that `missing` returned.
+            ends: Ids after which a row writes no more.
+            steps: Ids to write, the last one included, 1 or more.
+            processors: What is done to its logits before they are weighed.
+            top: How many are weighed.
+
+        Returns:
+            What waits for the ids before the last one, up to an end; the best ids for the last,
+            none in a row that has ended or was not fed, and their probabilities.
+        """
+        runner = self._runner
+        if isinstance(runner, Weigher) and any(feeds) and runner.weighs(steps):
+            read = runner.weigh(feeds, steps, processors, top)
+
+            def wait() -> tuple[list[list[int]], list[list[int]], list[list[float]]]:
+                written, best, masses = read()
+                for row, feed in enumerate(feeds):
+                    ids = written[row] = written[row] if feed else []
+                    self._held[row] += [*feed, *ids]
+                    end = next((i + 1 for i, token in enumerate(ids) if token in ends), 0)
+                    if end or not feed:
+                        written[row], best[row] = ids[:end], []
+                return written, best, masses
+
+            return wait
+        return lambda: self._weigh(feeds, ends, steps, processors, top)
+
+    def _weigh(
+        self,
+        feeds: Sequence[Sequence[int]],
+        ends: Container[int],
+        steps: int,
+        processors: Processors,
+        top: int,
+    ) -> tuple[list[list[int]], list[list[int]], list[list[float]]]:
+        rooms = [steps - 1 if feed else 0 for feed in feeds]
+        written: list[list[int]] = [[] for _ in feeds]
+        if steps > 1:
+            written = self.write(feeds, rooms, ends, steps=steps - 1)()
+            feeds = [ids[-1:] if ids and ids[-1] not in ends else [] for ids in written]
+        best: list[list[int]] = [[] for _ in feeds]
+        masses: list[list[float]] = [[] for _ in feeds]
+        active = [row for row, feed in enumerate(feeds) if feed]
+        if active:
+            said = self.feed(feeds)
+            law = processors.scores_only(torch.cat([said[row] for row in active])).softmax(dim=1)
+            found = law.topk(min(top, law.shape[1]), dim=1)
+            for row, shares, ids in zip(
+                active, found.values.tolist(), found.indices.tolist(), strict=True
+            ):
+                best[row], masses[row] = ids, shares
+        return written, best, masses
+
     def note(self, feeds: Sequence[Sequence[int]]) -> None:
         """Take note of ids that were fed to the drafter without this object."""
         for held, feed in zip(self._held, feeds, strict=True):
@@ -232,15 +324,3 @@ class DrafterMemory:
         self.contexts = [self.contexts[row] for row in rows]
         self._held = [self._held[row] for row in rows]
         self._dropped = [self._dropped[row] for row in rows]
-
-
-def _common(left: list[int], right: list[int]) -> int:
-    """Return how many ids two lists begin with in common; they seldom part but near the end."""
-    shorter = min(len(left), len(right))
-    start = max(shorter - 16, 0)
-    if left[:start] != right[:start]:
-        start = 0
-    for place in range(start, shorter):
-        if left[place] != right[place]:
-            return place
-    return shorter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -67,6 +68,15 @@ class Method(Protocol):
 
     def draft(self, now: Situation) -> tuple[list[Draft], int]:
         """Return a draft for each row, and how many drafter tokens it took in all."""
+        ...
+
+
+@runtime_checkable
+class Beginner(Method, Protocol):
+    """A way to draft that begins on a device, while the host does other things."""
+
+    def begin(self, now: Situation) -> Callable[[], tuple[list[Draft], int]]:
+        """Begin a draft, and return what waits for it and returns it."""
         ...
 
 

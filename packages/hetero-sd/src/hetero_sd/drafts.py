@@ -87,6 +87,55 @@ class Runs:
         return verify_runs(p, self.steps, chance.coins(len(self.tokens), p))
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """Proposals whose laws have few tokens each, known to the host.
+
+    Attributes:
+        tokens: Target ids.
+        laws: The probability of each token that might have been there, for each proposal; those
+            of one proposal add up to 1.
+    """
+
+    tokens: list[int]
+    laws: list[dict[int, float]]
+
+    @classmethod
+    def among(cls, runs: Sequence[Sequence[int]], masses: Sequence[float], chosen: int) -> Weighed:
+        """Return a run that was drawn among several, as `acceptance.verify_runs` weighs it.
+
+        Args:
+            runs: Target ids of each run.
+            masses: Probability of each, up to a factor.
+            chosen: The one drawn.
+        """
+        laws: list[dict[int, float]] = []
+        alive = list(zip(runs, masses, strict=True))
+        for depth, token in enumerate(runs[chosen]):
+            law: dict[int, float] = {}
+            for run, mass in alive:
+                if len(run) > depth:  # The latent: the chosen run does not end here.
+                    law[run[depth]] = law.get(run[depth], 0.0) + mass
+            total = sum(law.values())
+            laws.append({other: mass / total for other, mass in law.items()})
+            alive = [(run, m) for run, m in alive if len(run) > depth and run[depth] == token]
+        return cls(list(runs[chosen]), laws)
+
+    def dense(self, like: Tensor) -> Tensor:
+        """Return the laws over the whole vocabulary, of the type, device and last size given."""
+        rows = [place for place, law in enumerate(self.laws) for _ in law]
+        ids = [token for law in self.laws for token in law]
+        masses = [mass for law in self.laws for mass in law.values()]
+        law = torch.zeros(len(self.tokens), like.shape[-1], dtype=like.dtype)
+        law[rows, ids] = torch.tensor(masses, dtype=like.dtype)
+        return law.to(like.device)
+
+    def judge(self, p: Tensor, chance: Chance) -> tuple[int, Tensor]:
+        """See `Draft`."""
+        proposed = torch.tensor(self.tokens, dtype=torch.long, device=p.device)
+        return verify(p, proposed, chance.coins(len(self.tokens), p), self.dense(p))
+
+
 def judge_together(
     drafts: Sequence[Draft], p: Tensor, chance: Chance
 ) -> list[tuple[int, int]] | None:
@@ -101,7 +150,7 @@ def judge_together(
         p: The target's laws at each proposal and after the last, row after row.
         chance: Source of noise; it must serve the device.
     """
-    if not all(isinstance(draft, Certain | Drawn | Runs) for draft in drafts):
+    if not all(isinstance(draft, Certain | Drawn | Runs | Weighed) for draft in drafts):
         return None
     device, size = p.device, p.shape[1]
     limits = [len(draft.tokens) for draft in drafts]
@@ -124,6 +173,8 @@ def judge_together(
             law = p.new_zeros(limits[row], size)
             q[row, : limits[row]] = law.index_copy_(1, draft.kept.to(device), draft.laws.to(p))
             block = draft.block
+        elif isinstance(draft, Weighed):
+            q[row, : limits[row]] = draft.dense(p)
     runs = [(row, draft) for row, draft in enumerate(drafts) if isinstance(draft, Runs)]
     if runs:
         steps = [step for _, draft in runs for step in draft.steps]

@@ -7,17 +7,26 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .devices import on
 from .kernels.judge import pick_rules
 from .llama import LlamaBody
+from .processors import Processors
 
 _logger = logging.getLogger(__name__)
 WIDTHS = (1, 2, 4, 6, 8, 12, 16)  # Tokens of a row in one graph, where a graph is for any number.
 DRAFT_WIDTHS = (2, 8, 16)  # The same of a draft's first pass: a small model's time is not width's.
+MOST = WIDTHS[-1] - 1  # Ids that a draft may have.
 MARGIN = 2 * WIDTHS[-1]  # Cache entries beyond a text that drafts and padding may touch.
+# What the host says of a row's draft: the place of the last id fed, ids, their positions, and those
+# of the ids to be written. Nothing of it is left for the device to compute.
+LAST, IDS = 0, 1
+PLACES = IDS + WIDTHS[-1]
+LATER = PLACES + WIDTHS[-1]
+DRAFT_LINE = LATER + MOST
 _CHUNK = 512  # Longest stretch of a prompt in one pass.
 
 
@@ -54,9 +63,12 @@ class Answer:
         self._device = device
         self._done = torch.cuda.Event() if device.type == "cuda" else None
 
-    def ask(self, result: Tensor) -> None:
-        """Have the result copied when it is there."""
+    def put(self, result: Tensor) -> None:
+        """Have the result copied when it is there; a graph may hold the copy."""
         self._numbers.copy_(result, non_blocking=True)
+
+    def mark(self) -> None:
+        """Take what has been put so far for the result."""
         if self._done is not None:
             self._done.record(torch.cuda.current_stream(self._device))
 
@@ -65,6 +77,11 @@ class Answer:
         if self._done is not None:
             self._done.synchronize()
         numbers: list[list[int]] = self._numbers.tolist()
+        return numbers
+
+    def floats(self) -> list[list[float]]:
+        """Return what was read last, where it is numbers in float64."""
+        numbers: list[list[float]] = self._numbers.view(torch.double).tolist()
         return numbers
 
 
@@ -93,13 +110,16 @@ class GraphRunner:
         self.setup_seconds = 0.0
         self._given = torch.zeros(2, rows, WIDTHS[-1], dtype=torch.long, device=self.device)
         # Of a draft: what the host says of each row, as `go_on` takes it, and the ids written.
-        self._said = torch.zeros(rows, 2 + WIDTHS[-1], dtype=torch.long, device=self.device)
-        self._host = pinned(torch.ones(self._said.shape, dtype=torch.long), self.device)
+        self._said = torch.zeros(rows, DRAFT_LINE, dtype=torch.long, device=self.device)
+        self._host = pinned(torch.zeros_like(self._said, device="cpu"), self.device)
         self._lines = self._host.numpy()
+        self.places = np.minimum(np.arange(capacity + MARGIN), capacity - 1)
         self._written = torch.zeros(WIDTHS[-1], rows, dtype=torch.long, device=self.device)
         self._answer = Answer(WIDTHS[-1], rows, self.device)
+        self._weights: dict[int, Answer] = {}
         self._rules = pick_rules(self.device)
         self._ids = torch.arange(len(body.head.weight), device=self.device)
+        self._row = torch.arange(rows, device=self.device)
         self._graphs: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
         self.reset()
 
@@ -171,22 +191,36 @@ class GraphRunner:
         self.lengths = [n + len(feed) for n, feed in zip(self.lengths, feeds, strict=True)]
         return logits
 
-    def go_on(self, said: Tensor, steps: int, choose: Callable[[int, Tensor], Tensor]) -> None:
+    def tell(self, line: Any, length: int, feed: Sequence[int]) -> None:
+        """Write the beginning of a row's line, for `go_on`.
+
+        Args:
+            line: Where to write, in NumPy: `DRAFT_LINE` numbers.
+            length: Ids in the cache.
+            feed: Ids to feed; where there are none, one that does not matter is.
+        """
+        count = len(feed) or 1
+        line[LAST] = count - 1
+        line[IDS : IDS + len(feed)] = feed
+        line[PLACES:LATER] = self.places[length : length + WIDTHS[-1]]
+        line[LATER:DRAFT_LINE] = self.places[length + count : length + count + MOST]
+
+    def go_on(
+        self, said: Tensor, width: int, steps: int, choose: Callable[[int, Tensor], Tensor]
+    ) -> None:
         """Feed ids, and behind them ids that are chosen one by one; all but the last are fed too.
 
         Args:
-            said: Ids in the cache, ids fed, 1 or more, and these ids of each row, padded.
+            said: A line for each row that begins as `tell` writes it.
+            width: Ids fed at most.
             steps: Ids to choose.
             choose: Given the step and the last hidden state of each row, returns an id for each.
         """
-        start, length, ids = said[:, :1], said[:, 1:2], said[:, 2:]
-        width, end = ids.shape[1], self.capacity - 1
-        states = self.forward(ids, (start + torch.arange(width, device=said.device)).clamp(max=end))
-        line = torch.arange(self.rows, device=said.device)
-        state = states[line, (length[:, 0] - 1).clamp(max=width - 1)]
-        chosen = choose(0, state)
+        ids, places = said[:, IDS : IDS + width], said[:, PLACES : PLACES + width]
+        states = self.forward(ids, places)
+        chosen = choose(0, states[self._row, said[:, LAST]])
         for step in range(1, steps):
-            place = (start + length + step - 1).clamp(max=end)
+            place = said[:, LATER + step - 1, None]
             chosen = choose(step, self.forward(chosen[:, None], place)[:, 0])
 
     def write(
@@ -195,22 +229,79 @@ class GraphRunner:
         counts: Sequence[int],
         among: Tensor | None = None,
         steps: int = 0,
-    ) -> list[list[int]]:
+    ) -> Callable[[], list[list[int]]]:
         """See `Chooser`."""
+        counts = [count if feed else 0 for count, feed in zip(counts, feeds, strict=True)]
+        steps = max(steps, *counts)
+        kind = "draft", steps, 0 if among is None else among.data_ptr()
+        fed = self._draft(kind, feeds, lambda width: self._run_draft(width, steps, among))
+        for row, count in enumerate(counts):
+            self.lengths[row] += fed[row] + max(count - 1, 0)
+        slots = list(self.slots)
+
+        def read() -> list[list[int]]:
+            columns = list(zip(*self._answer.read()[:steps], strict=True))
+            return [list(columns[slot][:n]) for slot, n in zip(slots, counts, strict=True)]
+
+        return read
+
+    def weighs(self, steps: int) -> bool:
+        """See `Weigher`."""
+        return steps <= MOST
+
+    def weigh(
+        self, feeds: Sequence[Sequence[int]], steps: int, processors: Processors, top: int
+    ) -> Callable[[], tuple[list[list[int]], list[list[int]], list[list[float]]]]:
+        """See `Weigher`."""
+        top = min(top, len(self.body.head.weight))
+        if top not in self._weights:
+            self._weights[top] = Answer(self.rows, 2 * top, self.device)
+        answer = self._weights[top]
+        fed = self._draft(
+            ("weighed", steps, top, processors.key),
+            feeds,
+            lambda width: self._run_draft(width, steps, None, (processors, top)),
+        )
+        answer.mark()
+        for row, feed in enumerate(feeds):
+            self.lengths[row] += fed[row] + (steps - 1 if feed else 0)
+        slots = list(self.slots)
+
+        def read() -> tuple[list[list[int]], list[list[int]], list[list[float]]]:
+            best, columns = answer.read(), self._answer.read()[: steps - 1]
+            shares = answer.floats()
+            return (
+                [[column[slot] for column in columns] for slot in slots],
+                [best[slot][:top] for slot in slots],
+                [shares[slot][top:] for slot in slots],
+            )
+
+        return read
+
+    def _draft(
+        self,
+        kind: tuple[Any, ...],
+        feeds: Sequence[Sequence[int]],
+        run: Callable[[int], None],
+    ) -> list[int]:
+        """Begin a draft by a graph of its kind; return how many ids each row is fed by it."""
         if max(map(len, feeds)) > WIDTHS[-1]:  # A prompt: all but its end in one pass.
             self.extend([feed[:-1] for feed in feeds], [0] * len(feeds))
             feeds = [feed[-1:] for feed in feeds]
-        counts = [count if feed else 0 for count, feed in zip(counts, feeds, strict=True)]
         self._check(max(map(len, feeds)))
         for slot, feed, length in zip(self.slots, feeds, self.lengths, strict=True):
-            self._lines[slot, :2] = length, max(len(feed), 1)
-            self._lines[slot, 2 : 2 + len(feed)] = feed
+            self.tell(self._lines[slot], length, feed)
         width = next(w for w in DRAFT_WIDTHS if w >= max(map(len, feeds)))
-        written = self._replay_draft(width, max(steps, *counts), among)
-        for row, (feed, count) in enumerate(zip(feeds, counts, strict=True)):
-            self.lengths[row] += len(feed) + max(count - 1, 0)
-        columns = list(zip(*written, strict=True))
-        return [list(columns[slot][:count]) for slot, count in zip(self.slots, counts, strict=True)]
+        with on(self.device):
+            if (kind, width) not in self._graphs:  # All widths at once, none in a later text.
+                last = self._lines[:, LAST].copy()
+                self._lines[:, LAST] = 0  # A place that each width has.
+                for other in DRAFT_WIDTHS if self.device.type == "cuda" else (width,):
+                    self._graphs[kind, other] = self.capture(lambda other=other: run(other))  # type: ignore
+                self._lines[:, LAST] = last
+            self._graphs[kind, width][0].replay()
+            self._answer.mark()
+        return [len(feed) for feed in feeds]
 
     def _padded(self, feeds: Sequence[Sequence[int]], width: int) -> Tensor:
         """Return ids and places of all slots, shape `(2, rows, width)`."""
@@ -239,31 +330,33 @@ class GraphRunner:
         kind = "logits", 0 if head is None else head.data_ptr()
         return self._result(kind, given, WIDTHS, run)
 
-    def _replay_draft(self, width: int, steps: int, among: Tensor | None) -> list[list[int]]:
-        """Return the ids after each row's last by a graph, step by step."""
-        kind = "draft", steps, 0 if among is None else among.data_ptr()
-        with on(self.device):
-            self._said.copy_(self._host, non_blocking=True)
-            if (kind, width) not in self._graphs:  # All widths at once, none in a later text.
-                for other in DRAFT_WIDTHS if self.device.type == "cuda" else (width,):
-                    self._graphs[kind, other] = self.capture(
-                        lambda other=other: self._run_draft(other, steps, among)  # type: ignore
-                    )
-            self._graphs[kind, width][0].replay()
-            self._answer.ask(self._written)
-        return self._answer.read()[:steps]
-
-    def _run_draft(self, width: int, steps: int, among: Tensor | None) -> None:
+    def _run_draft(
+        self,
+        width: int,
+        steps: int,
+        among: Tensor | None,
+        weighed: tuple[Processors, int] | None = None,
+    ) -> None:
+        """Draft by the likeliest ids; the last one is only weighed, where that is asked for."""
+        self._said.copy_(self._host, non_blocking=True)
         columns = torch.empty(self.rows, dtype=torch.long, device=self.device)
         parts = None if among is None else among[:, None]
 
         def choose(step: int, state: Tensor) -> Tensor:
             logits = self.body.raw_logits(state)
+            if weighed is not None and step == steps - 1:
+                processors, top = weighed
+                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                best = processors.scores_only(wide).softmax(dim=1).topk(top, dim=1)
+                shares = best.values.double().view(torch.long)
+                self._weights[top].put(torch.cat([best.indices, shares], dim=1))
+                return self._written[step]
             forth = self._ids[: logits.shape[1]] if among is None else among
             self._rules.pick(logits, parts, forth, columns, self._written[step])
             return self._written[step]
 
-        self.go_on(self._said[:, : 2 + width], steps, choose)
+        self.go_on(self._said, width, steps, choose)
+        self._answer.put(self._written)
 
     def _result(
         self,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .kernels.judge import Warp
 
 # What these do to a token depends on the scores alone, so that they act on any set of tokens.
 _BY_SCORE = frozenset(
@@ -24,7 +27,12 @@ _BY_SCORE = frozenset(
         "TypicalLogitsWarper",
     }
 )
-_SOFTER = "TemperatureLogitsWarper"
+_WARPERS = {  # Places in the order of `generate`, and what each of them is told.
+    "TemperatureLogitsWarper": (0, "temperature"),
+    "TopKLogitsWarper": (1, "top_k"),
+    "TopPLogitsWarper": (2, "top_p"),
+    "MinPLogitsWarper": (3, "min_p"),
+}
 _STATEFUL = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
     "SynthIDTextWatermarkLogitsProcessor": "watermarking_config",
@@ -67,15 +75,22 @@ class Processors:
         return not self._chain
 
     @property
-    def temperature(self) -> float | None:
-        """The temperature where nothing else is done, 1 where nothing is; None else."""
-        if not self._chain:
-            return 1.0
-        if [type(p).__name__ for p, kind in self._chain if kind == "score"] == [_SOFTER] and (
-            len(self._chain) == 1
-        ):
-            return float(self._chain[0][0].temperature)
-        return None
+    def warp(self) -> Warp | None:
+        """What is done, where a kernel can do it: temperature, top-k, top-p, min-p in this order.
+
+        None where anything else is done.
+        """
+        found: dict[str, Any] = {}
+        last = -1
+        for processor, kind in self._chain:
+            place = _WARPERS.get(type(processor).__name__, (-1, ""))[0] if kind == "score" else -1
+            other = getattr(processor, "filter_value", -math.inf) != -math.inf
+            if place <= last or other or getattr(processor, "min_tokens_to_keep", 1) != 1:
+                return None
+            name = _WARPERS[type(processor).__name__][1]
+            found[name], last = getattr(processor, name), place
+        warp = Warp(**found)
+        return None if self.greedy and warp.cuts else warp
 
     @property
     def key(self) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +15,12 @@ from .acceptance import verify_greedy
 from .chance import Chance
 from .context import DrafterMemory
 from .control import PLAIN, Arm, Bandit, Fixed, Outcome
-from .drafting import Method, Situation
-from .drafts import Certain, Draft, judge_together
+from .drafting import Beginner, Method, Situation
+from .drafts import Certain, Draft, Weighed, judge_together
 from .graphs import WIDTHS
 from .processors import Processors
 from .runners import Chooser, Runner, best_of
-from .whole import GraphRound
+from .whole import GraphRound, Settled
 
 _logger = logging.getLogger(__name__)
 _NO_NUMBERS = "`target` gave logits that are no numbers."
@@ -150,6 +148,42 @@ class Request:
     clock: Callable[[], float] = time.perf_counter
 
 
+class _Timed:
+    """A context whose time is added to what a name has taken so far."""
+
+    def __init__(self, seconds: dict[str, float], name: str, clock: Callable[[], float]) -> None:
+        self._seconds, self._name, self._clock = seconds, name, clock
+
+    def __enter__(self) -> None:
+        self._begun = self._clock()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] += self._clock() - self._begun
+
+
+@dataclass
+class _Course:
+    """A round that has begun.
+
+    Attributes:
+        arm: What is played.
+        finish: Waits for it, and returns the new tokens of each row.
+        ahead: The arm of the next round, where it had to be known.
+        counts: What had been counted before it, as `_counts` returns it.
+        setup: Time spent before it on what is done once, in seconds.
+        seconds: Time that it has taken the host so far.
+        readied: Of this, what getting ready took.
+    """
+
+    arm: Arm
+    finish: Callable[[], list[list[int]]]
+    ahead: Arm | None
+    counts: tuple[int, ...]
+    setup: float
+    seconds: float
+    readied: float
+
+
 class Rounds:
     """A generation: the rows, the target, the drafter and the counts.
 
@@ -185,14 +219,6 @@ class Rounds:
         self._whole = whole
         self._at_end = at_end
 
-    @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        begun = self._request.clock()
-        try:
-            yield
-        finally:
-            self.stats.seconds[what] += self._request.clock() - begun
-
     def run(self) -> Iterator[list[tuple[Row, list[int]]]]:
         """Yield the new tokens of each row after each round, until all rows have ended."""
         try:
@@ -208,67 +234,52 @@ class Rounds:
                 self._at_end()
 
     def _run(self) -> Iterator[list[tuple[Row, list[int]]]]:
-        clock, policy = self._request.clock, self._policy
+        policy = self._policy
         policy.begin()
         # The prompt goes through the target alone: it says nothing about any arm.
         arm = PLAIN if isinstance(policy, Bandit) else policy.choose()
         before: Arm | None = None
-        while self.rows:
-            begun, setup, readied = clock(), self._setup_seconds(), 0.0
-            # What a trial costs once is no part of what a round costs.
-            if policy.hopeful if before is None else arm.lookahead and before == PLAIN:
-                self._catch_up()
-                readied = clock() - begun
-            # A plain round may begin before the last one's result is known: chosen ahead, then.
-            ahead = policy.choose() if arm == PLAIN and self._chainable() else None
-            counts = copy.copy(self.stats)
-            new = self._round(arm, ahead == PLAIN)
-            setup = self._setup_seconds() - setup
-            seconds = clock() - begun - setup
-            self.stats.seconds["total"] += seconds
+        course = self._start(arm, before) if self.rows else None
+        while course is not None:
+            new, setup, outcome = self._end(course)
             # What is done once, and a round with it, say nothing about an arm's speed.
             if setup:
                 policy.prepared(arm, setup)
             elif before is not None:
-                policy.learn(arm, self._outcome(counts, seconds - readied, readied))
-            before = arm
-            yield new
+                policy.learn(arm, outcome)
+            before, ahead, course = arm, course.ahead, None
             if self.rows:
                 arm = ahead or policy.choose()
+                # The device may work while the caller does, unless its time is measured.
+                if isinstance(policy, Fixed):
+                    course = self._start(arm, before)
+            yield new
+            if self.rows and course is None:
+                course = self._start(arm, before)
 
-    def _outcome(self, before: Stats, seconds: float, readied: float) -> Outcome:
-        """Return what a round brought, given the counts before it."""
-        now = self.stats
-        return Outcome(
-            now.row_rounds - before.row_rounds,
-            now.generated - before.generated,
-            now.proposed - before.proposed,
-            now.judged - before.judged,
-            now.accepted - before.accepted,
-            seconds,
-            readied,
-        )
+    def _start(self, arm: Arm, before: Arm | None) -> _Course:
+        """Begin a round."""
+        clock, policy = self._request.clock, self._policy
+        begun, setup, readied = clock(), self._setup_seconds(), 0.0
+        # What a trial costs once is no part of what a round costs.
+        if policy.hopeful if before is None else arm.lookahead and before == PLAIN:
+            self._catch_up()
+            readied = clock() - begun
+        # A plain round may begin before the last one's result is known: chosen ahead, then.
+        ahead = policy.choose() if arm == PLAIN and self._chainable() else None
+        counts = self._counts()
+        finish = self._begin(arm, ahead == PLAIN)
+        return _Course(arm, finish, ahead, counts, setup, clock() - begun, readied)
 
-    def _chainable(self) -> bool:
-        """Return whether a plain round may begin before the result of the last one is known."""
-        return self._fits(PLAIN) and any(self._room(row) > 0 for row in self.rows)
-
-    def _round(self, arm: Arm, ahead: bool = False) -> list[tuple[Row, list[int]]]:
-        name = f"{arm.method} {arm.lookahead}"
-        self.stats.arms[name] = self.stats.arms.get(name, 0) + 1
-        if self._whole is not None and arm.lookahead and not self._in_step():
-            with self._timed("verify"):  # All of a prompt but its end, so that the device does
-                held = zip(self.rows, self._target.lengths, strict=True)  # the round as a whole.
-                self._target.extend([row.ids[n:-1] for row, n in held], [0 for _ in self.rows])
-        if self._fits(arm):
-            new = self._play(arm, ahead)
-        else:
-            drafts: list[Draft] = [Certain() for _ in self.rows]
-            if arm.lookahead:
-                drafts = self._draft(arm)
-            new = self._verify(drafts)
-        self.stats.rounds += 1
-        self.stats.generated += sum(map(len, new))
+    def _end(self, course: _Course) -> tuple[list[tuple[Row, list[int]]], float, Outcome]:
+        """Finish a round; return its tokens, the seconds that setting up took, what it brought."""
+        begun = self._request.clock()
+        new = course.finish()
+        stats = self.stats
+        name = f"{course.arm.method} {course.arm.lookahead}"
+        stats.arms[name] = stats.arms.get(name, 0) + 1
+        stats.rounds += 1
+        stats.generated += sum(map(len, new))
         result = list(zip(self.rows, new, strict=True))
         alive = [i for i, row in enumerate(self.rows) if not row.ended]
         if len(alive) < len(self.rows):
@@ -276,7 +287,37 @@ class Rounds:
             if alive:
                 self._target.select(alive)
                 self._memory.select(alive)
-        return result
+        setup = self._setup_seconds() - course.setup
+        seconds = course.seconds + self._request.clock() - begun - setup
+        stats.seconds["total"] += seconds
+        brought = [now - then for now, then in zip(self._counts(), course.counts, strict=True)]
+        outcome = Outcome(*brought, seconds - course.readied, course.readied)  # type: ignore
+        return result, setup, outcome
+
+    def _counts(self) -> tuple[int, ...]:
+        """Return what `Outcome` counts, in its order."""
+        now = self.stats
+        return now.row_rounds, now.generated, now.proposed, now.judged, now.accepted
+
+    def _chainable(self) -> bool:
+        """Return whether a plain round may begin before the result of the last one is known."""
+        return self._fits(PLAIN) and any(self._room(row) > 0 for row in self.rows)
+
+    def _timed(self, what: str) -> _Timed:
+        return _Timed(self.stats.seconds, what, self._request.clock)
+
+    def _begin(self, arm: Arm, ahead: bool) -> Callable[[], list[list[int]]]:
+        """Begin a round as far as nothing is to be waited for, and return what finishes it."""
+        if self._whole is not None and arm.lookahead and not self._in_step():
+            with self._timed("verify"):  # All of a prompt but its end, so that the device does
+                held = zip(self.rows, self._target.lengths, strict=True)  # the round as a whole.
+                self._target.extend([row.ids[n:-1] for row, n in held], [0 for _ in self.rows])
+        if self._fits(arm):
+            return self._play(arm, ahead)
+        if not arm.lookahead:
+            return lambda: self._verify([Certain() for _ in self.rows])
+        drafts = self._draft(arm)
+        return lambda: self._verify(drafts())
 
     def _setup_seconds(self) -> float:
         """Time spent so far on what is done once, such as capturing graphs."""
@@ -294,8 +335,8 @@ class Rounds:
         pairs = zip(self.rows, self._target.lengths, strict=True)
         return all(len(row.ids) == length + 1 for row, length in pairs)
 
-    def _play(self, arm: Arm, ahead: bool) -> list[list[int]]:
-        """Do a round as a whole, and begin the next one if that is plain too."""
+    def _play(self, arm: Arm, ahead: bool) -> Callable[[], list[list[int]]]:
+        """Begin a round as a whole, and the next one if that is plain too."""
         memory = self._memory
         assert self._whole is not None
         rooms = [0 for _ in self.rows]
@@ -310,13 +351,19 @@ class Rounds:
             pending = [row.ids[-1] for row in self.rows]
             lookahead = arm.lookahead if any(feeds) else 0
             try:
-                done = self._whole.play(arm.method, pending, feeds, rooms, lookahead, ahead)
+                wait = self._whole.play(arm.method, pending, feeds, rooms, lookahead, ahead)
             except RuntimeError as error:
                 _logger.debug("no CUDA graphs: %s", error)
                 self._whole = None
                 memory.crop(memory.lengths)
-                return self._verify([Certain() for _ in self.rows])
-        memory.note(done.fed)
+                return lambda: self._verify([Certain() for _ in self.rows])
+        return lambda: self._played(arm, wait)
+
+    def _played(self, arm: Arm, wait: Callable[[], Settled]) -> list[list[int]]:
+        """Wait for a round that the device plays as a whole, and return its tokens."""
+        with self._timed("verify"):
+            done = wait()
+        self._memory.note(done.fed)
         new: list[list[int]] = []
         everything = zip(self.rows, done.proposed, done.accepted, done.following, strict=True)
         for row, proposed, accepted, following in everything:
@@ -344,7 +391,8 @@ class Rounds:
             with self._timed("draft"):
                 self._memory.feed([feed[:-1] for feed in feeds], keep=[0 for _ in feeds])
 
-    def _draft(self, arm: Arm) -> list[Draft]:
+    def _draft(self, arm: Arm) -> Callable[[], list[Draft]]:
+        """Begin a draft, and return what waits for it."""
         request = self._request
         self._tell()
         plain = request.processors.by_score
@@ -358,9 +406,16 @@ class Rounds:
             rooms=[min(self._room(row), max(WIDEST - 1, arm.lookahead)) for row in self.rows],
             lookahead=arm.lookahead,
         )
+        method = self._methods[arm.method]
         with self._timed("draft"):
-            drafts, drafted = self._methods[arm.method].draft(now)
-        self.stats.drafted += drafted
+            wait = method.begin(now) if isinstance(method, Beginner) else None
+
+        def drafts() -> list[Draft]:
+            with self._timed("draft"):
+                found, drafted = wait() if wait is not None else method.draft(now)
+            self.stats.drafted += drafted
+            return found
+
         return drafts
 
     def _verify(self, drafts: list[Draft]) -> list[list[int]]:
@@ -387,10 +442,10 @@ class Rounds:
         """
         if self._whole is None or not self._in_step():
             return None
-        if not all(isinstance(draft, Certain) and len(draft.tokens) < WIDEST for draft in drafts):
+        known = [draft for draft in drafts if isinstance(draft, Certain | Weighed)]
+        if len(known) < len(drafts) or any(len(draft.tokens) >= WIDEST for draft in known):
             return None
-        pending = [row.ids[-1] for row in self.rows]
-        return self._whole.judge(pending, [draft.tokens for draft in drafts])
+        return self._whole.judge([row.ids[-1] for row in self.rows], known)
 
     def _take(self, drafts: Sequence[Draft], settled: Sequence[tuple[int, int]]) -> list[list[int]]:
         """Append what was settled to the rows, and return it."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .devices import input_device
+from .processors import Processors
 
 _logger = logging.getLogger(__name__)
 
@@ -65,14 +66,41 @@ class Chooser(Protocol):
         counts: Sequence[int],
         among: Tensor | None = None,
         steps: int = 0,
-    ) -> list[list[int]]:
+    ) -> Callable[[], list[list[int]]]:
         """Feed ids and go on with the likeliest ones; all of these but the last are fed too.
+
+        Returns a function that waits for these ids and returns them.
 
         Args:
             feeds: Ids for each row; an empty list leaves a row as it is.
             counts: How many ids to write in each row that is fed.
             among: Ids to choose from; all if missing.
             steps: How many ids are usually written, so that few graphs serve.
+        """
+        ...
+
+
+@runtime_checkable
+class Weigher(Protocol):
+    """A runner that weighs the ends of a draft on its own device."""
+
+    def weighs(self, steps: int) -> bool:
+        """Return whether it takes drafts of so many ids."""
+        ...
+
+    def weigh(
+        self, feeds: Sequence[Sequence[int]], steps: int, processors: Processors, top: int
+    ) -> Callable[[], tuple[list[list[int]], list[list[int]], list[list[float]]]]:
+        """Feed ids and go on with the likeliest ones; of the last one, weigh the best.
+
+        Args:
+            feeds: Ids for each row; an empty list leaves a row as it is.
+            steps: Ids to write, the last one included; all others are fed too.
+            processors: What is done to logits before they are weighed.
+            top: How many are weighed.
+
+        Returns:
+            What waits for the ids but the last, the best ones for that, and their probabilities.
         """
         ...
 

@@ -67,7 +67,7 @@ class TokenRuns:
         feeds = now.memory.missing(rooms)
         drafts, eos = nothing(len(feeds)), self._text.drafter_eos
         if now.processors.greedy:
-            written = now.memory.write(feeds, rooms, eos, self.usable, now.lookahead)
+            written = now.memory.write(feeds, rooms, eos, self.usable, now.lookahead)()
             for row, ids in enumerate(written):
                 run = [token for d in ids for token in self._run_of[self._place[d]]]
                 drafts[row] = Certain(run[: now.rooms[row]])

@@ -273,6 +273,10 @@ class EveryChance(Chance):
         laws = (weights.double() / weights.double().sum(dim=1, keepdim=True)).tolist()
         return [self.branch([(share, i) for i, share in enumerate(law)]) for law in laws]
 
+    def pick(self, weights: Sequence[float]) -> int:
+        """See `Chance`."""
+        return self.draw(torch.tensor([weights], dtype=torch.double))[0]
+
 
 @contextmanager
 def _every_coin(chance: EveryChance) -> Iterator[None]:
@@ -380,7 +384,8 @@ def law_of_target(
             weight = weights.pop(before)
             history = [*prompt, *before]
             with torch.no_grad():
-                logits = dec.target(torch.tensor([history])).logits[0, -1:]
+                ids = torch.tensor([history], device=dec.target.device)
+                logits = dec.target(ids).logits[0, -1:]
             for token, share in enumerate(process(logits, history)[0].softmax(-1).tolist()):
                 if share > 0:
                     weights[(*before, token)] = weight * share

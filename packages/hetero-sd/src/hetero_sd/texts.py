@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ._bytes import ByteEncoder, unfinished_tail
-from .acceptance import Choice
 from .drafting import Situation, nothing
-from .drafts import Certain, Draft, Runs
+from .drafts import Certain, Draft, Weighed
 
 _LOOKBACK = 4  # Target tokens before a draft that are tokenised anew with it.
 
@@ -48,6 +45,33 @@ class Text:
             return both[len(before) :]
         return self.target.encode(data)
 
+    def retokenise_each(
+        self, recent: Sequence[int], drafted: Sequence[int], choices: Sequence[int]
+    ) -> list[list[int]]:
+        """Return target tokens for drafted ones and each of several after them.
+
+        Only the end of what all have in common is tokenised anew with each.
+        """
+        data = self.drafter.spell(list(drafted))
+        tail = data[len(data) - unfinished_tail(data) :]
+        run = self.retokenise(recent, drafted)
+        keep, window = run[:-2], run[-2:]
+        before = keep[-1:] or list(recent[-1:])
+        known = self.target.spell(before)
+        before = before if known else []
+        known += self.target.spell(window) + tail
+        found = []
+        for choice in choices:
+            data = known + self.drafter.spell([choice])
+            data = data[: len(data) - unfinished_tail(data)]
+            both = self.target.encode(data)
+            if both[: len(before)] != before:
+                before_bytes = len(self.target.spell(before))
+                found.append([*keep, *self.target.encode(data[before_bytes:])])
+            else:
+                found.append([*keep, *both[len(before) :]])
+        return found
+
 
 class ExactText:
     """SLEM: the drafter writes its likeliest text, which the target's tokenizer turns into tokens.
@@ -63,8 +87,17 @@ class ExactText:
 
     def draft(self, now: Situation) -> tuple[list[Draft], int]:
         """See `Method`."""
+        return self.begin(now)()
+
+    def begin(self, now: Situation) -> Callable[[], tuple[list[Draft], int]]:
+        """See `Beginner`."""
+        wait = self._write(now, now.lookahead)
+        return lambda: self._proposals(now, *wait())
+
+    def _proposals(
+        self, now: Situation, written: list[list[int]], ended: list[bool], drafted: int
+    ) -> tuple[list[Draft], int]:
         text = self._text
-        written, ended, drafted = self._write(now, now.lookahead)
         drafts = nothing(len(written))
         for row, (ids, room) in enumerate(zip(written, now.rooms, strict=True)):
             if not room or not (ids or ended[row]):
@@ -75,19 +108,29 @@ class ExactText:
             drafts[row] = Certain(run[:room])
         return drafts, drafted
 
-    def _write(self, now: Situation, steps: int) -> tuple[list[list[int]], list[bool], int]:
-        """Return the drafter's likeliest tokens, whether it ended there, and how many it took."""
+    def _write(
+        self, now: Situation, steps: int
+    ) -> Callable[[], tuple[list[list[int]], list[bool], int]]:
+        """Return what waits for the drafter's likeliest tokens.
+
+        That is, these tokens, whether it ended there, and how many it took.
+        """
         rooms = [min(room, steps) for room in now.rooms]
         feeds = now.memory.missing(rooms)
         ends = self._text.drafter_eos
-        written = now.memory.write(feeds, rooms, ends, steps=steps)
-        ended = [bool(ids) and ids[-1] in ends for ids in written]
-        drafted = sum(map(len, written))
-        return (
-            [ids[: len(ids) - end] for ids, end in zip(written, ended, strict=True)],
-            ended,
-            drafted,
-        )
+        read = now.memory.write(feeds, rooms, ends, steps=steps)
+
+        def wait() -> tuple[list[list[int]], list[bool], int]:
+            written = read()
+            ended = [bool(ids) and ids[-1] in ends for ids in written]
+            drafted = sum(map(len, written))
+            return (
+                [ids[: len(ids) - end] for ids, end in zip(written, ended, strict=True)],
+                ended,
+                drafted,
+            )
+
+        return wait
 
 
 class LastTokenRuns(ExactText):
@@ -107,47 +150,39 @@ class LastTokenRuns(ExactText):
         super().__init__(text)
         self._top = top
 
-    def draft(self, now: Situation) -> tuple[list[Draft], int]:
-        """See `Method`."""
+    def begin(self, now: Situation) -> Callable[[], tuple[list[Draft], int]]:
+        """See `Beginner`."""
         if now.processors.greedy:
-            return super().draft(now)
-        text = self._text
-        written, ended, drafted = self._write(now, now.lookahead - 1)
-        drafts = nothing(len(written))
-        feeds: list[list[int]] = []
-        if now.lookahead > 1:
-            for row, ids in enumerate(written):
-                feeds.append(ids[-1:] if ids and not ended[row] else [])
-                if ended[row] and text.target_eos:
-                    run = [*text.retokenise(now.recent[row], ids), text.target_eos[0]]
-                    drafts[row] = Certain(run[: now.rooms[row]])
-        else:
-            feeds = now.memory.missing([min(room, 1) for room in now.rooms])
-        active = [row for row, feed in enumerate(feeds) if feed]
-        if not active:
-            return drafts, drafted
-        said = now.memory.feed(feeds)
-        logits = torch.cat([said[row] for row in active])
-        law = now.processors.scores_only(logits).softmax(dim=1)
-        best, tokens = law.topk(min(self._top, law.shape[1]), dim=1)
-        best = best / best.sum(dim=1, keepdim=True)
-        for i, row in enumerate(active):
-            runs = []
-            for token, mass in zip(tokens[i].tolist(), best[i].tolist(), strict=True):
-                end = token in text.drafter_eos
-                ids = written[row] if end else [*written[row], token]
-                run = text.retokenise(now.recent[row], ids) if mass > 0 else []
-                if end:
-                    run = [*run, *text.target_eos[:1]]
-                runs.append(run[: now.rooms[row]])
-            mass = best[i] * torch.tensor([bool(run) for run in runs], device=best.device)
-            if not bool(mass.sum() > 0):
-                continue
-            mass = mass / mass.sum()
-            longest = max(map(len, runs))
-            padded = [run + [-1] * (longest - len(run)) for run in runs]
-            table = torch.tensor(padded, device=best.device)
-            (chosen,) = now.chance.draw(mass[None])
-            run = runs[chosen]
-            drafts[row] = Runs(run, [Choice(table, mass, chosen)], [len(run)])
-        return drafts, drafted + len(active)
+            return super().begin(now)
+        rooms = [min(room, now.lookahead) for room in now.rooms]
+        feeds = now.memory.missing(rooms)
+        wait = now.memory.weigh(
+            feeds, self._text.drafter_eos, now.lookahead, now.processors, self._top
+        )
+        return lambda: self._weighed(now, *wait())
+
+    def _weighed(
+        self,
+        now: Situation,
+        written: list[list[int]],
+        choices: list[list[int]],
+        masses: list[list[float]],
+    ) -> tuple[list[Draft], int]:
+        text, drafts = self._text, nothing(len(written))
+        end = text.target_eos[:1]
+        for row, ids in enumerate(written):
+            recent, room = now.recent[row], now.rooms[row]
+            if ids and ids[-1] in text.drafter_eos:
+                run = [*text.retokenise(recent, ids[:-1]), *end]
+                drafts[row] = Certain(run[:room])
+            elif choices[row]:
+                runs = text.retokenise_each(recent, ids, choices[row])
+                ended = [choice in text.drafter_eos for choice in choices[row]]
+                if any(ended):
+                    whole = [*text.retokenise(recent, ids), *end]
+                    runs = [whole if e else run for run, e in zip(runs, ended, strict=True)]
+                runs = [run[:room] for run in runs]
+                shares = [m if run else 0.0 for m, run in zip(masses[row], runs, strict=True)]
+                if sum(shares) > 0:
+                    drafts[row] = Weighed.among(runs, shares, now.chance.pick(shares))
+        return drafts, sum(map(len, written)) + sum(map(bool, choices))

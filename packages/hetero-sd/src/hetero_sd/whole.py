@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .chance import Chance
 from .devices import on
 from .drafting import Table
-from .graphs import DRAFT_WIDTHS, WIDTHS, Answer, GraphRunner, pinned
-from .kernels.judge import COLUMNS, DENSE, Law, pick_rules
+from .drafts import Certain, Weighed
+from .graphs import DRAFT_LINE, DRAFT_WIDTHS, LAST, MOST, WIDTHS, Answer, GraphRunner, pinned
+from .kernels.judge import COLUMNS, DENSE, Law, Warp, pick_rules
 from .kernels.judge.reference import combine
 from .processors import Processors
 
-MOST = WIDTHS[-1] - 1  # Proposals of a row.
-_ROW = 3 + MOST  # Of what the host says of a row: the target's length, its one id, the limit.
-_TOLD = _ROW + 3  # The host's proposals.
-_SAID = _TOLD + MOST
-_IDLE = np.array([0, 1] + [0] * (_SAID - 2))  # What it says of a row that has ended.
+# A row's line on the board that host and device share, after what the host says of its draft: the
+# target's one id, proposals, their positions and how many count; then what the device says: how
+# many it accepts, the next token, how many there are, and the columns drafted.
+_PENDING = DRAFT_LINE
+_TOKENS = _PENDING + 1
+_PLACES = _TOKENS + MOST
+_LIMIT = _PLACES + MOST + 1
+_ACCEPTED, _FOLLOWING, _TOTAL = range(_LIMIT + 1, _LIMIT + 4)
+_COLUMNS = _TOTAL + 1
+_LINE = _COLUMNS + MOST
+_WEIGHED = 16  # Tokens that a law of the host's may have.
 
 
 @dataclass(frozen=True)
@@ -64,20 +71,19 @@ class GraphRound:
     ) -> None:
         self._target, self._drafter, self._tables = target, drafter, tables
         self._process, self._rules = processors, pick_rules(target.device)
+        self._warp = processors.warp
         rows, device = target.rows, target.device
 
         def whole(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.long, device=device)
 
-        # All that the host says in a round, in one copy.
-        self._said = whole(rows, _SAID)
-        self._host = pinned(torch.zeros(rows, _SAID, dtype=torch.long), device)
+        self._board = whole(rows, _LINE)  # One copy each way tells all that there is to tell.
+        self._host = pinned(torch.zeros(rows, _LINE, dtype=torch.long), device)
         self._lines = self._host.numpy()
-        # All that it is told: accepted, the next token, proposals, and what was drafted.
-        self._result = whole(rows, 3 + 2 * MOST)
-        self._tokens = self._result[:, 3 : 3 + MOST]
-        self._columns = self._result[:, 3 + MOST :]
-        self._answers = [Answer(rows, self._result.shape[1], device) for _ in range(2)]
+        self._tokens = self._board[:, _TOKENS:_PLACES]
+        self._columns = self._board[:, _COLUMNS:]
+        # Of plain rounds one may be begun while the last one's answer is not read yet.
+        self._answer, *self._answers = (Answer(rows, _LINE, device) for _ in range(3))
         self._flying: Answer | None = None  # Of a plain round that was begun ahead.
         self._next, self._origin, self._state = whole(rows), whole(rows, MOST), whole(2)
         self._certain = Law.certain(device)
@@ -85,6 +91,10 @@ class GraphRound:
         self._forth = {name: table.forth.tolist() for name, table in tables.items()}
         self._draft_graphs: dict[tuple[str, int, int], Any] = {}
         self._verify_graphs: dict[tuple[str, int], Any] = {}
+
+    @cached_property
+    def _weights(self) -> _Weights:
+        return _Weights(self._target)
 
     @property
     def methods(self) -> Collection[str]:
@@ -109,8 +119,8 @@ class GraphRound:
         limits: Sequence[int],
         lookahead: int,
         ahead: bool = False,
-    ) -> Settled:
-        """Draft, verify and wait for the result.
+    ) -> Callable[[], Settled]:
+        """Draft and verify; return what waits for the result.
 
         Args:
             method: How to draft.
@@ -127,26 +137,34 @@ class GraphRound:
                 if lookahead:
                     width = min(max(map(len, feeds)), MOST + 1)
                     self._draft(method, next(w for w in DRAFT_WIDTHS if w >= width), lookahead)
+                else:
+                    self._board.copy_(self._host, non_blocking=True)
                 flying = self._fly(method if lookahead else "plain", lookahead)
             else:
                 flying = self._flying
             self._flying = self._fly("plain", 0) if ahead and not lookahead else None
-        return self._settled(flying.read(), method, feeds, lookahead)
+        return lambda: self._settled(flying.read(), method, feeds, lookahead)
 
     def judge(
-        self, pending: Sequence[int], proposals: Sequence[Sequence[int]]
+        self, pending: Sequence[int], drafts: Sequence[Certain | Weighed]
     ) -> list[tuple[int, int]]:
-        """Verify proposals that were certain; return how many are accepted, and the next token.
+        """Verify proposals; return how many are accepted, and the next token.
 
         Args:
             pending: As for `play`.
-            proposals: Target ids of each row, at most 15.
+            drafts: Of each row, with at most 15 proposals.
         """
+        proposals = [draft.tokens for draft in drafts]
         width = max(map(len, proposals))
         count = next(w for w in WIDTHS if w > width) - 1
+        weighed = count > 0 and any(isinstance(draft, Weighed) for draft in drafts)
         with on(self._target.device):
-            self._say(pending, [[] for _ in pending], list(map(len, proposals)), proposals)
-            flying = self._fly("told" if count else "plain", count)
+            self._say(pending, (), list(map(len, proposals)), proposals)
+            if weighed:
+                self._weights.say(self._target.slots, drafts)
+            if not count:
+                self._board.copy_(self._host, non_blocking=True)
+            flying = self._fly("weighed" if weighed else "told" if count else "plain", count)
         answer = flying.read()
         return [self._verdict(answer[slot], row) for row, slot in enumerate(self._target.slots)]
 
@@ -157,42 +175,47 @@ class GraphRound:
         limits: Sequence[int],
         proposals: Sequence[Sequence[int]] = (),
     ) -> None:
-        """Tell the device what it needs to know of a round."""
+        """Write down what the device needs to know of a round; its first graph copies that."""
         target, drafter, lines = self._target, self._drafter, self._lines
-        if max(map(len, feeds)) > MOST + 1:  # A prompt: all but its end in one pass.
+        if max(map(len, feeds), default=0) > MOST + 1:  # A prompt: all but its end in one pass.
             drafter.extend([feed[:-1] for feed in feeds], [0] * len(feeds))
             feeds = [feed[-1:] for feed in feeds]
         if len(target.slots) < target.rows:
-            lines[:] = _IDLE
+            lines[:] = 0
         for row, slot in enumerate(target.slots):
-            feed, line = feeds[row], lines[slot]
-            line[:2] = drafter.lengths[row], max(len(feed), 1)
-            line[2 : 2 + len(feed)] = feed
-            line[_ROW : _ROW + 3] = target.lengths[row], pending[row], limits[row]
+            line, length = lines[slot], target.lengths[row]
+            if feeds:
+                drafter.tell(line, drafter.lengths[row], feeds[row])
+            line[_PENDING] = pending[row]
+            line[_PLACES:_LIMIT] = target.places[length : length + MOST + 1]
+            line[_LIMIT] = limits[row]
             if proposals:
-                line[_TOLD : _TOLD + len(proposals[row])] = proposals[row]
-        self._said.copy_(self._host, non_blocking=True)
+                line[_TOKENS : _TOKENS + len(proposals[row])] = proposals[row]
 
     def _fly(self, method: str, lookahead: int) -> Answer:
         """Begin a verification, and return what its result will be read from."""
         key = method, lookahead
         if key not in self._verify_graphs:
             # Of what the host proposes, all widths are captured at once, and none in a later text.
-            told = method == "told" and self._target.device.type == "cuda"
-            turn = self._state.clone()
+            told = method in ("told", "weighed") and self._target.device.type == "cuda"
+            turn, board = self._state.clone(), self._board.clone()
             for count in [w - 1 for w in WIDTHS[1:]] if told else [lookahead]:
                 self._verify_graphs[method, count], _ = self._target.capture(
                     lambda count=count: self._run_verify(method, count)  # type: ignore[misc]
                 )
-            self._said.copy_(self._host)  # As they were before the passes of the capture.
+            self._board.copy_(board)  # As they were before the passes of the capture.
             self._state.copy_(turn)
         self._verify_graphs[key].replay()
-        self._answers.reverse()
-        self._answers[0].ask(self._result)
-        return self._answers[0]
+        answer = self._answer
+        if method == "plain":
+            self._answers.reverse()
+            answer = self._answers[0]
+            answer.put(self._board)
+        answer.mark()
+        return answer
 
     def _verdict(self, line: list[int], row: int) -> tuple[int, int]:
-        accepted, following = line[:2]
+        accepted, following = line[_ACCEPTED], line[_FOLLOWING]
         if accepted < 0:
             raise ValueError("`target` gave logits that are no numbers.")
         self._target.lengths[row] += 1 + accepted
@@ -213,11 +236,11 @@ class GraphRound:
             accepted, following = self._verdict(line, row)
             result.accepted.append(accepted)
             result.following.append(following)
-            result.proposed.append(line[3 : 3 + line[2]])
+            result.proposed.append(line[_TOKENS : _TOKENS + line[_TOTAL]])
             held: list[int] = []
             if lookahead and feeds[row]:
                 forth = self._forth[method]
-                columns = line[3 + MOST : 2 + MOST + lookahead]
+                columns = line[_COLUMNS : _COLUMNS + lookahead - 1]
                 held = [*feeds[row], *[forth[column] for column in columns]]
                 drafter.lengths[row] += (1 if wide else len(feeds[row])) + len(columns)
             result.fed.append(held)
@@ -226,77 +249,89 @@ class GraphRound:
     def _draft(self, method: str, width: int, lookahead: int) -> None:
         key = method, width, lookahead
         if key not in self._draft_graphs:  # All widths at once, and none in a later text.
+            last = self._lines[:, LAST].copy()
+            self._lines[:, LAST] = 0  # A place that each width has.
             for other in DRAFT_WIDTHS if self._drafter.device.type == "cuda" else (width,):
                 self._draft_graphs[method, other, lookahead], _ = self._drafter.capture(
                     lambda other=other: self._run_draft(method, other, lookahead)  # type: ignore
                 )
+            self._lines[:, LAST] = last
         self._draft_graphs[key].replay()
 
     def _run_draft(self, method: str, width: int, lookahead: int) -> None:
-        said, drafter, table = self._said, self._drafter, self._tables[method]
+        drafter, table = self._drafter, self._tables[method]
+        self._board.copy_(self._host, non_blocking=True)
 
         def choose(step: int, state: Tensor) -> Tensor:
             logits = drafter.body.raw_logits(state, table.head)
-            among, temperature = table.among, self._process.temperature
-            if temperature is None:
+            among, warp, left = table.among, self._warp, None
+            if warp is None:
                 logits, among = self._process.scores_only(combine(logits, among)), None
+            elif warp.cuts:
+                left = self._rules.cut(logits, among, len(table.forth), warp, False)
             draws = None
             if not self._process.greedy:
                 scores, norms = self._laws(method)
-                draws = scores[:, step], norms[:, step], self._state, temperature or 1.0, step
-            self._rules.pick(logits, among, table.forth, self._columns[:, step], self._next, draws)
+                temperature = 1.0 if warp is None else warp.temperature
+                draws = scores[:, step], norms[:, step], self._state, temperature, step
+            column = self._columns[:, step]
+            self._rules.pick(logits, among, table.forth, column, self._next, draws, left)
             return self._next
 
-        drafter.go_on(said[:, : 2 + width], lookahead, choose)
+        drafter.go_on(self._board, width, lookahead, choose)
 
     def _laws(self, method: str) -> tuple[Tensor, Tensor]:
         """Return scores and their logarithmic sums for each step of a draft."""
         if method not in self._scores:
             wide = torch.promote_types(self._target.body.weight.dtype, torch.float32)
-            shape = len(self._said), MOST, len(self._tables[method].forth)
-            scores = torch.zeros(shape, dtype=wide, device=self._said.device)
+            shape = len(self._board), MOST, len(self._tables[method].forth)
+            scores = torch.zeros(shape, dtype=wide, device=self._board.device)
             self._scores[method] = scores, scores.new_zeros(shape[:2])
         return self._scores[method]
 
     def _run_verify(self, method: str, lookahead: int) -> None:
-        said, target, table = self._said, self._target, self._tables.get(method)
+        board, target, table = self._board, self._target, self._tables.get(method)
         count = lookahead
         if table is not None and table.runs.shape[1] > 1:  # Room for runs of several tokens.
             count = next(w for w in WIDTHS if w > min(lookahead * 3 // 2, MOST)) - 1
-        tokens, total, limits = self._tokens[:, :count], self._result[:, 2], said[:, _ROW + 2]
+        if method in ("told", "weighed"):
+            board.copy_(self._host, non_blocking=True)
+        tokens, limits = self._tokens[:, :count], board[:, _LIMIT]
         if table is not None:
-            self._rules.pack(
-                self._columns, table.runs, tokens, self._origin[:, :count], total, lookahead
-            )
-            torch.minimum(total, limits, out=total)
-        else:
-            tokens.copy_(said[:, _TOLD : _TOLD + count])
-            total.copy_(limits)
-        ids = torch.cat([said[:, _ROW + 1, None], tokens], dim=1)
-        steps = torch.arange(count + 1, device=said.device)
-        places = (said[:, _ROW, None] + steps).clamp(max=target.capacity - 1)
+            total, origin = board[:, _TOTAL], self._origin[:, :count]
+            self._rules.pack(self._columns, table.runs, tokens, origin, total, limits, lookahead)
+            limits = total
+        ids = board[:, _PENDING : _TOKENS + count]
+        places = board[:, _PLACES : _PLACES + count + 1]
         states = target.forward(ids, places)
         logits = target.body.raw_logits(states.reshape(-1, states.shape[-1]))
-        temperature = self._process.temperature
-        if temperature is None:
+        warp, left = self._warp, None
+        if warp is None:
             wide = torch.promote_types(logits.dtype, torch.float32)
-            logits, temperature = self._process.scores_only(logits.to(wide)), 1.0
+            logits, warp = self._process.scores_only(logits.to(wide)), Warp()
+        elif warp.cuts:
+            left = self._rules.cut(logits, None, logits.shape[1], warp)
         self._rules.judge(
             logits,
             tokens,
-            total.contiguous(),
+            limits,
             self._law(method, tokens, logits.shape[1]),
-            self._result[:, 0],
-            self._result[:, 1],
-            None if self._process.greedy else (self._state, temperature),
+            board[:, _ACCEPTED],
+            board[:, _FOLLOWING],
+            None if self._process.greedy else (self._state, warp.temperature),
             table is not None and table.block,
+            left,
         )
         if method == "plain":  # What the next round needs to know, if it is plain too.
-            said[:, _ROW] += 1
-            said[:, _ROW + 1] = self._result[:, 1]
+            board[:, _PLACES] += 1
+            board[:, _PENDING] = board[:, _FOLLOWING]
+        else:
+            self._answer.put(board)
 
     def _law(self, method: str, tokens: Tensor, vocab: int) -> Law:
         """Return the law of what was drafted; where it is spread over runs, compute it."""
+        if method == "weighed":
+            return self._weights.law(tokens.shape[1], vocab)
         table = self._tables.get(method)
         if table is None or self._process.greedy:
             return self._certain
@@ -305,9 +340,44 @@ class GraphRound:
             return Law(COLUMNS, scores, norms, table.column_of)
         law = scores.new_empty(*tokens.shape, vocab)
         mass = scores.new_empty(tokens.shape)
-        laid = table.runs, self._origin[:, : tokens.shape[1]], self._result[:, 2]
+        laid = table.runs, self._origin[:, : tokens.shape[1]], self._board[:, _TOTAL]
         self._rules.spread(scores, norms, self._columns, *laid, law, mass)
         return Law(DENSE, law, mass, table.forth)
+
+
+class _Weights:
+    """Laws of few tokens each, which the host tells the device.
+
+    Args:
+        target: Runner of the target.
+    """
+
+    def __init__(self, target: GraphRunner) -> None:
+        self._device, shape = target.device, (target.rows, MOST, _WEIGHED)
+        self._kind = torch.promote_types(target.body.weight.dtype, torch.float32)
+        self._ids_host = pinned(torch.zeros(shape, dtype=torch.long), self._device)
+        self._masses_host = pinned(torch.zeros(shape, dtype=self._kind), self._device)
+        self._ids = torch.zeros_like(self._ids_host, device=self._device)
+        self._masses = torch.zeros_like(self._masses_host, device=self._device)
+
+    def say(self, slots: Sequence[int], drafts: Sequence[Certain | Weighed]) -> None:
+        """Write down the laws of each row; the graph copies them."""
+        ids, masses = self._ids_host.numpy(), self._masses_host.numpy()
+        masses[:] = 0.0
+        for slot, draft in zip(slots, drafts, strict=True):
+            certain = [{token: 1.0} for token in draft.tokens]
+            for place, law in enumerate(draft.laws if isinstance(draft, Weighed) else certain):
+                ids[slot, place, : len(law)] = list(law)
+                masses[slot, place, : len(law)] = list(law.values())
+
+    def law(self, count: int, vocab: int) -> Law:
+        """Return the laws of the first proposals, as a graph computes them."""
+        self._ids.copy_(self._ids_host, non_blocking=True)
+        self._masses.copy_(self._masses_host, non_blocking=True)
+        law = self._masses.new_zeros(len(self._ids), count, vocab)
+        law.scatter_add_(2, self._ids[:, :count], self._masses[:, :count])
+        norms = self._masses.new_ones(law.shape[:2])
+        return Law(DENSE, law, norms, norms[0].int())
 
 
 class Runners:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .__about__ import __version__
+from .folders import copy_tokenizer, load_any, load_lookup, load_tokenizer, place, quiet
 
 _logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def demo(
 
     It is converted, generates text, and is compared with its expert form and the dense model.
     """
-    _quiet()
+    quiet()
     import torch
 
     from .demo.run import PROMPT, run
@@ -172,13 +173,13 @@ def convert(
 
     An interrupted conversion goes on where it stopped when the command is given again.
     """
-    _quiet()
+    quiet()
     from .conversion import convert as convert_model
     from .lut import LutMeta
 
-    loaded = _load(model)
+    loaded = load_lookup(model)
     convert_model(loaded, output, fmt, chunk, resume, progress)
-    _copy_tokenizer(model, output)
+    copy_tokenizer(model, output)
     meta = LutMeta.load(output / "lut")
     click.echo(
         f"Wrote {output}: {meta.vocab:,} ids, {meta.row_bytes:,} bytes read per token, "
@@ -198,11 +199,11 @@ def verify(table: Path, model: Path | None) -> None:
 
     TABLE is the folder of a model in table form, or of its `lut`.
     """
-    _quiet()
+    quiet()
     from .conversion import verify as verify_table
 
     folder = table / "lut" if (table / "lut").is_dir() else table
-    meta = verify_table(folder, None if model is None else _load(model))
+    meta = verify_table(folder, None if model is None else load_lookup(model))
     click.echo(
         f"{folder} is intact: {len(meta.crcs)} checksums, format {meta.format}, "
         f"fingerprint {meta.fingerprint[:16]}..."
@@ -245,15 +246,15 @@ def generate(
     """Continue PROMPT with a model in either form."""
     if not prompt:
         raise ValueError("`PROMPT` must hold at least one character; got an empty text.")
-    _quiet()
+    quiet()
     import torch
 
     from fourfold_common import seed_everything
 
     from .demo import ASSETS
 
-    loaded = _place(_load(ASSETS / "mole" if model is None else model), store, cache, device)
-    tokenizer = _tokenizer(ASSETS / "tokenizer" if model is None else model)
+    loaded = place(load_lookup(ASSETS / "mole" if model is None else model), store, cache, device)
+    tokenizer = load_tokenizer(ASSETS / "tokenizer" if model is None else model)
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(loaded.device)
     limit = loaded.config.max_position_embeddings
     if ids.shape[1] + new_tokens > limit:
@@ -296,6 +297,7 @@ def generate(
     type=click.Choice(["off", "micro", "step"]),
     help="Run lookup experts on every token, or once per id of a batch or step.",
 )
+@click.option("--experts-only", is_flag=True, help="Leave all but routers and experts as it is.")
 @click.option("--save-every", default=500, show_default=True, help="Steps between checkpoints.")
 @click.option("--stop-after", type=int, help="Stop with a checkpoint after this step.")
 @click.option("--resume/--no-resume", default=True, help="Go on from OUTPUT's checkpoint.")
@@ -309,6 +311,7 @@ def train(
     config: Path | None,
     tokenizer: Path | None,
     dedup: str | None,
+    experts_only: bool,
     save_every: int,
     stop_after: int | None,
     resume: bool,
@@ -325,8 +328,9 @@ def train(
     """
     if (model is None) == (config is None):
         raise ValueError("Exactly one of `--model` and `--config` must be given.")
-    _quiet()
+    quiet()
     import torch
+    from accelerate import PartialState
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from .config import plain_errors
@@ -337,8 +341,8 @@ def train(
     register()
     torch.manual_seed(chosen["seed"])
     with plain_errors():
-        if config is None:
-            trained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        if model is not None:
+            trained = load_any(model)
         else:
             trained = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config))
     if dedup is not None:
@@ -348,6 +352,13 @@ def train(
                 f"{trained.config.model_type!r}."
             )
         trained.config.dedup = dedup
+    if experts_only:
+        if getattr(trained.config, "lookup_form", None) != "experts":
+            raise ValueError(
+                "`--experts-only` needs a model with lookup experts; upcycle it first."
+            )
+        for name, parameter in trained.named_parameters():
+            parameter.requires_grad_(".lookup." in name)
     words = None
     if tokenizer is not None or (model is not None and any(model.glob("tokenizer*"))):
         words = AutoTokenizer.from_pretrained(tokenizer or model)
@@ -365,7 +376,8 @@ def train(
         sharded=sharded,
         progress=progress,
     )
-    click.echo(f"Wrote {output} ({len(tokens):,} tokens of text).")
+    if PartialState().is_main_process:
+        click.echo(f"Wrote {output} ({len(tokens):,} tokens of text).")
 
 
 @main.command("eval")
@@ -394,21 +406,17 @@ def evaluate(
     MODEL is the folder of a model in any form, DATA are files: text, .jsonl (both also .gz, .xz),
     or ids in .npy.
     """
-    _quiet()
+    quiet()
     import json
     from dataclasses import asdict
-
-    import torch
-    from transformers import AutoModelForCausalLM
 
     from .evaluation import last_word_cloze, summarise, token_bytes, window_losses
     from .modeling import register
     from .training.data import load_tokens, texts
 
     register()
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    loaded = _place(loaded, store, cache, device)
-    words = _tokenizer(model)
+    loaded = place(load_any(model), store, cache, device)
+    words = load_tokenizer(model)
     if task == "cloze":
         passages = [text for path in data for text in texts(path)]
         figures = asdict(last_word_cloze(loaded, words, passages))
@@ -437,7 +445,7 @@ def upcycle(
     BASE is the folder of a dense or Llama-type model, OUTPUT the folder to write. The logits stay
     as they are until the experts are trained.
     """
-    _quiet()
+    quiet()
     from .upcycling import load_base
     from .upcycling import upcycle as run
 
@@ -452,7 +460,7 @@ def upcycle(
     except TypeError as error:
         raise ValueError(str(error)) from None
     model.save_pretrained(output)
-    _copy_tokenizer(base, output)
+    copy_tokenizer(base, output, gguf)
     click.echo(f"Wrote {output}: {model.num_parameters():,} parameters; train it further.")
 
 
@@ -482,7 +490,7 @@ def bench(topic: str, output: Path, shape: str | None, device: str) -> None:
     `decode`, `prefill`, `train` and `hw` take random weights of a shape; `quant` and `cache` the
     shipped model.
     """
-    _quiet()
+    quiet()
     from fourfold_common import Results
 
     from .bench import draw, run
@@ -495,76 +503,6 @@ def bench(topic: str, output: Path, shape: str | None, device: str) -> None:
     click.echo(f"Wrote {path}")
     picture = draw(path)
     click.echo("No plot: matplotlib is missing." if picture is None else f"Wrote {picture}")
-
-
-def _quiet() -> None:
-    """Keep transformers' own bars off the screen: ours show what takes time."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
-def _load(folder: Path) -> Any:
-    """Return the lookup model in a folder, in float32."""
-    import json
-
-    import torch
-
-    from .modeling import MoleForCausalLM
-
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(
-            f"`{folder}` must be the folder of a model; it has no config.json."
-        ) from None
-    # Another model's weights would load, with experts as they are before training.
-    if config.get("model_type") != "mole":
-        raise ValueError(
-            f"`{folder}` must hold a lookup model (type 'mole'); its type is "
-            f"{config.get('model_type')!r}. `mole upcycle` adds lookup experts to a dense model."
-        )
-    return MoleForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def _tokenizer(folder: Path) -> Any:
-    """Return the tokenizer in a folder."""
-    from transformers import AutoTokenizer
-
-    if not any(folder.glob("tokenizer*")):
-        raise ValueError(
-            f"`{folder}` must hold a tokenizer; it has no tokenizer.json. Copy it from the model "
-            "that this one was made from."
-        )
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def _place(model: Any, store: str, cache: int, device: str) -> Any:
-    """Return a model on a device, a table's rows kept as asked for."""
-    from fourfold_common import pick_device
-
-    where, _ = pick_device(device)
-    model = model.to(where).eval()
-    if getattr(model, "lut", None) is not None:
-        folder = Path(model.name_or_path) / model.config.lut["path"]
-        if (store, cache, where.type) != ("mmap", 0, "cpu"):
-            model.open_lut(folder, store, cache)
-    elif (store, cache) != ("mmap", 0):
-        raise ValueError("`--store` and `--cache` need a model in table form; convert it first.")
-    return model
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files where there are any."""
-    import shutil
-
-    for pattern in (
-        "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-        "chat_template*",
-    ):  # fmt: skip
-        for file in filter(Path.is_file, source.glob(pattern)):
-            shutil.copyfile(file, target / file.name)
 
 
 __all__ = ["main"]

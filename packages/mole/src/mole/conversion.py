@@ -239,16 +239,22 @@ def _write_chunks(
             torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(_WAITING * cuda)
         ]
         waiting: deque[tuple[int, Future[None], Future[int]]] = deque()
+        synced: deque[Future[None]] = deque()
 
         def write(chunk: Any) -> None:
             data.write(chunk)
             data.flush()
+            # The disk works meanwhile: the system would begin only when everything is written.
+            if not synced or synced[-1].done():
+                synced.append(syncer.submit(os.fsync, data.fileno()))
 
         def note() -> None:
             """Wait for the oldest chunk, and put its checksum into the journal."""
             count, written, checked = waiting.popleft()
             try:
                 written.result()
+                while synced and synced[0].done():
+                    synced.popleft().result()  # the system reports a lost write only once
             except OSError:
                 waiting.clear()  # what comes after a hole does not count
                 raise
@@ -261,7 +267,11 @@ def _write_chunks(
 
         # While a chunk is written and checked, the next one is computed. To write is quicker than
         # to check.
-        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(_WAITING) as checker:
+        with (
+            ThreadPoolExecutor(1) as syncer,
+            ThreadPoolExecutor(1) as writer,
+            ThreadPoolExecutor(_WAITING) as checker,
+        ):
             try:
                 for start in range(first, meta.vocab, meta.chunk):
                     ids = slice(start, min(start + meta.chunk, meta.vocab))
@@ -277,6 +287,8 @@ def _write_chunks(
             finally:
                 while waiting:
                     note()
+        while synced:
+            synced.popleft().result()
         data.truncate()
         os.fsync(data.fileno())
 

@@ -9,8 +9,9 @@ All arms begin with its weights and see the same tokens in the same order with t
 `continued` is the base itself, `experts` has lookup experts and trains all weights, `experts-only`
 trains routers and experts alone. With `--minutes` the steps are lowered so that all training fits
 into that time. What is written, as soon as figures come: `upcycling.json` (settings, losses on
-held-out windows with bootstrap intervals, paired differences), `upcycling_log.csv` and, with
-matplotlib, `upcycling.png`.
+held-out windows with bootstrap intervals, paired differences), `upcycling_windows.csv` (the loss of
+every window, so that runs can be paired), `upcycling_log.csv` and, with matplotlib,
+`upcycling.png`.
 """
 
 import csv
@@ -112,10 +113,13 @@ def draw(path: Path, log: str, report: dict[str, Any]) -> Path | None:
     return path
 
 
-def _write(output: Path, report: dict[str, Any], log: str) -> None:
+def _write(output: Path, report: dict[str, Any], losses: dict[str, Tensor], log: str) -> None:
     """Write what there is so far, each file whole or not at all."""
+    windows = zip(*(found.double().mean(1).tolist() for found in losses.values()), strict=True)
+    lines = [",".join(losses), *(",".join(f"{x:.6f}" for x in row) for row in windows)]
     for name, content in (
         ("upcycling.json", json.dumps(report, indent=1) + "\n"),
+        ("upcycling_windows.csv", "\n".join(lines) + "\n"),
         ("upcycling_log.csv", log),
     ):
         partial = output / f"{name}.tmp"
@@ -239,13 +243,13 @@ def main(
         for line in (output / arm / "training_log.jsonl").read_text(encoding="utf-8").splitlines():
             writer.writerow([arm, *(json.loads(line)[field] for field in _FIELDS)])
         measure(arm, model, trained=trained, seconds=seconds)
-        _write(output, report, log.getvalue())
+        _write(output, report, losses, log.getvalue())
         if formats and arm != "continued":
             sample = text[: 128 * settings.context]
             report["tables"][arm] = table_losses(
                 model, sample, settings.context, output / f"{arm}-tables", formats.split(",")
             )
-            _write(output, report, log.getvalue())
+            _write(output, report, losses, log.getvalue())
     for pair, gap in report["paired_differences"].items():
         click.echo(f"{pair}: {gap['nats']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]")
     click.echo(f"done in {time.perf_counter() - begin:.0f} s")

@@ -26,6 +26,9 @@ from .sampling import Sampling, choose
 _ROUTER_ROWS = 8  # the up-projection grows by a multiple of this, for aligned matrix products
 _NO_WAIT = 2**31 - 1  # an answer to all questions
 _GROUPS = (1, 5)  # layers whose rows are waited for together: first group, second; then the rest
+# All that is on its way over the bus slows the layers that run beside, so no more is than keeps
+# ahead of them: 64 KiB.
+_PROGRAMS = 16
 
 
 class Decoder:
@@ -44,8 +47,7 @@ class Decoder:
 
     Raises:
         TypeError: `model` is of another type.
-        ValueError: It is in expert form, has no table or gated feed-forward blocks, or `captured`
-            is asked for without a GPU.
+        ValueError: It is in expert form or has no table, or `captured` is asked for without a GPU.
     """
 
     def __init__(
@@ -64,8 +66,6 @@ class Decoder:
         lookup = isinstance(model, MoleForCausalLM)
         if lookup and (model.config.lookup_form != "table" or model.lut is None):
             raise ValueError("`model` must be in table form with an open table; convert it first.")
-        if model.config.mlp_type != "plain":
-            raise ValueError("`model` must have plain feed-forward blocks; use its `generate`.")
         self.model: Any = model
         self.config: Any = model.config
         self.batch, self.length = batch, length
@@ -104,11 +104,13 @@ class Decoder:
                 mixed = {"router": mlp.router.weight.detach(), "top_k": mlp.top_k}
                 up, down = mlp.up, mlp.down_t
             else:
-                up, down = mlp.up_proj.weight, mlp.down_proj.weight
-            if layer.lookup is not None:
-                router = layer.lookup.router.weight
-                extra = -(-len(router) // _ROUTER_ROWS) * _ROUTER_ROWS
-                up = fused([up, router], len(up) + extra)
+                mixed = {"gated": mlp.gate_proj is not None}
+                beside = [mlp.up_proj.weight] + ([mlp.gate_proj.weight] if mixed["gated"] else [])
+                rows, down = sum(map(len, beside)), mlp.down_proj.weight
+                if layer.lookup is not None:
+                    beside.append(layer.lookup.router.weight)
+                    rows += -(-len(beside[-1]) // _ROUTER_ROWS) * _ROUTER_ROWS
+                up = fused(beside, rows)
             heads = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
             qkv = fused(heads, sum(map(len, heads)))
             self.layers.append(
@@ -191,20 +193,8 @@ class Decoder:
 
     def _spans(self) -> dict[int, list[tuple[int, int]]]:
         """Return, for the layers that begin a group, the parts of a row the group needs."""
-        meta, spans = self.store.meta, {}
         numbers = [n for n, layer in enumerate(self.model.model.layers) if layer.lookup is not None]
-        size = meta.code_bytes // meta.layers
-        begin = 0
-        for count in (*_GROUPS, meta.layers):
-            end = min(begin + count, meta.layers)
-            if begin == end:
-                break
-            parts = [(begin * size // 8 * 8, min(-(-end * size // 8) * 8, meta.row_stride))]
-            if begin == 0 and meta.scale_bytes:
-                parts.append((meta.code_bytes // 8 * 8, meta.row_stride))
-            spans[numbers[begin]] = parts
-            begin = end
-        return spans
+        return {numbers[first]: parts for first, parts in self.store.meta.spans(_GROUPS)}
 
     def _fetch(self) -> dict[int, Any]:
         """Start to fetch the rows of the current ids; return the events of the groups."""
@@ -217,12 +207,16 @@ class Decoder:
             if self.hosted and self.ahead:
                 hold(self.ready, self.turn, self.told, self.known)
             for number, parts in self.spans.items():
-                for part in parts:
+                for begin, last in parts:
                     if self.hosted:
                         slots, landed = self.known
-                        admit(self.table, slots, self.landing, landed, self.staging, *part)
+                        admit(self.table, slots, self.landing, landed, self.staging, begin, last)
                     else:
-                        gather(self.store.table, self.ids, self.staging, self.flag, *part)
+                        table = self.store.table
+                        gather(
+                            table, self.ids, self.staging, self.flag, begin, last,
+                            programs=_PROGRAMS,
+                        )  # fmt: skip
                 if self.side is not None:
                     events[number] = self.side.record_event()
         return events

@@ -12,7 +12,10 @@ from .mixture import mixture
 
 
 class Layer(NamedTuple):
-    """One layer's weights as the step reads them; a router of its own has a mixture of experts."""
+    """One layer's weights as the step reads them; a router of its own has a mixture of experts.
+
+    Below the up-projection lie the gate's, where there is one, and the router's rows.
+    """
 
     qkv: Tensor
     out: Tensor
@@ -22,6 +25,7 @@ class Layer(NamedTuple):
     next: Tensor
     keys: Tensor
     values: Tensor
+    gated: bool = False
     router: Tensor | None = None
     top_k: int = 0
 
@@ -59,8 +63,12 @@ def compute(
         update = mixture(x, layer.router, layer.up, layer.down, layer.top_k, act)
         return hidden, update, update[:, :0]
     up = nn.functional.linear(x, layer.up)
-    update = nn.functional.linear(act(up[:, :inner]), layer.down)
-    return hidden, update, up[:, inner:]
+    wide, end = up[:, :inner], inner
+    if layer.gated:
+        wide, end = act(up[:, inner : 2 * inner]) * wide, 2 * inner
+    else:
+        wide = act(wide)
+    return hidden, nn.functional.linear(wide, layer.down), up[:, end:]
 
 
 def end(

@@ -6,6 +6,7 @@ them and returns a ticket, whose `rows` the model takes when it needs them.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Int, UInt8
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from .errors import LutIdError
 from .format import LutMeta, LutRows
+
+_REPEATING = 256  # tokens among which ids repeat often enough to look for them
 
 
 class Ticket:
@@ -56,6 +59,20 @@ class LutStore(ABC):
         """
         return LutRows.from_bytes(self.read(ids.flatten()), self.meta)
 
+    def fetch(self, ids: Int[Tensor, "*tokens"]) -> LutRows:
+        """Return the rows of the ids as a model takes them: of a long text each distinct one once.
+
+        Rows that are on their way are waited for by `LutRows.layers`, layer by layer.
+
+        Raises:
+            LutIdError: As `rows`.
+            ValueError: As `rows`.
+        """
+        if not _repeats(ids):
+            return self.rows(ids)
+        distinct, index = torch.unique(ids, return_inverse=True)
+        return replace(self.rows(distinct), index=index.flatten())
+
     def prefetch(self, ids: Int[Tensor, "*tokens"]) -> Ticket:
         """Begin to fetch the rows of the ids; the ticket's `rows` returns them."""
         found = self.rows(ids)
@@ -89,6 +106,13 @@ class LutStore(ABC):
     def _check_open(self) -> None:
         if self.closed:
             raise ValueError("This lookup table was closed; open it again with `open_lut`.")
+
+
+def _repeats(ids: Tensor) -> bool:
+    """Return whether to look for repeated ids: their number has to be known on the host."""
+    if ids.numel() < _REPEATING or torch.compiler.is_compiling():
+        return False
+    return not (ids.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 __all__ = ["LutStore", "Ticket"]

@@ -8,14 +8,14 @@ shape, the format, a CRC-32 for every chunk of rows, and the fingerprint of the 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from ..kernels.combine.reference import NF3_CODEBOOK, NF4_CODEBOOK, dequantise
@@ -26,6 +26,9 @@ from .errors import (
     LutTruncatedError,
     LutVersionError,
 )
+
+# What a layer's lookup reads: values, scales and index, as `combine` takes them.
+LayerRows = tuple[Tensor, Tensor | None, Tensor | None]
 
 VERSION = 1
 HEADER_BYTES = 4096
@@ -117,6 +120,26 @@ class LutMeta:
     def file_bytes(self) -> int:
         """Length of the data file."""
         return HEADER_BYTES + self.vocab * self.row_stride
+
+    def spans(self, counts: Iterable[int]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        """Yield the parts of a row that groups of layers need, in the order they need them.
+
+        A group is given as its first layer and where its parts begin and end, in bytes, multiples
+        of 8. The first group brings all scales. Layers that are left over make the last group.
+
+        Args:
+            counts: Layers of every group.
+        """
+        size, begin = self.code_bytes // self.layers, 0
+        for count in (*counts, self.layers):
+            end = min(begin + count, self.layers)
+            if begin == end:
+                continue
+            parts = [(begin * size // 8 * 8, min(-(-end * size // 8) * 8, self.row_stride))]
+            if begin == 0 and self.scale_bytes:
+                parts.append((self.code_bytes // 8 * 8, self.row_stride))
+            yield begin, parts
+            begin = end
 
     def header(self) -> bytes:
         """Return the first 4,096 bytes of the data file: a safetensors header, padded."""
@@ -212,11 +235,13 @@ class LutRows:
         codes: Stored values, `[tokens, layers, experts, stored]`.
         scales: Factors of the blocks, `[tokens, layers, experts, blocks]`, or None.
         bits: Bits of a packed code.
+        index: The row that is each token's, where tokens share rows; else every token has its own.
     """
 
     codes: Shaped[Tensor, "tokens layers experts stored"]
     scales: Float[Tensor, "tokens layers experts blocks"] | None
     bits: int = 4
+    index: Int[Tensor, " wanted"] | None = None
 
     @classmethod
     def from_bytes(cls, rows: UInt8[Tensor, "tokens row_stride"], meta: LutMeta) -> "LutRows":
@@ -288,21 +313,25 @@ class LutRows:
         """Return the values as floating-point numbers."""
         return dequantise(self.codes, self.scales, dtype, self.bits)
 
-    def layers(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]]:
-        """Return values and scales of every layer, ready for `combine`.
+    def layers(self, dtype: torch.dtype) -> Iterable[LayerRows]:
+        """Return values, scales and index of every layer, ready for `combine`.
 
         On the CPU all layers are decoded at once; on other devices codes stay codes, which the
         kernel decodes.
         """
         if self.codes.device.type == "cpu":
-            return [(values, None) for values in self.decode(dtype).unbind(1)]
+            return [(values, None, self.index) for values in self.decode(dtype).unbind(1)]
         scales = [None] * self.codes.shape[1] if self.scales is None else self.scales.unbind(1)
-        return list(zip(self.codes.unbind(1), scales, strict=True))
+        return [
+            (codes, scale, self.index)
+            for codes, scale in zip(self.codes.unbind(1), scales, strict=True)
+        ]
 
     def to(self, device: torch.device) -> "LutRows":
         """Return the rows on another device."""
         scales = None if self.scales is None else self.scales.to(device)
-        return LutRows(self.codes.to(device), scales, self.bits)
+        index = None if self.index is None else self.index.to(device)
+        return LutRows(self.codes.to(device), scales, self.bits, index)
 
 
 def _pack3(picks: UInt8[Tensor, "*vectors dim"]) -> UInt8[Tensor, "*vectors stored"]:
@@ -312,4 +341,4 @@ def _pack3(picks: UInt8[Tensor, "*vectors dim"]) -> UInt8[Tensor, "*vectors stor
     return torch.cat((sum(low[1:], low[0]), sum(high[1:], high[0])), dim=-1)
 
 
-__all__ = ["DATA_FILE", "FORMATS", "HEADER_BYTES", "META_FILE", "LutMeta", "LutRows"]
+__all__ = ["DATA_FILE", "FORMATS", "HEADER_BYTES", "META_FILE", "LayerRows", "LutMeta", "LutRows"]

@@ -3,7 +3,8 @@
 import mmap
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from ..kernels.gather import gather
-from .base import LutStore, Ticket
+from .base import LutStore, Ticket, _repeats
 from .errors import LutIdError
 from .files import check_length, map_rows
-from .format import DATA_FILE, HEADER_BYTES, LutMeta, LutRows
+from .format import DATA_FILE, HEADER_BYTES, LayerRows, LutMeta, LutRows
+
+_PARTS = 8  # groups of layers whose rows of a long text are waited for together
 
 
 class TensorStore(LutStore):
@@ -70,6 +73,19 @@ class DeviceStore(TensorStore):
     def __init__(self, folder: str | Path, device: torch.device | str) -> None:
         meta = LutMeta.load(folder)
         super().__init__(meta, map_rows(Path(folder), meta).to(device, copy=True))
+
+
+@dataclass(frozen=True)
+class _ArrivingRows(LutRows):
+    """Rows that a stream of their own brings; layers are waited for when they are taken."""
+
+    arrived: dict[int, Any] = field(default_factory=dict)
+
+    def layers(self, dtype: torch.dtype) -> Iterator[LayerRows]:
+        for number, rows in enumerate(super().layers(dtype)):
+            if number in self.arrived:
+                torch.cuda.current_stream(self.codes.device).wait_event(self.arrived[number])
+            yield rows
 
 
 class PinnedStore(TensorStore):
@@ -171,6 +187,28 @@ class PinnedStore(TensorStore):
             return LutRows.from_bytes(out, self.meta)
 
         return Ticket(take)
+
+    def fetch(self, ids: Int[Tensor, "*tokens"]) -> LutRows:
+        """Return the rows of the ids; those of a long text arrive while a model's layers run."""
+        if not (ids.is_cuda and _repeats(ids)):
+            return super().fetch(ids)
+        self.lock(ids.device)
+        distinct, index = torch.unique(ids, return_inverse=True)
+        current = torch.cuda.current_stream(ids.device)
+        self.stream.wait_stream(current)
+        group = -(-self.meta.layers // _PARTS)
+        events: dict[int, Any] = {}
+        with torch.cuda.stream(self.stream):
+            size = (len(distinct), self.meta.row_stride)
+            out = torch.empty(size, dtype=torch.uint8, device=ids.device)
+            for first, parts in self.meta.spans((1, *[group] * _PARTS)):
+                for part in parts:
+                    gather(self.table, distinct, out, self.flag, *part)
+                events[first] = self.stream.record_event()
+        distinct.record_stream(self.stream)
+        out.record_stream(current)
+        rows = LutRows.from_bytes(out, self.meta)
+        return _ArrivingRows(rows.codes, rows.scales, rows.bits, index.flatten(), events)
 
     def check(self) -> None:
         """Raise an error if an unknown id was asked for so far; waits for the device.

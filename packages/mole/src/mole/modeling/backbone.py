@@ -1,5 +1,6 @@
 """The three models without output layer: embeddings, decoder layers, final norm."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,11 +18,10 @@ from ..config import DenseConfig, MoeConfig, MoleConfig
 from ..kernels.combine import dispatch
 from ..lookup import Lookup, Repeats, StepBank, distinct_ids
 from ..lut import LutRows, LutStore
+from ..lut.format import LayerRows
 from .attention import Attention, RotaryEmbedding
 from .feedforward import Mlp, SparseMlp
 from .linear import ResidualLinear
-
-LayerRows = tuple[Tensor, Tensor | None]
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -49,7 +49,8 @@ class DecoderLayer(GradientCheckpointingLayer):
 
         The lookup block reads `rows` of the table or of a bank, or else runs its experts on
         `embeddings`: those of every token, or of the distinct ids when `repeats` tells which one is
-        each token's. `rows` with `repeats` are a bank's values and its gradient buffer.
+        each token's. `rows` are values, scales and index of the table; with `repeats`, a bank's
+        values and its gradient buffer.
         """
         attended = hidden + self.self_attn(self.input_layernorm(hidden), rotary, **kwargs)[0]
         x = self.post_attention_layernorm(attended)
@@ -61,9 +62,10 @@ class DecoderLayer(GradientCheckpointingLayer):
             return output, None
         logits = nn.functional.linear(x, self.lookup.router.weight)
         if repeats is None:
-            values, scales = rows or (self.lookup.values(embeddings).flatten(0, 1), None)
-            return dispatch(logits, values, output, scales), logits
-        values, bank = rows or (self.lookup.values(embeddings), None)
+            own = rows or (self.lookup.values(embeddings).flatten(0, 1), None, None)
+            values, scales, index = own
+            return dispatch(logits, values, output, scales, index), logits
+        values, bank, _ = rows or (self.lookup.values(embeddings), None, None)
         flat = logits.flatten(0, 1), output.flatten(0, 1)
         return self.lookup.mixed(*flat, values, repeats, bank).view_as(output), logits
 
@@ -120,7 +122,7 @@ class Backbone(MolePreTrainedModel):
         embeds: Tensor,
         lut_rows: LutRows | None,
         distinct: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Repeats | None, list[LayerRows | None]]:
+    ) -> tuple[Tensor, Repeats | None, Iterable[LayerRows | None]]:
         """Return embeddings, the repeats among them, and every layer's rows, for the lookup."""
         return embeds, None, [None] * len(self.layers)
 
@@ -227,7 +229,7 @@ class MoleModel(Backbone):
         embeds: Tensor,
         lut_rows: LutRows | None,
         distinct: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Repeats | None, list[LayerRows | None]]:
+    ) -> tuple[Tensor, Repeats | None, Iterable[LayerRows | None]]:
         if self.config.lookup_form == "table" and lut_rows is not None:
             return embeds, None, self._layer_rows(lut_rows, embeds.dtype)
         if lut_rows is not None:
@@ -237,8 +239,9 @@ class MoleModel(Backbone):
         if self.config.lookup_form == "experts":
             none: list[LayerRows | None] = [None] * len(self.layers)
             if self.bank is not None:
-                filled = [self.bank.layer(index) for index in range(len(self.layers))]
-                return embeds, self.bank.repeats(ids), list(filled)
+                pairs = [self.bank.layer(index) for index in range(len(self.layers))]
+                filled = [None if pair is None else (*pair, None) for pair in pairs]
+                return embeds, self.bank.repeats(ids), filled
             if self.config.dedup != "off" or distinct is not None:
                 few, inverse = distinct or distinct_ids(ids, self.config.vocab_size)
                 return self.embed_tokens(few), Repeats.of(inverse, len(few)), none
@@ -248,12 +251,13 @@ class MoleModel(Backbone):
                 "This model is in table form and has no table yet: load it with "
                 "`MoleForCausalLM.from_pretrained(folder)` or call `open_lut(path)`."
             )
-        return embeds, None, self._layer_rows(self.lut.rows(ids), embeds.dtype)
+        return embeds, None, self._layer_rows(self.lut.fetch(ids), embeds.dtype)
 
-    def _layer_rows(self, rows: LutRows, dtype: torch.dtype) -> list[LayerRows | None]:
-        """Return the rows of every layer, None for layers without lookup experts."""
+    def _layer_rows(self, rows: LutRows, dtype: torch.dtype) -> Iterator[LayerRows | None]:
+        """Yield the rows of every layer, None for layers without lookup experts."""
         found = iter(rows.layers(dtype))
-        return [None if layer.lookup is None else next(found) for layer in self.layers]
+        for layer in self.layers:
+            yield None if layer.lookup is None else next(found)
 
 
 __all__ = ["DenseModel", "MoeModel", "MoleModel", "MolePreTrainedModel"]

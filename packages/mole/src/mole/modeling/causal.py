@@ -178,7 +178,7 @@ class MoleForCausalLM(_ForCausalLM):
         if inputs.get("inputs_embeds") is not None:
             ids = inputs["lookup_ids"] = lookup_ids
         if self.lut is not None and ids is not None:
-            inputs["lut_rows"] = self.lut.rows(ids)
+            inputs["lut_rows"] = self.lut.fetch(ids)
         return inputs
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

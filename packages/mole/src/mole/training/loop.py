@@ -161,7 +161,8 @@ def train(
     optimizer = _optimizer(model, settings)
     peaks = [group["lr"] for group in optimizer.param_groups]
     text: Any = tokens.int().contiguous().numpy()
-    decisive = asdict(settings) | {"text": zlib.crc32(text)}
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    decisive = asdict(settings) | {"text": zlib.crc32(text), "trained weights": trained}
     first = _resume(model, optimizer, output, decisive) if resume else 0
     main = accelerator.is_main_process
     if main:

@@ -59,12 +59,15 @@ from .tiles import (
     describe,
     excess,
     hide,
-    is_partly_hidden,
+    hold,
     list_marked,
+    load_numbers,
     n_slots,
     padded,
     partial_sums,
     pose,
+    settled,
+    store_numbers,
     store_rows,
 )
 
@@ -83,7 +86,7 @@ def _block(
     """Return x, u and dP of the rows from `first` on and the keys from `start` on, and c'."""
     s, gate = scores(
         q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
-        IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
+        IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_N, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     x, u = excess(s, factor, tau[:, None], power, HALF, SATURATE)
     dp = tl.dot(do, v.T, input_precision="ieee")
@@ -104,8 +107,8 @@ def _ratio(weighted, total):
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 @no_type_check
 def _queries_kernel(
-    q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, active_ptr, list_ptr,
-    dq_ptr, delta_ptr, dalpha_ptr, dslope_ptr,
+    q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, active_ptr, list_ptr, tau_ptr,
+    dq_ptr, rows_ptr, dalpha_ptr, dslope_ptr,
     slopes_ptr, bias_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, cap,
     bias_batch, bias_head, bias_row, bias_key,
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
@@ -114,8 +117,9 @@ def _queries_kernel(
     HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
     QUICK: tl.constexpr, SATURATE: tl.constexpr, ALPHA_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HELD: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Write delta and dQ of one tile of queries.
+    """Write dQ of one tile of queries, and tau and delta of its rows side by side.
 
     QUICK: delta of a long list is guessed from some of its blocks. The second sweep finds what the
     guess lacks, and takes it off with what all weights alike would give.
@@ -138,6 +142,7 @@ def _queries_kernel(
     row_base += row_at
     q = load_part(q_desc, batch, head, row_at, first, seq_q, FORM, BLOCK_M, BLOCK_D)
     do = load_part(do_desc, batch, head, row_at, first, seq_q, FORM, BLOCK_M, BLOCK_DV)
+    q, do = hold(q, BLOCK_D, HELD), hold(do, BLOCK_DV, HELD)
     tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
 
     alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
@@ -200,6 +205,7 @@ def _queries_kernel(
             total += partial_sums(u, BLOCK_M, BLOCK_N, QUICK)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
             plain = tl.dot(u.to(k.dtype), k, plain, input_precision="ieee")
+            dq, plain = settled(dq, INTERPRETED), settled(plain, INTERPRETED)
         rest = _ratio(weighted, total)
         dq = dq - rest[:, None] * plain
         delta += rest
@@ -220,11 +226,11 @@ def _queries_kernel(
                 dslope -= tl.sum(ds * distance_of(rows[:, None], keys[None, :], seq_q, seq_k), 1)
             if CAPPED & FORM:
                 ds = ds * gate
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+            dq = settled(tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee"), INTERPRETED)
         if SLOPED & FORM:
             tl.store(dslope_ptr + row_base + rows, dslope, mask=rows < seq_q)
     delta = tl.where(tau != tau, tau, delta)
-    tl.store(delta_ptr + row_base + rows, delta, mask=rows < seq_q)
+    store_numbers(rows_ptr, line, tau, delta, BLOCK_M)
     dq = tl.where((tau != tau)[:, None], float("nan"), dq * scale)
     store_rows(dq_ptr + row_base * dim_head, dq, rows, seq_q, dim_head, BLOCK_D)
 
@@ -232,8 +238,8 @@ def _queries_kernel(
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 @no_type_check
 def _keys_kernel(
-    q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, active_ptr, list_ptr,
-    delta_ptr, dk_ptr, dv_ptr,
+    q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, active_ptr, list_ptr,
+    rows_ptr, dk_ptr, dv_ptr,
     slopes_ptr, bias_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, cap,
     bias_batch, bias_head, bias_row, bias_key,
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
@@ -242,6 +248,7 @@ def _keys_kernel(
     HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
     SATURATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HELD: tl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of one block of keys, summed over the query heads that share them.
 
@@ -254,7 +261,7 @@ def _keys_kernel(
     heads_kv = heads // group
     batch, head_kv = plane_kv // heads_kv, plane_kv % heads_kv
     mask_ptr += batch.to(tl.int64) * stride_mask
-    all_q, key_base = seq_q, plane_kv.to(tl.int64) * seq_k
+    key_base = plane_kv.to(tl.int64) * seq_k
     block, row_at, seq_q, key_at, seq_k, sequence = sequence_of(
         slot, bounds_k_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, seq_q, seq_k, FORM, BLOCK_N
     )
@@ -268,13 +275,14 @@ def _keys_kernel(
     keys = first_key + tl.arange(0, BLOCK_N)
     k = load_part(k_desc, batch, head_kv, key_at, first_key, seq_k, FORM, BLOCK_N, BLOCK_D)
     v = load_part(v_desc, batch, head_kv, key_at, first_key, seq_k, FORM, BLOCK_N, BLOCK_DV)
+    k, v = hold(k, BLOCK_D, HELD), hold(v, BLOCK_DV, HELD)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, group):
         head = head_kv * group + member
         plane = batch * heads + head
-        row_base = plane.to(tl.int64) * all_q + row_at
-        marks = active_ptr + (plane.to(tl.int64) * n_tiles + first_tile) * n_blocks + block
+        line = plane.to(tl.int64) * n_tiles + first_tile
+        marks = active_ptr + line * n_blocks + block
         listed = list_ptr + (plane * n_slots + slot).to(tl.int64) * list_width
         count = list_marked(marks, n_blocks, its_tiles, listed, False)
         alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
@@ -285,21 +293,18 @@ def _keys_kernel(
             bias_batch, bias_head, bias_row, bias_key, FORM,
         )  # fmt: skip
         for index in range(0, count):
-            start = tl.load(listed + index) * BLOCK_M
+            tile = tl.load(listed + index)
+            start = tile * BLOCK_M
             rows = start + tl.arange(0, BLOCK_M)
             q = load_part(q_desc, batch, head, row_at, start, seq_q, FORM, BLOCK_M, BLOCK_D)
             do = load_part(do_desc, batch, head, row_at, start, seq_q, FORM, BLOCK_M, BLOCK_DV)
-            tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
-            delta = tl.load(delta_ptr + row_base + rows, mask=rows < seq_q, other=0.0)
+            tau, delta = load_numbers(rows_ptr, line + tile, BLOCK_M)
             s = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
             s, gate = shaped(s, rows[None, :], keys[:, None], start, seq_q, seq_k, terms, FORM)
-            if is_partly_hidden(
-                start, first_key, seq_q, seq_k, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N
-            ):  # fmt: skip
-                s = hide(
-                    s, rows[None, :], keys[:, None], seq_q, seq_k, mask_ptr, left, right,
-                    IS_CAUSAL, HAS_MASK, HAS_WINDOW,
-                )  # fmt: skip
+            s = hide(
+                s, start, first_key, seq_q, seq_k, mask_ptr, left, right,
+                IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N, BLOCK_N, TURNED=True,
+            )  # fmt: skip
             x, u = excess(s, factor, tau[None, :], power, HALF, SATURATE)
             p = x * u
             if DROPOUT:
@@ -361,22 +366,24 @@ def launch_backward(
     tiles, (n_tiles, n_blocks) = problem.tiles, problem.grid
     dim_head, dim_value = q.shape[-1], v.shape[-1]
     dq, dk, dv = (problem.new(*x.shape, dtype=x.dtype) for x in (q, k, v))
-    delta = problem.new(*tau.shape, dtype=tau.dtype)
-    dalpha = delta if alpha is None else problem.new(*tau.shape, dtype=tau.dtype)
-    dslope = delta if terms.slopes is None else problem.new(*tau.shape, dtype=tau.dtype)
+    numbers_of_rows = problem.planes, n_tiles, 2, tiles.block_m
+    rows = torch.empty(numbers_of_rows, dtype=tau.dtype, device=q.device)
+    dalpha = rows if alpha is None else problem.new(*tau.shape, dtype=tau.dtype)
+    dslope = rows if terms.slopes is None else problem.new(*tau.shape, dtype=tau.dtype)
     # Keys list tiles of queries in the room where queries list blocks of keys.
     slots = n_slots(k.shape[2], tiles.block_n, terms.n_seq)
     width = triton.cdiv(terms.max_q or q.shape[2], tiles.block_m)
     room = problem.planes * max(n_tiles * n_blocks, slots * width)
     sources = (
-        *problem.descriptors, describe(grad, tiles.block_m), problem.mask, problem.alpha, tau,
+        *problem.descriptors, describe(grad, tiles.block_m), problem.mask, problem.alpha,
         active, torch.empty(room, dtype=torch.int32, device=q.device),
     )  # fmt: skip
+    interpreting = interpreted(_queries_kernel)
     numbers = *problem.added, *problem.sizes, problem.scale, *problem.drop
     constants = {
         **problem.switches,
         "DROPOUT": terms.dropout > 0.0,
-        "SATURATE": problem.quick and not interpreted(_queries_kernel),
+        "SATURATE": problem.quick and not interpreting,
         "BLOCK_DV": padded(dim_value),
         "num_warps": tiles.num_warps,
         "num_stages": tiles.back_stages,
@@ -384,15 +391,16 @@ def launch_backward(
     kind = *problem.kind, (tau.data_ptr() | active.data_ptr()) % 16  # they may be anybody's
     launch(
         _queries_kernel, n_tiles * problem.planes, kind,
-        *sources, dq, delta, dalpha, dslope, *numbers, dim_head,
+        *sources, tau, dq, rows, dalpha, dslope, *numbers, dim_head,
         QUICK=problem.quick and terms.form in (0, PACKED.value) and not terms.dropout,
-        ALPHA_GRAD=alpha is not None,
-        **constants, maxnreg=tiles.most.queries,
+        ALPHA_GRAD=alpha is not None, HELD=tiles.held.queries and not interpreting,
+        INTERPRETED=interpreting, **constants, maxnreg=tiles.most.queries,
     )  # fmt: skip
     launch(
         _keys_kernel, slots * k.shape[0] * k.shape[1], kind,
-        *sources, delta, dk, dv, *numbers, width, dim_head, dim_value, **constants,
+        *sources, rows, dk, dv, *numbers, width, dim_head, dim_value, **constants,
+        HELD=tiles.held.keys and not interpreting,
     )  # fmt: skip
-    sums = (tau.new_empty(0) if x is delta else x.sum(-1) for x in (dalpha, dslope))
-    dbias = bias_gradient(problem, grad, tau, active, delta) if bias_grad else tau.new_empty(0)
+    sums = (tau.new_empty(0) if x is rows else x.sum(-1) for x in (dalpha, dslope))
+    dbias = bias_gradient(problem, grad, active, rows) if bias_grad else tau.new_empty(0)
     return dq, dk, dv, *sums, dbias

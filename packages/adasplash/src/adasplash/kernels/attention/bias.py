@@ -19,13 +19,13 @@ import triton.language as tl
 from ..launch import launch
 from .philox import words
 from .scores import factor_of, scores, terms_of
-from .tiles import SIZES, UNALIGNED, Problem, describe, load_tile, padded, roots
+from .tiles import SIZES, UNALIGNED, Problem, describe, load_numbers, load_tile, padded, roots
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 @no_type_check
 def _bias_kernel(
-    q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, tau_ptr, active_ptr, delta_ptr, dbias_ptr,
+    q_desc, k_desc, v_desc, do_desc, mask_ptr, alpha_ptr, active_ptr, rows_ptr, dbias_ptr,
     slopes_ptr, bias_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, cap,
     bias_batch, bias_head, bias_row, bias_key,
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
@@ -48,10 +48,9 @@ def _bias_kernel(
         head = first_head + member // its_tiles % n_heads
         this = tile + member % its_tiles
         plane = batch * heads + head
-        if tl.load(active_ptr + (plane.to(tl.int64) * n_tiles + this) * n_blocks + block) != 0:
+        line = plane.to(tl.int64) * n_tiles + this
+        if tl.load(active_ptr + line * n_blocks + block) != 0:
             first = this * BLOCK_M
-            rows = first + tl.arange(0, BLOCK_M)
-            row_base = plane.to(tl.int64) * seq_q
             alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
             terms = terms_of(
                 plane, batch, head, scale, alpha, cap, slopes_ptr, bias_ptr,
@@ -61,12 +60,11 @@ def _bias_kernel(
             do = load_tile(do_desc, batch, head, first, BLOCK_M, BLOCK_DV)
             k = load_tile(k_desc, batch, head // group, block * BLOCK_N, BLOCK_N, BLOCK_D)
             v = load_tile(v_desc, batch, head // group, block * BLOCK_N, BLOCK_N, BLOCK_DV)
-            tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
-            delta = tl.load(delta_ptr + row_base + rows, mask=rows < seq_q, other=0.0)
+            tau, delta = load_numbers(rows_ptr, line, BLOCK_M)
             its_mask = mask_ptr + batch.to(tl.int64) * stride_mask
             s, _gate = scores(
                 q, k, its_mask, terms, first, block * BLOCK_N, seq_q, seq_k, left, right,
-                IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
+                IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_N, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             factor = factor_of(scale, alpha, FORM)
             _x, u = roots(s * factor, tau[:, None], 1.0 / (alpha - 1.0), HALF)
@@ -89,18 +87,16 @@ def _bias_kernel(
 def bias_gradient(
     problem: Problem,
     grad: torch.Tensor,
-    tau: torch.Tensor,
     active: torch.Tensor,
-    delta: torch.Tensor,
+    rows: torch.Tensor,
 ) -> torch.Tensor:
     """Return the gradient of the bias, in its shape and dtype.
 
     Args:
         problem: With a bias.
         grad: Gradient of the output, aligned.
-        tau: From the forward.
         active: From the forward.
-        delta: From the kernel of the queries.
+        rows: Tau and delta of all rows, from the kernel of the queries.
     """
     q, bias, tiles = problem.q, problem.terms.bias, problem.tiles
     assert bias is not None  # who calls this has looked
@@ -113,9 +109,9 @@ def bias_gradient(
     sharing = q.shape[0] // bias.shape[0], q.shape[1] // bias.shape[1]
     launch(
         _bias_kernel, its_planes * (1 if all_rows else n_tiles) * n_blocks,
-        (*problem.kind, (tau.data_ptr() | active.data_ptr()) % 16),
-        *problem.descriptors, describe(grad, tiles.block_m), problem.mask, problem.alpha, tau,
-        active, delta, dbias, *problem.added, *problem.sizes, problem.scale, *problem.drop,
+        (*problem.kind, active.data_ptr() % 16),
+        *problem.descriptors, describe(grad, tiles.block_m), problem.mask, problem.alpha,
+        active, rows, dbias, *problem.added, *problem.sizes, problem.scale, *problem.drop,
         bias.shape[1], *sharing,
         **problem.switches, DROPOUT=problem.terms.dropout > 0.0, ALL_ROWS=all_rows,
         BLOCK_DV=padded(problem.v.shape[-1]),

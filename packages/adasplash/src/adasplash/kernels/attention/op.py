@@ -113,7 +113,8 @@ def adasplash(
         alpha: 1 (softmax) to 2 (sparsemax); or a tensor of shape `[]`, `[heads]` or
             `[batch, heads]` with values above 1, up to 2.
         is_causal: Row i sees keys up to `i + seq_k - seq_q` (aligned at the last).
-        varlen: Length of every sequence, where padding follows it; rows of padding give zeros.
+        varlen: Length of every sequence, where padding follows it; rows of padding give zeros. On
+            a GPU a length above that of `k` counts as that: looking would wait for the device.
         niter: Has no effect: thresholds are always solved to rounding. It stands where the paper's
             own package has it.
         scale: Factor of the scores; `dim_head ** -0.5` if None.
@@ -287,8 +288,8 @@ def _launch(
         max_k=options.max_k,
     )
     group = q.shape[1] // k.shape[1]
-    bare = terms.form < 2 and not terms.dropout  # nothing but a cap
-    if q.shape[2] == 1 and group > 1 and window is None and bare and not isinstance(alpha, Tensor):
+    single = q.shape[2] == 1 and group > 1 and window is None and terms.bare
+    if single and not isinstance(alpha, Tensor):
         # One query sees all keys: the heads that share them become the rows of one tile.
         rows = q.reshape(q.shape[0], k.shape[1], group, q.shape[3])
         alphas = None if alphas is None else alphas[:, ::group].contiguous()
@@ -386,6 +387,13 @@ def _shown(q: Tensor, k: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor
             f"`varlen` must have shape {(q.shape[0],)}, a length for each sequence; got "
             f"{tuple(lengths.shape)}."
         )
+    # Values on a GPU are not looked at: that would wait for the device. No trace can either.
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        values = lengths.tolist()
+        if not all(0 <= length <= k.shape[2] for length in values):
+            raise ValueError(
+                f"`varlen` must hold lengths from 0 to {k.shape[2]}, those of `k`; got {values}."
+            )
     if mask is not None:
         raise ValueError("`key_padding_mask` cannot go with `varlen`; leave one of them out.")
     return _within(k, lengths)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from .terms import PLAIN, Terms
+from .terms import PLAIN, Terms, brought_close
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -54,8 +54,8 @@ def attend(
         output, _, _ = _forward(q, k, v, key_mask, alpha, *settings, *terms)
     elif torch.is_grad_enabled() and any(learned):
         output = _Eager.apply(q, k, v, key_mask, alpha, *terms[:2], settings, terms)
-    else:
-        output, _, _ = _launch_forward(q, k, v, key_mask, alpha, *settings, *terms)
+    else:  # nobody asks for the blocks later
+        output = _run_forward(q, k, v, key_mask, alpha, *settings, *terms)[0]
     return output
 
 
@@ -78,6 +78,12 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _launch_forward(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output, tau and the bits of the blocks that hold weight."""
+    output, tau, active = _run_forward(q, *inputs)
+    return output, tau, _on_device(_marks().packed, active)
+
+
+def _run_forward(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     made: tuple[Tensor, Tensor, Tensor] = _on_device(
         _kernels()[0].launch_forward, q, *inputs[:6], *_window_and_terms(*inputs[6:])
     )
@@ -85,7 +91,9 @@ def _launch_forward(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _window_and_terms(left: int, right: int, *terms: Any) -> tuple[tuple[int, int] | None, Terms]:
-    return None if left < 0 else (left, right), Terms(*terms)
+    made = Terms(*terms)
+    made = made._replace(bias=brought_close(made.bias))
+    return None if left < 0 else (left, right), made
 
 
 @cache
@@ -94,6 +102,20 @@ def _kernels() -> tuple[ModuleType, ModuleType]:
     from . import backward, forward
 
     return forward, backward
+
+
+@cache
+def _marks() -> ModuleType:
+    from . import marks
+
+    return marks
+
+
+def _n_marks(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> tuple[int, int]:
+    """Return the tiles of queries, and the blocks of keys of a tile."""
+    from .tiles import marks_of, tiles_for
+
+    return marks_of(q.shape, k.shape[2], tiles_for(q, v), terms.n_seq, terms.max_k)
 
 
 def _on_device(launch: Callable[..., Any], x: Tensor, *inputs: Any, **options: Any) -> Any:
@@ -109,20 +131,17 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Any, alpha: Any,
     scale: float, is_causal: bool, left: int, right: int, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from .tiles import marks_of, tiles_for
-
-    terms = Terms(*rest)
-    marks = marks_of(q.shape, k.shape[2], tiles_for(q, v), terms.n_seq, terms.max_k)
+    n_tiles, n_blocks = _n_marks(q, k, v, Terms(*rest))
     output = q.new_empty(*q.shape[:-1], v.shape[-1])
     tau = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    active = torch.empty((*q.shape[:2], *marks), dtype=torch.int8, device=q.device)
-    return output, tau, active
+    shape = *q.shape[:2], n_tiles, _marks().width_of(n_blocks)
+    return output, tau, torch.empty(shape, dtype=torch.uint8, device=q.device)
 
 
 @torch.library.custom_op(
     "adasplash::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_INPUTS}, Tensor tau, Tensor active, bool bias_grad, {_SETTINGS}) "
+    schema=f"(Tensor grad, {_INPUTS}, Tensor tau, Tensor bits, bool bias_grad, {_SETTINGS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(*inputs: Any) -> tuple[Tensor, ...]:
@@ -131,11 +150,13 @@ def _backward(*inputs: Any) -> tuple[Tensor, ...]:
 
 def _launch_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, alpha: Tensor | None,
-    tau: Tensor, active: Tensor, bias_grad: bool, scale: float, is_causal: bool, *rest: Any,
+    tau: Tensor, bits: Tensor, bias_grad: bool, scale: float, is_causal: bool, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    window, terms = _window_and_terms(*rest)
+    active = _on_device(_marks().unpacked, bits, _n_marks(q, k, v, terms)[1])
     made: tuple[Tensor, ...] = _on_device(
         _kernels()[1].launch_backward, grad, q, k, v, key_mask, alpha, tau, active, scale,
-        is_causal, *_window_and_terms(*rest), bias_grad=bias_grad,
+        is_causal, window, terms, bias_grad=bias_grad,
     )  # fmt: skip
     return made
 
@@ -143,7 +164,7 @@ def _launch_backward(
 @_backward.register_fake
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Any, alpha: Tensor | None,
-    tau: Tensor, active: Tensor, bias_grad: bool,
+    tau: Tensor, bits: Tensor, bias_grad: bool,
     scale: float, is_causal: bool, left: int, right: int, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     terms, heads = Terms(*rest), q.shape[:2]
@@ -159,9 +180,9 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, key_mask, alpha, *rest = inputs
     settings, terms = rest[:_N_SETTINGS], Terms(*rest[_N_SETTINGS:])
-    _, tau, active = output
-    ctx.mark_non_differentiable(tau, active)
-    _keep(ctx, (q, k, v, key_mask, alpha, tau, active), tuple(settings), terms)
+    _, tau, bits = output
+    ctx.mark_non_differentiable(tau, bits)
+    _keep(ctx, (q, k, v, key_mask, alpha, tau, bits), tuple(settings), terms)
 
 
 def _keep(ctx: Any, tensors: tuple[Any, ...], settings: tuple[Any, ...], terms: Terms) -> None:
@@ -250,8 +271,8 @@ class _Eager(torch.autograd.Function):
         settings: tuple[Any, ...],
         terms: Terms,
     ) -> Tensor:
-        output, tau, active = _launch_forward(q, k, v, key_mask, alpha, *settings, *terms)
-        _keep(ctx, (q, k, v, key_mask, alpha, tau, active), settings, terms)
+        output, tau, bits = _launch_forward(q, k, v, key_mask, alpha, *settings, *terms)
+        _keep(ctx, (q, k, v, key_mask, alpha, tau, bits), settings, terms)
         return output
 
     @staticmethod

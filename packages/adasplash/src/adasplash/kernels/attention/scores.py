@@ -4,8 +4,8 @@
 
 with `shift = seq_k - seq_q`; each of cap, slope and bias may be missing. What a kernel has to know
 is the constant FORM, a set of the bits below. Without any of them (`FORM == 0`) the scores are the
-bare products, `products` in `tiles.py`, and kernels compile to what they would be without this
-file. With one of SHAPED, scores come out times alpha - 1, and the factor of the kernel is 1.
+bare products, and kernels compile to what they would be without this file. With one of SHAPED,
+scores come out times alpha - 1, and the factor of the kernel is 1.
 
 PACKED: sequences stand one after another in `[1, heads, tokens, dim]`, and each attends to itself.
 The grid covers their tiles without the host knowing where they begin: sequence s has its tiles from
@@ -22,12 +22,13 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from .tiles import hide, is_partly_hidden, load_tile, products
+from .tiles import hide, load_tile
 
 CAPPED = tl.constexpr(1)
 SLOPED = tl.constexpr(2)
 BIASED = tl.constexpr(4)
 PACKED = tl.constexpr(8)
+CLOSE = tl.constexpr(16)  # eight neighbouring keys of the bias can be read at once
 PLACED = tl.constexpr(2 + 4)  # scores depend on where row and key stand
 SHAPED = tl.constexpr(1 + 2 + 4)
 
@@ -102,9 +103,22 @@ def shaped(s, rows, keys, first, seq_q, seq_k, terms, FORM: tl.constexpr):
             s = s - slope * distance_of(rows, keys, seq_q, seq_k)
         if BIASED & FORM:
             bias_ptr += tl.cast(first, tl.int64) * bias_row
-            places = bias_ptr + (rows - first) * bias_row + keys * bias_key
-            inside = (rows < seq_q) & (keys < seq_k)
-            bias = tl.load(places, mask=inside, other=0.0)
+            if CLOSE & FORM:
+                # Else threads would go down the rows, and read each key by itself. What lies
+                # behind the last key is hidden later.
+                places = bias_ptr + (rows - first) * bias_row + keys
+                inside = (rows < seq_q) & (keys < (seq_k + 7) // 8 * 8)
+                if keys.shape[0] == 1:
+                    places = tl.multiple_of(places, [1, 8])
+                    inside = tl.max_constancy(inside, [1, 8])
+                else:
+                    places = tl.multiple_of(places, [8, 1])
+                    inside = tl.max_constancy(inside, [8, 1])
+                bias = tl.load(places, mask=inside, other=0.0)
+            else:
+                places = bias_ptr + (rows - first) * bias_row + keys * bias_key
+                inside = (rows < seq_q) & (keys < seq_k)
+                bias = tl.load(places, mask=inside, other=0.0)
             s = s + tl.where(bias <= lowest(bias_ptr), float("-inf"), bias.to(tl.float32))
         s = s * degree
     return s, gate
@@ -115,31 +129,24 @@ def shaped(s, rows, keys, first, seq_q, seq_k, terms, FORM: tl.constexpr):
 def scores(
     q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FORM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Return scores of the rows from `first` on and the keys from `start` on; -inf where hidden.
 
-    Products if not SHAPED, else scores times alpha - 1. Beside them the slope of the cap.
+    Products if not SHAPED, else scores times alpha - 1. Beside them the slope of the cap. A mask
+    has been summed up by BLOCK keys.
     """
+    s = tl.dot(q, k.T, input_precision="ieee")
+    gate = 1.0
     if SHAPED & FORM:
         rows = (first + tl.arange(0, BLOCK_M))[:, None]
         keys = (start + tl.arange(0, BLOCK_N))[None, :]
-        s = tl.dot(q, k.T, input_precision="ieee")
         s, gate = shaped(s, rows, keys, first, seq_q, seq_k, terms, FORM)
-        if is_partly_hidden(
-            first, start, seq_q, seq_k, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N
-        ):  # fmt: skip
-            s = hide(
-                s, rows, keys, seq_q, seq_k, mask_ptr, left, right,
-                IS_CAUSAL, HAS_MASK, HAS_WINDOW,
-            )  # fmt: skip
-        return s, gate
-    else:
-        s = products(
-            q, k, mask_ptr, first, start, seq_q, seq_k, left, right,
-            IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        return s, 1.0
+    s = hide(
+        s, first, start, seq_q, seq_k, mask_ptr, left, right,
+        IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N, BLOCK,
+    )  # fmt: skip
+    return s, gate
 
 
 @triton.jit

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from ..launch import interpreted, launch
+from .mask import visible_range
 from .scores import (
     PACKED,
     PLACED,
@@ -41,6 +42,7 @@ from .tiles import (
     Problem,
     describe,
     hide,
+    hold,
     load_tile,
     n_slots,
     roots,
@@ -49,8 +51,7 @@ from .tiles import (
 
 _ROOM = 2**28  # bytes of stored maxima
 _CHUNK, _LISTED, _WARPS = 4, 64, 1  # of the second kernel: blocks at a time
-_LIST_SWITCHES = "IS_CAUSAL", "HAS_WINDOW", "HALF", "FORM", "BLOCK_M", "BLOCK_N"
-_MASKED_N = 64  # keys of a tile where each is asked whether it is hidden: more spill registers
+_LIST_SWITCHES = "IS_CAUSAL", "HAS_MASK", "HAS_WINDOW", "HALF", "FORM", "BLOCK_M", "BLOCK_N"
 _STEPS = tl.constexpr(3)
 _SHARE = tl.constexpr(0.8)  # of the weight of a row, that of the maxima of blocks alone; a guess
 
@@ -93,8 +94,9 @@ def _highest(z, AXIS: tl.constexpr, INTERPRETED: tl.constexpr):
 @triton.jit
 @no_type_check
 def _range(
-    first, rows: tl.constexpr, seq_q, seq_k, left, right,
-    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    first, rows: tl.constexpr, seq_q, seq_k, mask_ptr, left, right,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Return the first key that rows of a tile may see, and the one behind the last."""
     begin, end = 0, seq_k
@@ -104,6 +106,9 @@ def _range(
     if HAS_WINDOW:
         end = tl.minimum(end, tl.maximum(first + rows + shift + right, 0))
         begin = tl.maximum(first + shift - left, 0)
+    if HAS_MASK:
+        low, high = visible_range(mask_ptr, seq_k, BLOCK_N)
+        begin, end = tl.maximum(begin, low), tl.minimum(end, high)
     return begin, end
 
 
@@ -121,12 +126,16 @@ def _store_peaks(
 
 @triton.jit
 @no_type_check
-def _whole_tiles(
-    q, k_desc, peak_ptr, top, batch, head_kv, rows, inner, full, seq_q, n_blocks, factor,
+def _bare_tiles(
+    q, k_desc, mask_ptr, peak_ptr, top, batch, head_kv, first, begin, end, seq_q, seq_k,
+    left, right, n_blocks, factor,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Store the maxima of tiles that every row sees to the end; return the maxima of the rows.
+    """Store the maxima of tiles of bare products; return the maxima of the rows.
+
+    Without a mask or a window every row sees all of them; with one every tile is asked.
 
     Positive numbers are ordered as their bits are, and the hardware takes the maximum of three
     integers at once. Of a block with no positive score that gives the smallest one; it is stored as
@@ -135,23 +144,36 @@ def _whole_tiles(
     """
     PARTS: tl.constexpr = TILE_N // BLOCK_N
     LEAD: tl.constexpr = 4  # tiles before the question whether every row has one
-    done, stop = 0, tl.minimum(LEAD, full)
+    inner = tl.arange(0, TILE_M)
+    rows = first + inner
+    count = tl.maximum(end - begin, 0)
+    done, stop = 0, tl.minimum(LEAD, count)
     while done < stop:
         for index in range(done, stop):
-            tile = full - 1 - index  # the diagonal's neighbours first
+            tile = end - 1 - index  # the diagonal's neighbours first
             k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
             z = tl.dot(q, k.T, input_precision="ieee")
+            if HAS_MASK or HAS_WINDOW:
+                z = hide(
+                    z, first, tile * TILE_N, seq_q, seq_k, mask_ptr, left, right,
+                    IS_CAUSAL, HAS_MASK, HAS_WINDOW, TILE_M, TILE_N, BLOCK_N,
+                )  # fmt: skip
             # The scale is positive: the largest product has the largest score.
             peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED) * factor
             top = _larger(top, _highest(peaks, 1, INTERPRETED))
             _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
         # With what the second kernel allows for rounding, and as much again.
         high = (top >= 1.0 + (tl.abs(top) + 1.0) * 2.0**-9) | (top != top) | (rows >= seq_q)
-        done, stop = stop, tl.where(tl.min(tl.where(high, 1, 0), 0) > 0, stop, full)
-    for index in range(done, full):
-        tile = full - 1 - index
+        done, stop = stop, tl.where(tl.min(tl.where(high, 1, 0), 0) > 0, stop, count)
+    for index in range(done, count):
+        tile = end - 1 - index
         k = load_tile(k_desc, batch, head_kv, tile * TILE_N, TILE_N, BLOCK_D)
         z = tl.dot(q, k.T, input_precision="ieee")
+        if HAS_MASK or HAS_WINDOW:
+            z = hide(
+                z, first, tile * TILE_N, seq_q, seq_k, mask_ptr, left, right,
+                IS_CAUSAL, HAS_MASK, HAS_WINDOW, TILE_M, TILE_N, BLOCK_N,
+            )  # fmt: skip
         if INTERPRETED:
             z = tl.where(z != z, float("nan"), z)  # that of the tensor cores is positive
         bits = tl.reshape(z.to(tl.int32, bitcast=True), [TILE_M, PARTS, BLOCK_N])
@@ -171,10 +193,11 @@ def _screen_kernel(
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HALF: tl.constexpr, FORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, INTERPRETED: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, INTERPRETED: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """Write the maximum of every row, and of every row in every block."""
     PARTS: tl.constexpr = TILE_N // BLOCK_N
+    HIDING: tl.constexpr = HAS_MASK or HAS_WINDOW
     n_wide = slots_of(seq_q, n_seq, FORM, TILE_M)
     place = first_place + tl.program_id(0)
     plane = place // n_wide
@@ -191,6 +214,7 @@ def _screen_kernel(
     inner = tl.arange(0, TILE_M)
     rows = first + inner
     q = load_part(q_desc, batch, head, row_at, first, seq_q, FORM, TILE_M, BLOCK_D)
+    q = hold(q, BLOCK_D, HELD)
 
     alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
     factor = factor_of(scale, alpha, FORM)
@@ -199,32 +223,40 @@ def _screen_kernel(
         bias_batch, bias_head, bias_row, bias_key, FORM,
     )  # fmt: skip
 
-    begin, limit = _range(first, TILE_M, seq_q, seq_k, left, right, IS_CAUSAL, HAS_WINDOW)
+    begin, limit = _range(
+        first, TILE_M, seq_q, seq_k, mask_ptr, left, right,
+        IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N,
+    )  # fmt: skip
     if PACKED & FORM:
         limit = tl.where(first < seq_q, limit, 0)  # a slot without a tile
     full = limit // TILE_N  # tiles before `full` are visible to every row
     if IS_CAUSAL:
         full = tl.minimum(full, tl.maximum(first + 1 + seq_k - seq_q, 0) // TILE_N)
-    if HAS_MASK or HAS_WINDOW:
-        full = 0
     begin, end = begin // TILE_N, tl.cdiv(limit, TILE_N)
+    if HIDING:  # bare products leave no tile to the first loop, and others none to the second
+        full = end if FORM == 0 else 0
+    else:
+        begin = 0
     top = tl.full([TILE_M], float("-inf"), tl.float32)
-    for tile in range(tl.maximum(full, begin), end):
-        keys = tile * TILE_N + tl.arange(0, TILE_N)
-        k = load_part(k_desc, batch, head_kv, key_at, tile * TILE_N, seq_k, FORM, TILE_N, BLOCK_D)
-        z = tl.dot(q, k.T, input_precision="ieee")
-        z, _gate = shaped(z, rows[:, None], keys[None, :], first, seq_q, seq_k, terms, FORM)
-        z = z * factor
-        z = hide(
-            z, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, left, right,
-            IS_CAUSAL, HAS_MASK, HAS_WINDOW,
-        )  # fmt: skip
-        peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED)
-        top = _larger(top, _highest(peaks, 1, INTERPRETED))
-        _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
-    if FORM == 0 and not (HAS_MASK or HAS_WINDOW):
-        top = _whole_tiles(
-            q, k_desc, peak_ptr, top, batch, head_kv, rows, inner, full, seq_q, n_blocks, factor,
+    if FORM != 0 or not HIDING:
+        for tile in range(tl.maximum(full, begin), end):
+            keys = tile * TILE_N + tl.arange(0, TILE_N)
+            k = load_part(
+                k_desc, batch, head_kv, key_at, tile * TILE_N, seq_k, FORM, TILE_N, BLOCK_D
+            )
+            z = tl.dot(q, k.T, input_precision="ieee")
+            z, _gate = shaped(z, rows[:, None], keys[None, :], first, seq_q, seq_k, terms, FORM)
+            z = hide(
+                z * factor, first, tile * TILE_N, seq_q, seq_k, mask_ptr, left, right,
+                IS_CAUSAL, HAS_MASK, HAS_WINDOW, TILE_M, TILE_N, BLOCK_N,
+            )  # fmt: skip
+            peaks = _highest(tl.reshape(z, [TILE_M, PARTS, BLOCK_N]), 2, INTERPRETED)
+            top = _larger(top, _highest(peaks, 1, INTERPRETED))
+            _store_peaks(peak_ptr, peaks, inner, tile * PARTS, n_blocks, TILE_M, PARTS)
+    if FORM == 0:
+        top = _bare_tiles(
+            q, k_desc, mask_ptr, peak_ptr, top, batch, head_kv, first, begin, full, seq_q, seq_k,
+            left, right, n_blocks, factor, IS_CAUSAL, HAS_MASK, HAS_WINDOW,
             BLOCK_N, BLOCK_D, TILE_M, TILE_N, INTERPRETED,
         )  # fmt: skip
     else:
@@ -266,11 +298,11 @@ def _limit(bound, slack, known, real):
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 @no_type_check
 def _list_kernel(
-    alpha_ptr, top_ptr, peak_ptr, bound_ptr, start_ptr, list_ptr, count_ptr, first_place,
+    mask_ptr, alpha_ptr, top_ptr, peak_ptr, bound_ptr, start_ptr, list_ptr, count_ptr, first_place,
     bounds_q_ptr, bounds_k_ptr, n_seq,
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks,
-    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HALF: tl.constexpr, FORM: tl.constexpr,
-    SKIP: tl.constexpr, SATURATE: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr, SKIP: tl.constexpr, SATURATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_M: tl.constexpr,
     CHUNK: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
@@ -302,7 +334,11 @@ def _list_kernel(
         top = tl.load(top_ptr + row_base + rows, mask=rows < seq_q, other=float("-inf"))
         alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
         power = 1.0 / (alpha - 1.0)
-        begin, end = _range(first, BLOCK_M, seq_q, seq_k, left, right, IS_CAUSAL, HAS_WINDOW)
+        its_mask = mask_ptr + (plane // heads).to(tl.int64) * stride_mask
+        begin, end = _range(
+            first, BLOCK_M, seq_q, seq_k, its_mask, left, right,
+            IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N,
+        )  # fmt: skip
         begin, end = begin // BLOCK_N, tl.minimum(tl.cdiv(end, BLOCK_N), n_blocks)
 
         empty, size = top == float("-inf"), tl.abs(top)
@@ -377,6 +413,38 @@ def _list_kernel(
         tl.store(count_ptr + line, kept)
 
 
+@triton.jit
+@no_type_check
+def blocks_of(
+    first, rows: tl.constexpr, seq_q, seq_k, mask_ptr,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Return the first of groups of KEYS keys that rows of a tile may see, and how many."""
+    begin, end = _range(
+        first, rows, seq_q, seq_k, mask_ptr, 0, 0, IS_CAUSAL, HAS_MASK, False, BLOCK_N
+    )
+    return begin // KEYS, tl.maximum(tl.cdiv(end, KEYS) - begin // KEYS, 0)
+
+
+@triton.jit
+@no_type_check
+def is_dense(
+    count_ptr, tile, n_tiles, seq_q, seq_k, mask_ptr,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return whether a tile and its neighbour list so many blocks that `pairs.py` takes both.
+
+    Tiles 0 and 1 are a pair, and so on; `count_ptr` is where the length of the tile's list stands.
+    """
+    _begin, blocks = blocks_of(
+        tile // 2 * (2 * BLOCK_M), 2 * BLOCK_M, seq_q, seq_k, mask_ptr,
+        IS_CAUSAL, HAS_MASK, BLOCK_N, BLOCK_N,
+    )  # fmt: skip
+    both = tile // 2 * 2 + 1 < n_tiles
+    other = tl.load(count_ptr + 1 - tile % 2 * 2, mask=both, other=0)
+    return both & (4 * (tl.load(count_ptr) + other) >= 3 * 2 * blocks)
+
+
 def screen(problem: Problem, *, skip: bool = True) -> Candidates:
     """Return the blocks that may hold weight; all that are visible unless `skip`."""
     q, tiles, switches = problem.q, problem.tiles, problem.switches
@@ -390,24 +458,22 @@ def screen(problem: Problem, *, skip: bool = True) -> Candidates:
     at_once = min(places, max(1, _ROOM // (2 * n_blocks * tiles.screen_m)))
     peaks = torch.empty(at_once * n_blocks * tiles.screen_m, dtype=torch.float16, device=device)
     interpreting = interpreted(_screen_kernel)
-    tile_n = tiles.screen_n
-    if switches["HAS_MASK"] or switches["HAS_WINDOW"]:
-        tile_n = min(tile_n, _MASKED_N)
-    sources = describe(q, tiles.screen_m), describe(problem.k, tile_n)
+    sources = describe(q, tiles.screen_m), describe(problem.k, tiles.screen_n)
     for first in range(0, places, at_once):
         some = min(at_once, places - first)
         launch(
             _screen_kernel, some, problem.kind,
             *sources, problem.mask, problem.alpha, top, peaks, first, *problem.added,
             *problem.sizes, problem.scale,
-            **switches, TILE_M=tiles.screen_m, TILE_N=tile_n, INTERPRETED=interpreting,
+            **switches, TILE_M=tiles.screen_m, TILE_N=tiles.screen_n, INTERPRETED=interpreting,
+            HELD=tiles.held.screen and not interpreting,
             num_warps=tiles.screen_warps, num_stages=tiles.screen_stages,
-        maxnreg=tiles.most.screen,
+            maxnreg=tiles.most.screen,
         )  # fmt: skip
         launch(
             _list_kernel, some * (tiles.screen_m // tiles.block_m), problem.kind,
-            problem.alpha, top, peaks, bound, start, listed, count, first, *problem.added[2:5],
-            *problem.sizes,
+            problem.mask, problem.alpha, top, peaks, bound, start, listed, count, first,
+            *problem.added[2:5], *problem.sizes,
             **{name: switches[name] for name in _LIST_SWITCHES}, SKIP=skip,
             SATURATE=switches["HALF"] and not interpreting, TILE_M=tiles.screen_m,
             CHUNK=_CHUNK, LISTED=_LISTED, num_warps=_WARPS,

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class Terms(NamedTuple):
@@ -33,14 +34,60 @@ class Terms(NamedTuple):
 
     @property
     def form(self) -> int:
-        """The bits of `scores.py`."""
-        given = self.softcap, self.slopes is not None, self.bias is not None, self.n_seq
+        """The bits of `scores.py`; of a launch, as a trace cannot know where a bias lies."""
+        close = self.bias is not None and not self.n_seq and is_close(self.bias)
+        given = self.softcap, self.slopes is not None, self.bias is not None, self.n_seq, close
         return sum(bool(present) << bit for bit, present in enumerate(given))
+
+    @property
+    def bare(self) -> bool:
+        """Whether there is nothing but a cap."""
+        return self.slopes is None and self.bias is None and not self.n_seq and not self.dropout
 
     @property
     def n_seq(self) -> int:
         """How many packed sequences; 0 if there are none."""
         return 0 if self.bounds_q is None else self.bounds_q.shape[0] - 1
+
+
+_AT_ONCE = 8  # keys whose biases are read together; as in `scores.py`
+
+
+def is_close(bias: Tensor) -> bool:
+    """Return whether neighbouring keys of a bias can be read together, up to the last ones."""
+    strides = zip(bias.stride()[:-1], bias.shape[:-1], strict=True)
+    return (
+        bias.stride(-1) == 1
+        and all(stride % _AT_ONCE == 0 for stride, size in strides if size > 1)
+        and bias.data_ptr() % (_AT_ONCE * bias.element_size()) == 0
+        # Beyond the last key of the last row there may be no memory.
+        and (bias.shape[-1] % _AT_ONCE == 0 or bias.storage_offset() + _span(bias) <= _held(bias))
+    )
+
+
+def _span(bias: Tensor) -> int:
+    """Return how far a bias reaches, its last row as long as what is read of it."""
+    whole = zip(bias.stride()[:-1], bias.shape[:-1], strict=True)
+    return sum(stride * (size - 1) for stride, size in whole) + _wide(bias.shape[-1])
+
+
+def _held(bias: Tensor) -> int:
+    return bias.untyped_storage().nbytes() // bias.element_size()
+
+
+def _wide(keys: int) -> int:
+    return -(-keys // _AT_ONCE) * _AT_ONCE
+
+
+def brought_close(bias: Tensor | None) -> Tensor | None:
+    """Return a bias as `is_close` wants it: itself, or a copy of what it holds once."""
+    if bias is None or bias.shape[-1] == 1 or is_close(bias):
+        return bias
+    once = bias[tuple(slice(None if stride else 1) for stride in bias.stride())]
+    keys = bias.shape[-1]
+    if once.shape[-1] == 1:
+        once = once.expand(*once.shape[:-1], keys)
+    return pad(once, (0, _wide(keys) - keys)).contiguous()[..., :keys].expand(bias.shape)
 
 
 PLAIN = Terms()

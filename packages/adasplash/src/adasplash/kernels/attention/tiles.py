@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dropout import cut
+from .mask import some_hidden, summarize
 from .terms import PLAIN, Terms
 
 # Arguments of every kernel; no value of them compiles anything.
@@ -42,6 +43,18 @@ class Registers(NamedTuple):
     threshold: int | None = None
     output: int | None = None
     queries: int | None = None
+    pairs: int | None = None
+
+
+class Held(NamedTuple):
+    """Which kernels hold what stays the same in registers; see `hold`."""
+
+    screen: bool = False
+    threshold: bool = False
+    output: bool = False
+    queries: bool = False
+    keys: bool = False
+    pairs: bool = False
 
 
 class Tiles(NamedTuple):
@@ -57,12 +70,17 @@ class Tiles(NamedTuple):
     screen_stages: int
     back_stages: int
     most: Registers = Registers()
+    pair_warps: int = 0  # of pairs of dense tiles of queries; 0 for none
+    pair_stages: int = 2
+    pair_m: int = 128  # rows and keys at a time
+    pair_n: int = 64
+    held: Held = Held()
 
 
 # By the padded head size; float32 products need twice the room.
 _HALF = {
-    64: Tiles(64, 64, 4, 2, 128, 128, 4, 3, 2, Registers(168, 64, 96, 168)),
-    128: Tiles(64, 64, 4, 2, 128, 128, 8, 2, 2),
+    64: Tiles(64, 64, 4, 2, 128, 128, 4, 3, 2, Registers(168, 72, 128, 200), 4),
+    128: Tiles(64, 64, 4, 2, 128, 128, 8, 2, 2, pair_warps=8),
     256: Tiles(64, 32, 8, 2, 64, 64, 4, 2, 2),
 }
 _FULL = {
@@ -124,7 +142,7 @@ class Problem(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     descriptors: tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]  # q, k, v by blocks
-    mask: torch.Tensor  # bytes; any tensor where there is no mask
+    mask: torch.Tensor  # as in `mask.py`; any tensor where there is none
     alpha: torch.Tensor  # any tensor for 1.5
     scale: float
     tiles: Tiles
@@ -152,6 +170,13 @@ class Problem(NamedTuple):
         return self.q.element_size() == 2 and bool(self.switches["HALF"])
 
     @property
+    def paired(self) -> bool:
+        """Whether pairs of tiles of queries that see most of their keys are taken together."""
+        bare = self.terms.form == 0 and not self.terms.dropout
+        bare = bare and not self.switches["HAS_WINDOW"]
+        return self.quick and bare and self.tiles.pair_warps > 0 and self.grid[0] > 1
+
+    @property
     def drop(self) -> tuple[torch.Tensor, int, float]:
         """Seed of the dropout, the least word that is kept, and the scale of what is."""
         p = self.terms.dropout
@@ -176,13 +201,16 @@ def pose(
 ) -> Problem:
     """Return the problem; arguments as for `launch_forward`."""
     q, k, v = aligned(q), aligned(k), aligned(v)
-    mask, stride = (q, 0) if key_mask is None else (key_mask.view(torch.uint8), key_mask.stride(0))
     plan = _plan(
-        q.shape, k.shape[1:3], v.shape[-1], q.dtype, q.device.index, key_mask is not None, stride,
+        q.shape, k.shape[1:3], v.shape[-1], q.dtype, q.device.index, key_mask is not None,
         alpha is None, is_causal, window, terms.n_seq, terms.max_k, terms.form,
         terms.dropout > 0.0,
     )  # fmt: skip
     tiles, sizes, switches, kind = plan
+    mask = q
+    if key_mask is not None:
+        mask = summarize(key_mask, tiles.block_n)
+        sizes = mask.shape[1], *sizes[1:]
     m, n = tiles.block_m, tiles.block_n
     strides, bias = [0] * 4, terms.bias
     if bias is not None:
@@ -204,7 +232,6 @@ def _plan(
     dtype: torch.dtype,
     device: int | None,
     has_mask: bool,
-    stride_mask: int,
     half: bool,
     is_causal: bool,
     window: tuple[int, int] | None,
@@ -219,9 +246,9 @@ def _plan(
     tiles = _tiles(dtype, max(dim_head, dim_value))
     if form % 8:  # what shapes the scores takes registers: no larger tiles than the blocks
         tiles = tiles._replace(screen_m=tiles.block_m, screen_n=tiles.block_n)
-    if form or drops or has_mask or window is not None or not half:
+    if form or drops or not half:
         tiles = tiles._replace(most=Registers())
-    sizes = (stride_mask, *(window or (0, 0)), heads, heads // heads_kv, seq_q, seq_k,
+    sizes = (0, *(window or (0, 0)), heads, heads // heads_kv, seq_q, seq_k,
              *marks_of(shape, seq_k, tiles, n_seq, max_k))  # fmt: skip
     switches = {
         "IS_CAUSAL": is_causal,
@@ -251,6 +278,27 @@ def store_rows(x_ptr, x, rows, n_rows, n_dim, BLOCK_D: tl.constexpr):
     inside = (rows[:, None] < n_rows) & (dims[None, :] < n_dim)
     offsets = rows[:, None].to(tl.int64) * n_dim + dims[None, :]
     tl.store(x_ptr + offsets, x.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+@no_type_check
+def store_numbers(rows_ptr, line, tau, delta, BLOCK_M: tl.constexpr):
+    """Store tau and delta of a tile of queries: the tiles of all heads stand one after another."""
+    places = rows_ptr + line * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
+    tl.store(places, tau)
+    tl.store(places + BLOCK_M, delta)
+
+
+@triton.jit
+@no_type_check
+def load_numbers(rows_ptr, line, BLOCK_M: tl.constexpr):
+    """Return tau and delta of a tile of queries.
+
+    Nothing is asked: rows behind the last have tau = +inf. With a question for each of them these
+    two loads took half of the instructions of the loop they are in.
+    """
+    places = rows_ptr + line * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
+    return tl.load(places), tl.load(places + BLOCK_M)
 
 
 @triton.jit
@@ -312,66 +360,67 @@ def roots(z, t, power, HALF: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def hide(
-    z, rows, keys, seq_q, seq_k, mask_ptr, left, right,
-    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Return `z` with -inf where row or key lies outside, or the row may not see the key.
-
-    `rows` and `keys` are index tensors that broadcast to the shape of `z`.
-    """
-    place = rows + (seq_k - seq_q)
-    last = tl.where(rows < seq_q, seq_k - 1, -1)  # one comparison for each score
-    if IS_CAUSAL:
-        last = tl.minimum(last, place)
-    if HAS_WINDOW:
-        last = tl.minimum(last, place + right)
-    visible = keys <= last
-    if HAS_WINDOW:
-        visible = visible & (keys >= place - left)
-    if HAS_MASK:
-        visible = visible & (tl.load(mask_ptr + keys, mask=keys < seq_k, other=0) != 0)
-    return tl.where(visible, z, float("-inf"))
+def _not_above(keys, rows, TURNED: tl.constexpr):
+    """Return which keys are at most the numbers of the rows; TURNED: `[keys, rows]`."""
+    return keys[:, None] <= rows[None, :] if TURNED else keys[None, :] <= rows[:, None]
 
 
 @triton.jit
 @no_type_check
-def is_partly_hidden(
-    first, start, seq_q, seq_k,
+def _is_partly_hidden(
+    first, start, seq_q, seq_k, mask_ptr, left, right,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return whether rows from `first` on may miss one of the keys of a block; most do not.
+    """Return whether rows from `first` on may miss one of the keys from `start` on; most do not.
 
     Rows beyond the last do not count: nobody reads them, and their tau is +inf.
     """
-    partly = start + BLOCK_N > seq_k
+    shift = seq_k - seq_q
+    partly = start + KEYS > seq_k
     if IS_CAUSAL:
-        partly = partly | (start + BLOCK_N > first + 1 + seq_k - seq_q)
-    if HAS_MASK or HAS_WINDOW:
-        partly = start >= 0
+        partly = partly | (start + KEYS > first + 1 + shift)
+    if HAS_WINDOW:
+        partly = partly | (start + KEYS > first + 1 + shift + right)
+        partly = partly | (start < first + ROWS - 1 + shift - left)
+    if HAS_MASK:
+        partly = partly | some_hidden(mask_ptr, start, seq_k, BLOCK_N, KEYS)
     return partly
 
 
 @triton.jit
 @no_type_check
-def products(
-    q, k, mask_ptr, first, start, seq_q, seq_k, left, right,
+def hide(
+    z, first, start, seq_q, seq_k, mask_ptr, left, right,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_N: tl.constexpr,
+    TURNED: tl.constexpr = False,
 ):  # fmt: skip
-    """Return q k^T of the rows from `first` on and the keys from `start` on; -inf where hidden."""
-    s = tl.dot(q, k.T, input_precision="ieee")
-    if is_partly_hidden(
-        first, start, seq_q, seq_k, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N
+    """Return `z` with -inf where the row, of ROWS from `first` on, may not see the key.
+
+    Where all rows see all keys no score is asked. TURNED: `z` is `[KEYS, ROWS]`.
+    """
+    if _is_partly_hidden(
+        first, start, seq_q, seq_k, mask_ptr, left, right,
+        IS_CAUSAL, HAS_MASK, HAS_WINDOW, ROWS, KEYS, BLOCK_N,
     ):  # fmt: skip
-        rows = first + tl.arange(0, BLOCK_M)
-        keys = start + tl.arange(0, BLOCK_N)
-        s = hide(
-            s, rows[:, None], keys[None, :], seq_q, seq_k, mask_ptr, left, right,
-            IS_CAUSAL, HAS_MASK, HAS_WINDOW,
-        )  # fmt: skip
-    return s
+        rows, keys = first + tl.arange(0, ROWS), start + tl.arange(0, KEYS)
+        place = rows + (seq_k - seq_q)
+        last = tl.where(rows < seq_q, seq_k - 1, -1)  # one comparison for each score
+        if IS_CAUSAL:
+            last = tl.minimum(last, place)
+        if HAS_WINDOW:
+            last = tl.minimum(last, place + right)
+        if HAS_MASK:  # hidden keys lie behind the last of every row
+            seen = tl.load(mask_ptr + keys, mask=keys < seq_k, other=0)
+            limits = tl.where(seen != 0, keys, 2**31 - 1)
+        else:
+            limits = keys
+        visible = _not_above(limits, last, TURNED)
+        if HAS_WINDOW:
+            visible = visible & (_not_above(keys, place - left - 1, TURNED) == 0)
+        z = tl.where(visible, z, float("-inf"))
+    return z
 
 
 @triton.jit
@@ -382,6 +431,35 @@ def saturated(a, b, c):
         "{ .reg .f32 m; neg.f32 m, $3; fma.rn.sat.f32 $0, $1, $2, m; }", "=f,f,f,f", [a, b, c],
         dtype=tl.float32, is_pure=True, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def hold(x, D: tl.constexpr, HELD: tl.constexpr):
+    """Return `x`, in registers where HELD: a product with the identity leaves it there, exact.
+
+    Products of the tensor cores read both factors from shared memory, which has no more speed than
+    64 x 64 tiles of them need. A factor that stays the same is better kept in registers.
+    """
+    if HELD:
+        numbers = tl.arange(0, D)
+        return tl.dot(x, (numbers[:, None] == numbers[None, :]).to(x.dtype)).to(x.dtype)
+    else:
+        return x
+
+
+@triton.jit
+@no_type_check
+def settled(x, INTERPRETED: tl.constexpr):
+    """Return `x`, computed by now: no instruction, but the product in it does not stay under way.
+
+    A product that is under way from one turn of a loop to the next makes ptxas wait for each part
+    of every product of the kernel, warning C7515.
+    """
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise("", "=f,0", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -234,6 +234,19 @@ def _few_linear_kernel(
             x = tl.load(x_ptr + start + i, mask=inside, other=0.0)
             products += w.to(tl.float32) * x.to(tl.float32)[None, :]
         tl.store(out_ptr + o, tl.sum(products, axis=1), mask=real)
+    elif BLOCK_T == 2:
+        products = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+        others = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+        for start in range(0, inputs, BLOCK_I):
+            inside = start + i < inputs
+            w = tl.load(line + start, mask=real[:, None] & inside[None, :], other=0.0)
+            w = w.to(tl.float32)
+            x = tl.load(x_ptr + start + i, mask=inside, other=0.0)
+            y = tl.load(x_ptr + inputs + start + i, mask=inside, other=0.0)
+            products += w * x.to(tl.float32)[None, :]
+            others += w * y.to(tl.float32)[None, :]
+        tl.store(out_ptr + o, tl.sum(products, axis=1), mask=real)
+        tl.store(out_ptr + outputs + o, tl.sum(others, axis=1), mask=real)
     else:
         t = tl.arange(0, BLOCK_T)
         total = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
@@ -370,18 +383,19 @@ def launch_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-# Outputs and inputs a program takes at a time, by whether there is one row.
+# Outputs and inputs a program takes at a time, warps and stages, by rows: one, two, or more.
 FEW_LINEAR_CONFIGS = {
-    True: [(4, 1024, 4), (8, 512, 4), (2, 2048, 4), (16, 256, 4)],
-    False: [(16, 256, 4), (32, 128, 4), (16, 512, 8), (64, 128, 4)],
+    1: [(4, 1024, 4, 3), (8, 512, 4, 3), (2, 2048, 4, 3), (16, 256, 4, 3)],
+    2: [(4, 1024, 4, 3), (8, 512, 4, 3), (4, 512, 4, 3), (8, 256, 4, 3)],
+    16: [(16, 256, 4, 3), (32, 128, 4, 3), (16, 512, 8, 3), (64, 128, 4, 3)],
 }
 
 
-def launch_few_linear(x: Tensor, weight: Tensor, config: tuple[int, int, int]) -> Tensor:
+def launch_few_linear(x: Tensor, weight: Tensor, config: tuple[int, int, int, int]) -> Tensor:
     """Return `x @ weight.T` for 1 to 16 rows, by one of `FEW_LINEAR_CONFIGS`."""
     rows, inputs = x.shape
     outputs = len(weight)
-    block_o, block_i, warps = config
+    block_o, block_i, warps, stages = config
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     _few_linear_kernel[(triton.cdiv(outputs, block_o),)](
         x,
@@ -390,9 +404,10 @@ def launch_few_linear(x: Tensor, weight: Tensor, config: tuple[int, int, int]) -
         rows,
         outputs,
         inputs,
-        BLOCK_T=1 if rows == 1 else 16,
+        BLOCK_T=rows if rows <= 2 else 16,
         BLOCK_O=block_o,
         BLOCK_I=block_i,
         num_warps=warps,
+        num_stages=stages,
     )
     return out

@@ -1,6 +1,6 @@
 """Drawing of proposals, and their judgement."""
 
 from .op import Rules, pick_rules
-from .reference import CERTAIN, COLUMNS, DENSE, Law
+from .reference import CERTAIN, COLUMNS, DENSE, Cut, Law, Warp
 
-__all__ = ["CERTAIN", "COLUMNS", "DENSE", "Law", "Rules", "pick_rules"]
+__all__ = ["CERTAIN", "COLUMNS", "DENSE", "Cut", "Law", "Rules", "Warp", "pick_rules"]

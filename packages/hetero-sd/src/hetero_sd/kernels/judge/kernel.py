@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .noise import DRAFT
+from .reference import Cut
 
 BLOCK = 1024  # Numbers of a line at a time.
 
@@ -69,6 +70,17 @@ def _combined(logits_ptr, among_ptr, column, inside, MULTIPLE: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _left(z, token, value_ptr, first_ptr, line, CUT: tl.constexpr):
+    """Return logits with minus infinity for what a line's cut leaves out."""
+    if CUT:
+        value = tl.load(value_ptr + line)
+        stays = (z > value) | ((z == value) & (token >= tl.load(first_ptr + line)))
+        z = tl.where(stays, z, float("-inf"))
+    return z
+
+
+@triton.jit
+@no_type_check
 def _better(value, place, best, where):
     """Return the better of two values in each lane, and its place."""
     wins = value > best
@@ -92,6 +104,8 @@ def _pick_kernel(
     scores_ptr,
     part_ptr,
     place_ptr,
+    value_ptr,
+    first_ptr,
     stride,
     scores_stride,
     columns,
@@ -99,6 +113,7 @@ def _pick_kernel(
     stream,
     MULTIPLE: tl.constexpr,
     DRAWS: tl.constexpr,
+    CUT: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -114,6 +129,7 @@ def _pick_kernel(
         column = at + lane
         inside = column < columns
         z = _combined(logits_ptr + row.to(tl.int64) * stride, among_ptr, column, inside, MULTIPLE)
+        z = _left(z, column, value_ptr, first_ptr, row, CUT)
         if DRAWS:
             z = z / temperature
             tl.store(scores_ptr + row.to(tl.int64) * scores_stride + column, z, mask=inside)
@@ -168,6 +184,7 @@ def launch_pick(
     columns: Tensor,
     following: Tensor,
     draws: tuple[Tensor, Tensor, Tensor, float, int] | None = None,
+    left: Cut | None = None,
 ) -> None:
     """See `reference.pick`."""
     rows, size = len(logits), len(forth)
@@ -182,6 +199,7 @@ def launch_pick(
         scores,
         part,
         place,
+        *(left or (part, place)),
         logits.stride(0),
         scores.stride(0),
         size,
@@ -189,6 +207,7 @@ def launch_pick(
         DRAFT + step,
         MULTIPLE=0 if among is None else among.shape[1],
         DRAWS=draws is not None,
+        CUT=left is not None,
         SLICES=slices,
         BLOCK=BLOCK,
         num_warps=4,
@@ -216,10 +235,12 @@ def _pack_kernel(
     tokens_ptr,
     origin_ptr,
     total_ptr,
+    limits_ptr,
     columns_stride,
     tokens_stride,
     origin_stride,
     total_stride,
+    limits_stride,
     steps,
     room,
     LONGEST: tl.constexpr,
@@ -242,11 +263,19 @@ def _pack_kernel(
     tl.store(tokens_ptr + row * tokens_stride + place, token, mask=fits)
     origin = step[:, None] * LONGEST + depth[None, :]
     tl.store(origin_ptr + row * origin_stride + place, origin.to(tl.int64), mask=fits)
-    tl.store(total_ptr + row * total_stride, tl.minimum(tl.sum(length, axis=0), room).to(tl.int64))
+    total = tl.minimum(tl.sum(length, axis=0), room).to(tl.int64)
+    total = tl.minimum(total, tl.load(limits_ptr + row * limits_stride))
+    tl.store(total_ptr + row * total_stride, total)
 
 
 def launch_pack(
-    columns: Tensor, runs: Tensor, tokens: Tensor, origin: Tensor, total: Tensor, steps: int
+    columns: Tensor,
+    runs: Tensor,
+    tokens: Tensor,
+    origin: Tensor,
+    total: Tensor,
+    limits: Tensor,
+    steps: int,
 ) -> None:
     """See `reference.pack`."""
     longest = runs.shape[1]
@@ -256,10 +285,12 @@ def launch_pack(
         tokens,
         origin,
         total,
+        limits,
         columns.stride(0),
         tokens.stride(0),
         origin.stride(0),
         total.stride(0),
+        limits.stride(0),
         steps,
         tokens.shape[1],
         LONGEST=longest,

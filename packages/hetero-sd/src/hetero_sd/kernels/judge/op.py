@@ -18,6 +18,7 @@ class Rules(NamedTuple):
 
     Attributes:
         name: `"triton"` or `"reference"`.
+        cut: Which tokens top-k, top-p and min-p leave.
         pick: A column of the drafter's logits, the likeliest or drawn.
         pack: Target tokens of the columns picked.
         spread: The law of each of these tokens.
@@ -25,13 +26,21 @@ class Rules(NamedTuple):
     """
 
     name: str
+    cut: Callable[..., reference.Cut]
     pick: Callable[..., None]
     pack: Callable[..., None]
     spread: Callable[..., None]
     judge: Callable[..., None]
 
 
-REFERENCE = Rules("reference", reference.pick, reference.pack, reference.spread, reference.judge)
+REFERENCE = Rules(
+    "reference",
+    reference.cut,
+    reference.pick,
+    reference.pack,
+    reference.spread,
+    reference.judge,
+)
 
 
 def pick_rules(device: torch.device, backend: str = "auto") -> Rules:
@@ -51,10 +60,11 @@ def pick_rules(device: torch.device, backend: str = "auto") -> Rules:
 
 @cache
 def _triton_rules() -> Rules:
-    from . import kernel, verdict
+    from . import cut, kernel, verdict
 
     return Rules(
         "triton",
+        cut.launch_cut,
         kernel.launch_pick,
         kernel.launch_pack,
         kernel.launch_spread,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -52,6 +54,47 @@ class Law:
         return law[:, :, column.clamp(min=0)].masked_fill(column < 0, 0.0)
 
 
+@dataclass(frozen=True)
+class Warp:
+    """What is done to a line of logits by its numbers alone, in this order, as `generate` does it.
+
+    Attributes:
+        temperature: What logits are divided by, above 0.
+        top_k: How many of the likeliest tokens stay, and those like the last; 0 for all.
+        top_p: Share of the mass, in [0, 1], that the likeliest tokens reach together: of those
+            like the last, the last ones stay. 1 for all.
+        min_p: Least probability of a token that stays, as a share of the likeliest one's.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def cuts(self) -> bool:
+        """Whether any token may go."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+class Cut(NamedTuple):
+    """Which tokens of a line stay: those above `value`, and from `first` on those that equal it.
+
+    Attributes:
+        value: Logits before the temperature, shape `(lines,)`.
+        first: Indices, int32, shape `(lines,)`.
+    """
+
+    value: Tensor
+    first: Tensor
+
+    def apply(self, z: Tensor) -> Tensor:
+        """Return logits with minus infinity for what goes, shape `(lines, size)`."""
+        value, first = self.value[:, None], self.first[:, None]
+        later = torch.arange(z.shape[1], device=z.device) >= first
+        return z.masked_fill(~((z > value) | ((z == value) & later)), float("-inf"))
+
+
 def combine(logits: Tensor, among: Tensor | None) -> Tensor:
     """Return logits of columns, each of one id or of the sum of some ids' probabilities.
 
@@ -66,6 +109,42 @@ def combine(logits: Tensor, among: Tensor | None) -> Tensor:
     return parts[:, :, 0] if among.shape[1] == 1 else parts.logsumexp(dim=2)
 
 
+def cut(
+    logits: Float[Tensor, "lines ids"],
+    among: Int[Tensor, "columns most"] | None,
+    size: int,
+    warp: Warp,
+    exact: bool = True,
+) -> Cut:
+    """Return which columns of each line stay, as transformers' processors would leave them.
+
+    Those sort a line from below, and of like tokens lower indices go first where the sort is
+    stable.
+
+    Args:
+        logits: Before the temperature.
+        among: As for `combine`.
+        size: Columns.
+        warp: What is asked for.
+        exact: Not read: whether numbers that differ in their last bits alone may be taken for like.
+    """
+    z = combine(logits, among)[:, :size]
+    value, first = z.new_full((len(z),), float("-inf")), z.new_zeros(len(z), dtype=torch.int32)
+    if warp.top_k:
+        value = z.topk(min(warp.top_k, size), dim=1).values[:, -1]
+    if warp.top_p < 1:
+        left = z.masked_fill(z < value[:, None], float("-inf"))
+        ordered, index = left.sort(dim=1, stable=True)
+        mass = (ordered / warp.temperature).softmax(dim=1).cumsum(dim=1)
+        gone = (mass[:, :-1] <= 1 - warp.top_p).sum(dim=1, keepdim=True)
+        value, first = ordered.gather(1, gone)[:, 0], index.gather(1, gone)[:, 0].int()
+    if warp.min_p > 0:
+        least = z.amax(dim=1) + warp.temperature * math.log(warp.min_p)
+        first = first.masked_fill(least > value, 0)
+        value = torch.maximum(value, least)
+    return Cut(value, first)
+
+
 def pick(
     logits: Float[Tensor, "rows ids"],
     among: Int[Tensor, "columns most"] | None,
@@ -73,6 +152,7 @@ def pick(
     columns: Int[Tensor, " rows"],
     following: Int[Tensor, " rows"],
     draws: tuple[Tensor, Tensor, Tensor, float, int] | None = None,
+    left: Cut | None = None,
 ) -> None:
     """Choose a column of each row, the likeliest or drawn.
 
@@ -84,8 +164,10 @@ def pick(
         following: Where to write the ids to go on with.
         draws: Scores to write, shape `(rows, columns)`, their logarithmic sums, shape `(rows,)`,
             the noise's state, temperature and step of the draft; nothing is drawn if missing.
+        left: Which columns may be drawn; all if missing.
     """
     z = combine(logits, among)
+    z = z if left is None else left.apply(z)
     if draws is not None:
         scores, norms, state, temperature, step = draws
         z = z / temperature
@@ -103,6 +185,7 @@ def pack(
     tokens: Int[Tensor, "rows room"],
     origin: Int[Tensor, "rows room"],
     total: Int[Tensor, " rows"],
+    limits: Int[Tensor, " rows"],
     steps: int,
 ) -> None:
     """Lay the target tokens of the columns picked one after another, as far as there is room.
@@ -112,7 +195,8 @@ def pack(
         runs: Target tokens of each column, padded with −1; each has at least one.
         tokens: Where to write the tokens.
         origin: Where to write for each its step, times `longest`, plus its place in its run.
-        total: Where to write how many there are in each row.
+        total: Where to write how many of them count in each row.
+        limits: At most so many do.
         steps: Columns picked in each row.
     """
     run = runs[columns[:, :steps]]
@@ -126,7 +210,7 @@ def pack(
     for wanted, values in ((tokens, run), (origin, source.expand_as(run))):
         wide = torch.cat([wanted, wanted[:, :1]], dim=1)
         wanted.copy_(wide.scatter_(1, place, values.flatten(1))[:, :room])
-    total.copy_(length.sum(dim=1).clamp(max=room))
+    total.copy_(torch.minimum(length.sum(dim=1).clamp(max=room), limits))
 
 
 def spread(
@@ -180,21 +264,24 @@ def judge(
     following: Int[Tensor, " rows"],
     draws: tuple[Tensor, float] | None = None,
     block: bool = False,
+    left: Cut | None = None,
 ) -> None:
     """Accept or refuse proposals, and choose the token after them; see `acceptance.settle`.
 
     Args:
         logits: The target's at each proposal and after the last, for each row.
         tokens: Proposals.
-        limits: How many of a row's count.
+        limits: How many of a row's count, if there are so many.
         law: What they were drawn from; not read unless something is drawn.
         accepted: Where to write how many are accepted; −1 where a logit is no number.
         following: Where to write the token after them.
         draws: The noise's state, whose number of the round goes up, and the temperature; the
             likeliest tokens are taken if missing.
         block: Whether drafts are judged as blocks, unless they were certain.
+        left: Which tokens of each line the target's law allows when drawing; all if missing.
     """
     rows, count = tokens.shape
+    limits = limits.clamp(max=count)
     broken = logits.isnan().any(dim=1).view(rows, -1).any(dim=1)
     if draws is None:
         best = logits.argmax(dim=1).view(rows, -1)
@@ -206,7 +293,8 @@ def judge(
         state, temperature = draws
         state[1] += 1
         wide = torch.promote_types(logits.dtype, torch.float32)
-        p = (logits.to(wide) / temperature).softmax(dim=1).view(rows, count + 1, -1)
+        z = logits.to(wide) if left is None else left.apply(logits.to(wide))
+        p = (z / temperature).softmax(dim=1).view(rows, count + 1, -1)
         vocab = p.shape[2]
         coins = uniform(state, COINS, rows, count, p.dtype)
         noise = exponential(state, FOLLOWING, rows, vocab, p.dtype)
@@ -215,7 +303,7 @@ def judge(
         q = law.dense(proposed, vocab, p.dtype)
         everything = torch.arange(vocab, device=p.device)
         block = block and law.kind != CERTAIN
-        taken, left = settle(p, proposed, limits, coins, q, proposed, everything, block)
-        after = (left / noise).argmax(dim=1)
+        taken, weights = settle(p, proposed, limits, coins, q, proposed, everything, block)
+        after = (weights / noise).argmax(dim=1)
     accepted.copy_(torch.where(broken, -1, taken))
     following.copy_(after)

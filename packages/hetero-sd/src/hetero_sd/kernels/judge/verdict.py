@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernel import BLOCK, _better, _first_of, _log_exponential, _uniform, slices_of
+from .kernel import BLOCK, _better, _first_of, _left, _log_exponential, _uniform, slices_of
 from .noise import COINS, FOLLOWING
-from .reference import CERTAIN, Law
+from .reference import CERTAIN, Cut, Law
 
 _COINS, _FOLLOWING = tl.constexpr(COINS), tl.constexpr(FOLLOWING)
 _NEVER = tl.constexpr(2147483647)
@@ -60,9 +60,12 @@ def _line_kernel(
     state_ptr,
     part_ptr,
     place_ptr,
+    value_ptr,
+    first_ptr,
     vocab,
     temperature,
     DRAWS: tl.constexpr,
+    CUT: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -84,6 +87,7 @@ def _line_kernel(
             logits_ptr + line.to(tl.int64) * vocab + token, mask=inside, other=float("-inf")
         ).to(tl.float32)
         broken = broken | (z != z).to(tl.int32)
+        z = _left(z, token, value_ptr, first_ptr, line, CUT)
         if DRAWS:
             z = z / temperature
             higher = tl.maximum(peak, z)
@@ -117,9 +121,12 @@ def _scan_kernel(
     state_ptr,
     logsum_ptr,
     share_ptr,
+    value_ptr,
+    first_ptr,
     accepted_ptr,
     following_ptr,
     tokens_stride,
+    limits_stride,
     result_stride,
     law_row,
     law_step,
@@ -128,6 +135,7 @@ def _scan_kernel(
     count,
     temperature,
     DRAWS: tl.constexpr,
+    CUT: tl.constexpr,
     BLOCKWISE: tl.constexpr,
     KIND: tl.constexpr,
     PLACES: tl.constexpr,
@@ -138,7 +146,7 @@ def _scan_kernel(
     place, piece = tl.arange(0, PLACES), tl.arange(0, SLICES)
     line = row * (count + 1) + tl.minimum(place, count)
     part = (line[:, None] * SLICES + piece[None, :]) * 3
-    limit = tl.load(limits_ptr + row)
+    limit = tl.minimum(tl.load(limits_ptr + row * limits_stride), count)
     real = place < limit
     token = tl.load(tokens_ptr + row * tokens_stride + place, mask=real, other=0)
     peak = tl.load(part_ptr + part)
@@ -150,7 +158,7 @@ def _scan_kernel(
         logsum = top + tl.log(mass)
         tl.store(logsum_ptr + line, logsum, mask=place <= count)
         z = tl.load(logits_ptr + line.to(tl.int64) * vocab + token).to(tl.float32)
-        z = z / temperature
+        z = _left(z, token, value_ptr, first_ptr, line, CUT) / temperature
         ours = tl.where(real, tl.exp(z - logsum), 0.0)
         there = tl.maximum(tl.minimum(place, count - 1), 0)
         theirs = _psi(
@@ -187,7 +195,10 @@ def _excess_kernel(
     of_ptr,
     logsum_ptr,
     share_ptr,
+    value_ptr,
+    first_ptr,
     excess_ptr,
+    limits_stride,
     law_row,
     law_step,
     norms_row,
@@ -195,13 +206,15 @@ def _excess_kernel(
     count,
     temperature,
     KIND: tl.constexpr,
+    CUT: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sum one slice of max(share p − q, 0) after one prefix of a block."""
     row, place, piece = tl.program_id(0) // count, tl.program_id(0) % count, tl.program_id(1)
     line = row * (count + 1) + place
-    if (place > 0) & (place < tl.load(limits_ptr + row)):
+    limit = tl.minimum(tl.load(limits_ptr + row * limits_stride), count)
+    if (place > 0) & (place < limit):
         length = tl.cdiv(tl.cdiv(vocab, SLICES), BLOCK) * BLOCK
         lane = tl.arange(0, BLOCK)
         share, logsum = tl.load(share_ptr + line), tl.load(logsum_ptr + line)
@@ -212,7 +225,7 @@ def _excess_kernel(
             z = tl.load(
                 logits_ptr + line.to(tl.int64) * vocab + token, mask=inside, other=float("-inf")
             ).to(tl.float32)
-            z = z / temperature
+            z = _left(z, token, value_ptr, first_ptr, line, CUT) / temperature
             theirs = _psi(
                 token,
                 place,
@@ -239,6 +252,7 @@ def _accepted(
     excess_ptr,
     state_ptr,
     row,
+    limits_stride,
     result_stride,
     count,
     BLOCKWISE: tl.constexpr,
@@ -248,7 +262,7 @@ def _accepted(
     """Return how many proposals a row keeps: the scan's, or the longest prefix of a block."""
     found = tl.load(accepted_ptr + row * result_stride).to(tl.int32)
     if BLOCKWISE:
-        limit = tl.load(limits_ptr + row).to(tl.int32)
+        limit = tl.minimum(tl.load(limits_ptr + row * limits_stride), count).to(tl.int32)
         place, piece = tl.arange(0, PLACES), tl.arange(0, SLICES)
         inner = place + 1 < limit  # Prefixes of place + 1 tokens that are not the whole block.
         line = row * (count + 1) + tl.minimum(place + 1, count)
@@ -282,11 +296,14 @@ def _follow_kernel(
     state_ptr,
     logsum_ptr,
     share_ptr,
+    value_ptr,
+    first_ptr,
     excess_ptr,
     accepted_ptr,
     part_ptr,
     place_ptr,
     tokens_stride,
+    limits_stride,
     result_stride,
     law_row,
     law_step,
@@ -296,6 +313,7 @@ def _follow_kernel(
     temperature,
     BLOCKWISE: tl.constexpr,
     KIND: tl.constexpr,
+    CUT: tl.constexpr,
     PLACES: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -309,6 +327,7 @@ def _follow_kernel(
         excess_ptr,
         state_ptr,
         row,
+        limits_stride,
         result_stride,
         count,
         BLOCKWISE,
@@ -317,7 +336,7 @@ def _follow_kernel(
     )
     place = tl.maximum(found, 0)
     line = row * (count + 1) + place
-    refused = place < tl.load(limits_ptr + row)
+    refused = place < tl.minimum(tl.load(limits_ptr + row * limits_stride), count)
     share, logsum = tl.load(share_ptr + line), tl.load(logsum_ptr + line)
     proposal = tl.load(tokens_ptr + row * tokens_stride + place, mask=refused, other=-1)
     length = tl.cdiv(tl.cdiv(vocab, SLICES), BLOCK) * BLOCK
@@ -331,7 +350,7 @@ def _follow_kernel(
         z = tl.load(
             logits_ptr + line.to(tl.int64) * vocab + token, mask=inside, other=float("-inf")
         ).to(tl.float32)
-        z = z / temperature - logsum
+        z = _left(z, token, value_ptr, first_ptr, line, CUT) / temperature - logsum
         noise = _log_exponential(state_ptr, token, _FOLLOWING, row)
         spare, spare_where = _better(z - noise, token, spare, spare_where)
         if refused:
@@ -373,6 +392,7 @@ def _settled_kernel(
     following_ptr,
     part_ptr,
     place_ptr,
+    limits_stride,
     result_stride,
     count,
     BLOCKWISE: tl.constexpr,
@@ -388,6 +408,7 @@ def _settled_kernel(
         excess_ptr,
         state_ptr,
         row,
+        limits_stride,
         result_stride,
         count,
         BLOCKWISE,
@@ -414,6 +435,7 @@ def launch_judge(
     following: Tensor,
     draws: tuple[Tensor, float] | None = None,
     block: bool = False,
+    left: Cut | None = None,
 ) -> None:
     """See `reference.judge`."""
     rows, count = tokens.shape
@@ -429,21 +451,23 @@ def launch_judge(
     state, temperature = draws or (limits, 1.0)
     weights, norms, of = law.weights, law.norms, law.column_of
     law_strides = weights.stride(0), weights.stride(1), norms.stride(0)
-    strides = tokens.stride(0), accepted.stride(0)
+    strides = tokens.stride(0), limits.stride(0), accepted.stride(0)
     drawn = rows * (count + 1) if draws is not None else 1
     logsum, share, excess = number(drawn), number(drawn), number(drawn, slices)
     assert logits.stride(0) == vocab
     assert following.stride(0) == accepted.stride(0)
-    kind = law.kind
+    kind, cut, cuts = law.kind, left or (part, place), left is not None and draws is not None
     block = block and kind != CERTAIN
     _line_kernel[(lines, slices)](
         logits,
         state,
         part,
         place,
+        *cut,
         vocab,
         float(temperature),
         DRAWS=draws is not None,
+        CUT=cuts,
         SLICES=slices,
         BLOCK=BLOCK,
         num_warps=4,
@@ -460,6 +484,7 @@ def launch_judge(
         state,
         logsum,
         share,
+        *cut,
         accepted,
         following,
         *strides,
@@ -468,6 +493,7 @@ def launch_judge(
         count,
         float(temperature),
         DRAWS=draws is not None,
+        CUT=cuts,
         BLOCKWISE=block,
         KIND=kind,
         PLACES=places,
@@ -485,12 +511,15 @@ def launch_judge(
             of,
             logsum,
             share,
+            *cut,
             excess,
+            limits.stride(0),
             *law_strides,
             vocab,
             count,
             float(temperature),
             KIND=kind,
+            CUT=cuts,
             SLICES=slices,
             BLOCK=BLOCK,
             num_warps=4,
@@ -507,6 +536,7 @@ def launch_judge(
         state,
         logsum,
         share,
+        *cut,
         excess,
         accepted,
         best,
@@ -518,6 +548,7 @@ def launch_judge(
         float(temperature),
         BLOCKWISE=block,
         KIND=kind,
+        CUT=cuts,
         PLACES=places,
         SLICES=slices,
         BLOCK=BLOCK,
@@ -532,7 +563,7 @@ def launch_judge(
         following,
         best,
         best_place,
-        strides[1],
+        *strides[1:],
         count,
         BLOCKWISE=block,
         PLACES=places,

@@ -1,15 +1,17 @@
 """Triton kernel of the combine operation, forward only.
 
-    out[t, :] = residual[t, :] + sum_j softmax(logits[t, :])_j scale[t, j, :] code(values[t, j, :])
+    out[t, :] = residual[t, :] + sum_j softmax(logits[t, :])_j scale[r, j, :] code(values[r, j, :])
 
+Row r of token t is t itself, or `index[t]` where tokens share rows.
 Layout: all tensors row-major with unit stride in the last axis; the other strides are free, so that
 one layer's slice of the gathered rows needs no copy. Softmax and sum accumulate in float32; the
 result has the residual's type. Values are float32, float16, bfloat16, int8 or float8 (e4m3) codes,
 NF4 pairs (uint8: byte i holds element i in the low half, element i + dim/2 in the high half) or NF3
 planes (uint8: dim/4 bytes with the low bits of four quarters, dim/8 bytes with the high bits of
 eight eighths). Any number of experts and any dim (even for NF4, a multiple of 8 for NF3). Rows of
-NaN logits give NaN. `_combine_norm_kernel` adds an update to the residual first and returns
-the RMSNorm of the result, too: the end of a decoding layer and the start of the next in one launch.
+NaN logits give NaN. `_combine_norm_kernel` (codes) and `_plain_norm_kernel` (plain values) add an
+update to the residual first and return the RMSNorm of the result, too: the end of a decoding layer
+and the start of the next in one launch.
 Source: Jie et al. 2025 (arXiv 2503.15798), equation 6.
 """
 
@@ -71,6 +73,9 @@ def _vectors(
     return values
 
 
+_AHEAD = 16  # vectors whose values are in registers at a time
+
+
 @triton.autotune(configs=_TUNING, key=["dim", "experts"])
 @triton.jit
 @no_type_check  # a runtime type checker would hide the helpers from the interpreter
@@ -80,6 +85,7 @@ def _combine_kernel(
     scales_ptr,
     residual_ptr,
     codebook_ptr,
+    index_ptr,
     out_ptr,
     stride_lt,
     stride_vt,
@@ -91,6 +97,7 @@ def _combine_kernel(
     experts,
     dim,
     block_size,
+    INDEXED: tl.constexpr,
     FORMAT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -104,9 +111,12 @@ def _combine_kernel(
     )
     gates = _softmax(logits)  # [BLOCK_N]
 
-    rows = values_ptr + token * stride_vt + n[:, None] * stride_vn  # [BLOCK_N, 1]
+    row = token
+    if INDEXED:
+        row = tl.load(index_ptr + token).to(tl.int64)
+    rows = values_ptr + row * stride_vt + n[:, None] * stride_vn  # [BLOCK_N, 1]
     mask = (n[:, None] < experts) & (d[None, :] < dim)  # [BLOCK_N, BLOCK_D]
-    scale_rows = scales_ptr + token * stride_st + n[:, None] * stride_sn
+    scale_rows = scales_ptr + row * stride_st + n[:, None] * stride_sn
     values = _vectors(rows, scale_rows, d[None, :], mask, dim, block_size, codebook_ptr, FORMAT)
 
     residual = tl.load(residual_ptr + token * stride_rt + d, mask=d < dim, other=0.0)
@@ -208,7 +218,7 @@ def _combine_norm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program computes all channels of one token; sizes are constants, for cheap indices."""
+    """One program computes all channels of one token from codes; sizes are constants."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     logits_row = logits_ptr + token * stride_lt
@@ -279,6 +289,71 @@ def _combine_norm_kernel(
         tl.store(normed_row + SIZE, (second * rms * second_weight).to(kind), mask=d < SIZE)
 
 
+@triton.jit
+@no_type_check
+def _plain_norm_kernel(
+    logits_ptr,
+    values_ptr,
+    residual_ptr,
+    update_ptr,
+    weight_ptr,
+    out_ptr,
+    normed_ptr,
+    stride_lt,
+    stride_vt,
+    stride_rt,
+    stride_ut,
+    eps,
+    DIM: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    STRIDE_VN: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program computes all channels of one token from values that need no decoding.
+
+    Everything is asked for before anything is used, vectors `AHEAD` at a time. Left to itself the
+    compiler saves registers and waits for memory several times; volatile loads stay in order.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    mask = d < DIM
+    row = values_ptr + token * stride_vt + d
+    ahead = ()
+    for j in tl.static_range(AHEAD):
+        ahead += (tl.load(row + j * STRIDE_VN, mask=mask, other=0.0, volatile=True),)
+    residual = tl.load(residual_ptr + token * stride_rt + d, mask=mask, other=0.0, volatile=True)
+    update = tl.load(update_ptr + token * stride_ut + d, mask=mask, other=0.0, volatile=True)
+    weight = tl.load(weight_ptr + d, mask=mask, other=0.0, volatile=True)
+    logits = ()
+    for j in tl.static_range(EXPERTS):
+        logit = tl.load(logits_ptr + token * stride_lt + j, volatile=True)
+        logits += (logit.to(tl.float32),)
+    top = logits[0]
+    for j in tl.static_range(1, EXPERTS):
+        top = tl.maximum(top, logits[j])
+    total, norm = tl.zeros([BLOCK_D], dtype=tl.float32), 0.0
+    for first in tl.static_range(0, EXPERTS, AHEAD):
+        values = ahead
+        if first > 0:
+            values = ()
+            for j in tl.static_range(AHEAD):
+                if first + j < EXPERTS:
+                    place = row + (first + j) * STRIDE_VN
+                    values += (tl.load(place, mask=mask, other=0.0, volatile=True),)
+        for j in tl.static_range(AHEAD):
+            if first + j < EXPERTS:
+                numerator = tl.exp(logits[first + j] - top)
+                norm += numerator
+                total += numerator * values[j].to(tl.float32)
+    out = residual.to(tl.float32) + update.to(tl.float32) + total / norm
+    rms = tl.rsqrt(tl.sum(out * out, axis=0) / DIM + eps)
+    kind = out_ptr.dtype.element_ty
+    tl.store(out_ptr + token * DIM + d, out.to(kind), mask=mask)
+    normed = out * rms * weight.to(tl.float32)
+    tl.store(normed_ptr + token * DIM + d, normed.to(kind), mask=mask)
+
+
 def _warps(elements: int, form: str) -> int:
     """Return the warps of a program that adds up so many values; measured on an H200."""
     if form == "float":
@@ -318,9 +393,30 @@ def _launch_norm(
     if tokens == 0:
         return out, normed
     values, form, block_size = _form(values, scales, dim)
-    scales = logits if scales is None else scales
     block_n = triton.next_power_of_2(experts)
     block_d = triton.next_power_of_2(dim // 2 if form == "nf4" else dim)
+    if scales is None:
+        _plain_norm_kernel[(tokens,)](
+            logits,
+            values,
+            residual,
+            update,
+            weight,
+            out,
+            normed,
+            logits.stride(0),
+            values.stride(0),
+            residual.stride(0),
+            update.stride(0),
+            eps,
+            DIM=dim,
+            EXPERTS=experts,
+            STRIDE_VN=values.stride(1),
+            AHEAD=min(experts, _AHEAD),
+            BLOCK_D=block_d,
+            num_warps=_warps(block_n * block_d, form),
+        )
+        return out, normed
     _combine_norm_kernel[(tokens,)](
         logits,
         values,
@@ -356,6 +452,7 @@ def _launch_forward(
     residual: torch.Tensor,
     scales: torch.Tensor | None,
     codebook: torch.Tensor,
+    index: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the combined tokens; shapes were checked by the caller."""
     tokens, dim = residual.shape
@@ -371,6 +468,7 @@ def _launch_forward(
         scales,
         residual,
         codebook,
+        logits if index is None else index,
         out,
         logits.stride(0),
         values.stride(0),
@@ -382,6 +480,7 @@ def _launch_forward(
         experts,
         dim,
         block_size,
+        INDEXED=index is not None,
         FORMAT=form,
         BLOCK_N=triton.next_power_of_2(experts),
     )

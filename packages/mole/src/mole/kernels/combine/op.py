@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from fourfold_common import triton_status
@@ -25,10 +25,11 @@ Backend = Literal["auto", "triton", "reference"]
 
 def combine(
     logits: Float[Tensor, "tokens experts"],
-    values: Shaped[Tensor, "tokens experts stored"],
+    values: Shaped[Tensor, "rows experts stored"],
     residual: Float[Tensor, "tokens dim"],
-    scales: Float[Tensor, "tokens experts blocks"] | None = None,
+    scales: Float[Tensor, "rows experts blocks"] | None = None,
     backend: Backend = "auto",
+    index: Int[Tensor, " tokens"] | None = None,
 ) -> Float[Tensor, "tokens dim"]:
     """Return `residual + sum_j softmax(logits)_j v_j`, where `v_j` are looked-up vectors.
 
@@ -42,6 +43,8 @@ def combine(
         backend: `"triton"` (CUDA, no gradient; or any device in Triton's interpreter),
             `"reference"` (PyTorch, differentiable), or `"auto"`: Triton for CUDA tensors that need
             no gradient, else the reference.
+        index: Row of `values` and `scales` that is each token's, where tokens share rows; not
+            checked against their number. If None every token has the row of its own number.
 
     Raises:
         ValueError: Shapes do not fit each other, scales are missing or superfluous, the backend is
@@ -50,11 +53,11 @@ def combine(
 
     Source: Jie et al. 2025 (arXiv 2503.15798), equation 6.
     """
-    _check(logits, values, residual, scales)
+    _check(logits, values, residual, scales, index)
     if backend == "auto":
-        return dispatch(logits, values, residual, scales)
+        return dispatch(logits, values, residual, scales, index)
     if backend == "reference":
-        return combine_reference(logits, values, residual, scales)
+        return combine_reference(logits, values, residual, scales, index)
     if backend != "triton":
         raise ValueError(f"`backend` must be 'auto', 'triton' or 'reference'; got {backend!r}.")
     status = triton_status()
@@ -67,11 +70,17 @@ def combine(
         )
     if _needs_gradient(logits, values, residual):
         raise ValueError("`backend` 'triton' has no gradient; use 'reference' or `torch.no_grad`.")
-    combined: Tensor = _combine_triton(logits, values, residual, scales)
+    combined: Tensor = _combine_triton(logits, values, residual, scales, index)
     return combined
 
 
-def dispatch(logits: Tensor, values: Tensor, residual: Tensor, scales: Tensor | None) -> Tensor:
+def dispatch(
+    logits: Tensor,
+    values: Tensor,
+    residual: Tensor,
+    scales: Tensor | None,
+    index: Tensor | None = None,
+) -> Tensor:
     """Return what `combine` does with the backend `"auto"`, for arguments known to be right.
 
     A decoding step runs this once a layer, where the checks would cost as much as the mathematics.
@@ -79,10 +88,10 @@ def dispatch(logits: Tensor, values: Tensor, residual: Tensor, scales: Tensor | 
     """
     wanted = residual.is_cuda and not _needs_gradient(logits, values, residual)
     if wanted and (torch.compiler.is_compiling() or _triton_works()):
-        flat = logits.flatten(0, -2), values, residual.flatten(0, -2), scales
+        flat = logits.flatten(0, -2), values, residual.flatten(0, -2), scales, index
         combined: Tensor = _combine_triton(*flat)
         return combined.view_as(residual)
-    return combine_reference(logits, values, residual, scales)
+    return combine_reference(logits, values, residual, scales, index)
 
 
 @cache
@@ -98,16 +107,25 @@ def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _check(logits: Tensor, values: Tensor, residual: Tensor, scales: Tensor | None) -> None:
+def _check(
+    logits: Tensor,
+    values: Tensor,
+    residual: Tensor,
+    scales: Tensor | None,
+    index: Tensor | None = None,
+) -> None:
     """Raise an error that names the argument that does not fit."""
     tokens, dim = residual.shape
+    if index is not None and index.shape != (tokens,):
+        raise ValueError(f"`index` must have shape {(tokens,)}; got {tuple(index.shape)}.")
+    wanted = (tokens if index is None else len(values), logits.shape[1])
     if logits.shape[0] != tokens:
         raise ValueError(
             f"`logits` must have {tokens} tokens as `residual` does; got {logits.shape[0]}."
         )
-    if values.shape[:2] != logits.shape:
+    if values.shape[:2] != wanted:
         raise ValueError(
-            f"`values` must have (tokens, experts) {tuple(logits.shape)} as `logits` does; "
+            f"`values` must have (tokens, experts) {wanted} as `logits` does; "
             f"got {tuple(values.shape[:2])}."
         )
     coded = values.dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn)
@@ -127,9 +145,9 @@ def _check(logits: Tensor, values: Tensor, residual: Tensor, scales: Tensor | No
             f"`scales` must {'be given for codes' if coded else 'be None for plain values'}; "
             f"`values` are {values.dtype}."
         )
-    if scales is not None and (scales.shape[:2] != logits.shape or dim % scales.shape[2]):
+    if scales is not None and (scales.shape[:2] != wanted or dim % scales.shape[2]):
         raise ValueError(
-            f"`scales` must have shape {tuple(logits.shape)} + (a divisor of `dim` {dim},); "
+            f"`scales` must have shape {wanted} + (a divisor of `dim` {dim},); "
             f"got {tuple(scales.shape)}."
         )
 
@@ -140,12 +158,13 @@ def _combine_triton(
     values: torch.Tensor,
     residual: torch.Tensor,
     scales: torch.Tensor | None,
+    index: torch.Tensor | None = None,
 ) -> torch.Tensor:
     kernel = import_module(".kernel", __package__)
     logits, values, residual = (_unit_stride(t) for t in (logits, values, residual))
     scales = None if scales is None else _unit_stride(scales)
     launched: Tensor = kernel._launch_forward(
-        logits, values, residual, scales, _codebook(residual.device)
+        logits, values, residual, scales, _codebook(residual.device), index
     )
     return launched
 
@@ -156,6 +175,7 @@ def _(
     values: torch.Tensor,
     residual: torch.Tensor,
     scales: torch.Tensor | None,
+    index: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
 

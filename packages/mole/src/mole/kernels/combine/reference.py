@@ -1,7 +1,7 @@
 """The combine operation in plain PyTorch: the oracle of the kernel, and the CPU path."""
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 # The 16 values of NF4: normalised quantiles of a normal distribution (Dettmers et al. 2023,
@@ -73,13 +73,15 @@ def dequantise(
 
 def combine_reference(
     logits: Float[Tensor, "*batch experts"],
-    values: Shaped[Tensor, "tokens experts stored"],
+    values: Shaped[Tensor, "rows experts stored"],
     residual: Float[Tensor, "*batch dim"],
-    scales: Float[Tensor, "tokens experts blocks"] | None = None,
+    scales: Float[Tensor, "rows experts blocks"] | None = None,
+    index: Int[Tensor, " tokens"] | None = None,
 ) -> Float[Tensor, "*batch dim"]:
     """Return `residual + sum_j softmax(logits)_j dequantise(values_j)`; differentiable.
 
-    The tokens of `values` are those of the batch, flattened.
+    The rows of `values` are the tokens of the batch, flattened, or `index` says which row is each
+    token's.
     The softmax is computed in float32 (float64 for float64 logits), the sum in the wider of the
     types of `values` and `residual`; for codes, in that of `residual`.
 
@@ -92,6 +94,8 @@ def combine_reference(
         values = dequantise(values, scales, residual.dtype, bits)
     elif values.dtype != residual.dtype:
         values = values.to(torch.promote_types(values.dtype, residual.dtype))
+    if index is not None:
+        values = values[index]
     tokens, experts, dim = values.shape
     gates = gates.to(values.dtype).reshape(tokens, 1, experts)
     if values.dtype == residual.dtype and not torch.is_autocast_enabled(residual.device.type):

@@ -10,6 +10,8 @@ from fourfold_common import triton_status
 
 from .reference import gather_reference
 
+_PROGRAMS = 64  # enough requests in flight for 50 GB/s at 2 us of latency, with room to spare
+
 
 def gather(
     table: UInt8[Tensor, "vocab stride"],
@@ -19,6 +21,7 @@ def gather(
     first: int = 0,
     last: int | None = None,
     backend: Literal["auto", "triton", "reference"] = "auto",
+    programs: int = _PROGRAMS,
 ) -> None:
     """Copy bytes `first` to `last` of the rows of `ids` into `out`, without waiting for anything.
 
@@ -30,6 +33,8 @@ def gather(
         first: First byte of a row to copy, a multiple of 8.
         last: Byte after the last, a multiple of 8; the whole row if None.
         backend: `"triton"`, `"reference"` (PyTorch), or `"auto"`: Triton for ids on CUDA.
+        programs: Programs that copy at a time, 4 KiB each. What runs beside is slowed by all that
+            is on its way over the bus.
 
     Raises:
         ValueError: Shapes or offsets do not fit each other, or the backend cannot run here.
@@ -51,7 +56,7 @@ def gather(
         return
     if not (ids.is_cuda or triton_status().interpreting):
         raise ValueError(f"`backend` 'triton' needs ids on CUDA; got {ids.device.type}.")
-    import_module(".kernel", __package__)._launch(table, ids, out, flag, first, last)
+    import_module(".kernel", __package__)._launch(table, ids, out, flag, first, last, programs)
 
 
 __all__ = ["gather"]
