@@ -227,7 +227,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "low density": lambda: densities(0.05),
     "density 0.1": lambda: densities(0.1),
     "density 1": lambda: densities(1.0),
-    "goals": goals, "options": options, "upstream": upstream, "dense": dense, "decode": decode,
+    "goals": goals, "errors": errors, "options": options, "upstream": upstream, "dense": dense,
+    "decode": decode,
 }  # fmt: skip
 _MARKED = re.compile(r"(<!-- table: (.+?) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
 
