@@ -8,7 +8,7 @@ from adasplash.kernels.attention.mask import summarize
 from adasplash.kernels.attention.tiles import pose
 from adasplash.testing import oracle_attention, random_inputs, relative_error
 
-ROWS, KEYS, SCALE = 150, 300, 0.25
+ROWS, KEYS, SCALE = 90, 200, 0.25
 
 
 def _run(q, k, v, grad, mask, causal=True, window=None):
@@ -19,14 +19,14 @@ def _run(q, k, v, grad, mask, causal=True, window=None):
 
 
 def _inputs(device, dtype=torch.float32):
-    q, k, v = random_inputs(2, 2, 1, ROWS, KEYS, 16, dtype=dtype, device=device)
+    q, k, v = random_inputs(2, 1, 1, ROWS, KEYS, 16, dtype=dtype, device=device)
     return q, k, v, torch.randn(q.shape, device=device).to(dtype)
 
 
 def _mask(name, device):
     mask = torch.ones(2, KEYS, dtype=torch.bool, device=device)
     places = torch.arange(KEYS, device=device)
-    lengths = torch.tensor([[200], [77]], device=device)
+    lengths = torch.tensor([[150], [77]], device=device)
     if name == "left":
         mask = places >= KEYS - lengths
     elif name == "right":
@@ -41,8 +41,17 @@ def _mask(name, device):
     return mask
 
 
-@pytest.mark.parametrize("name", ["left", "right", "blocks", "holes", "nothing"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("left", torch.float16),
+        ("right", torch.float32),
+        ("blocks", torch.float16),
+        ("blocks", torch.float32),
+        ("holes", torch.float16),
+        ("nothing", torch.float32),
+    ],
+)
 def test_masks_hide_keys_and_nothing_else(name, dtype, device):
     q, k, v, grad = _inputs(device, dtype)
     mask = _mask(name, device)
@@ -54,11 +63,10 @@ def test_masks_hide_keys_and_nothing_else(name, dtype, device):
         assert x.isfinite().all()
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_mask_that_hides_nothing_changes_no_bit(causal, device):
-    q, k, v, grad = _inputs(device)
-    found = _run(q, k, v, grad, _mask("all", device), causal)
-    for x, y in zip(found, _run(q, k, v, grad, None, causal), strict=True):
+def test_a_mask_that_hides_nothing_changes_no_bit(device):
+    q, k, v, grad = (x[:1] for x in _inputs(device))
+    found = _run(q, k, v, grad, _mask("all", device)[:1])
+    for x, y in zip(found, _run(q, k, v, grad, None), strict=True):
         assert torch.equal(x, y)
 
 
@@ -91,16 +99,19 @@ def test_hidden_blocks_are_not_listed(name, device):
             assert seen <= its <= set(range(min(seen), n_blocks))
 
 
-@pytest.mark.parametrize("window", [(0, 0), (40, 0), (150, 30), (-1, 20)])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("window", "causal"),
+    [((0, 0), True), ((40, 0), False), ((100, 30), False), ((-1, 20), False), ((100, 30), True)],
+)
 def test_windows_of_any_size(window, causal, device):
-    q, k, v, grad = _inputs(device)
+    q, k, v, _ = (x[:1] for x in _inputs(device))
     left, right = (10_000 if side < 0 else side for side in window)
     bias = torch.zeros(ROWS, KEYS, dtype=torch.float64, device=device)
     places = torch.arange(ROWS, device=device)[:, None] + KEYS - ROWS
     keys = torch.arange(KEYS, device=device)
     bias[(keys < places - left) | (keys > places + (0 if causal else right))] = -torch.inf
-    found = _run(q, k, v, grad, None, causal, (left, right))
+    window = left, right
+    output = forward.launch_forward(q, k, v, None, None, SCALE, causal, window)[0]
     z = q.double() @ k.double().mT * (SCALE / 2) + bias
     high = z.amax(-1, keepdim=True)
     low = high - 1
@@ -108,7 +119,7 @@ def test_windows_of_any_size(window, causal, device):
         middle = (low + high) / 2
         inside = (z - middle).clamp_min(0).square().sum(-1, keepdim=True) >= 1
         low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
-    assert relative_error(found[0], (z - low).clamp_min(0).square() @ v.double()) < 1e-5
+    assert relative_error(output, (z - low).clamp_min(0).square() @ v.double()) < 1e-5
 
 
 @pytest.mark.parametrize("block", [16, 64])

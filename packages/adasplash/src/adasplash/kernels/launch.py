@@ -71,7 +71,7 @@ def launch(
 def side_by_side() -> Iterator[None]:
     """Launch what is launched inside in order, at the end if some of it must be compiled first.
 
-    Nothing but launches may be put on the stream inside.
+    What else is put on the stream inside may run before them: it can only prepare memory.
     """
     if _waiting.launches is not None or not hasattr(triton, "AsyncCompileMode"):
         yield
