@@ -256,9 +256,12 @@ def test_damage_is_reported_in_one_line(run, saved, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_loaded_model_is_float32(saved):
+def test_loaded_model_is_float32_or_what_is_asked_for(run, saved):
     from mole.folders import load_lookup
 
     model = MoleForCausalLM.from_pretrained(saved).to(torch.bfloat16)
     model.save_pretrained(saved)
     assert load_lookup(saved).dtype == torch.float32
+    assert load_lookup(saved, "bfloat16").dtype == torch.bfloat16
+    done = run("generate", "ABBA", "--model", saved, "--new-tokens", 2, "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.output

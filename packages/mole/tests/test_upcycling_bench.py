@@ -40,6 +40,8 @@ def trained(tmp_path_factory):
         "fp32,nf3",
         "--expert-lr",
         3e-3,
+        "--base-lr",
+        5e-4,
     )
     assert done.exit_code == 0, done.output
     return output
@@ -54,7 +56,8 @@ def test_figures_are_those_of_the_weights(trained, base):
     report = json.loads((trained / "upcycling.json").read_text())
     assert list(report["models"]) == ["base", *ARMS]
     assert report["seen_tokens"] == 6 * 4 * 32
-    assert (report["settings"]["lr"], report["settings"]["expert_lr"]) == (1e-3, 3e-3)
+    settings = report["settings"]
+    assert [settings[name] for name in ("lr", "base_lr", "expert_lr")] == [1e-3, 5e-4, 3e-3]
     assert report["experts"] == {"number": 2, "inner": 64, "layers": [0, 3]}
     assert report["untrained_difference"] < 1e-4
     vocab = base.config.vocab_size
@@ -86,6 +89,12 @@ def test_figures_are_those_of_the_weights(trained, base):
         assert table["nf3"]["largest_logit_difference"] > 1e-4
     assert "continued" not in report["tables"]
     assert (trained / "upcycling.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_base_may_learn_more_slowly_beside_experts(trained):
+    with open(trained / "upcycling_log.csv", encoding="utf-8") as file:
+        rates = {row["arm"]: float(row["lr"]) for row in csv.DictReader(file) if row["step"] == "1"}
+    assert rates["continued"] == pytest.approx(2 * rates["experts"])
 
 
 def test_arms_begin_alike_and_part(trained):

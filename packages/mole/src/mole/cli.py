@@ -13,6 +13,7 @@ from .folders import copy_tokenizer, load_any, load_lookup, load_tokenizer, plac
 _logger = logging.getLogger(__name__)
 
 _FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "nf4", "nf3")
+_DTYPES = ("float32", "bfloat16", "float16")
 _STORES = ("mmap", "disk", "pinned", "device")
 _EXISTING = click.Path(path_type=Path, exists=True)
 _ORIGIN = (
@@ -49,6 +50,10 @@ class _OneLineErrors(click.Group):
 def _where(command: Any) -> Any:
     """Add the options that say where a model runs and where its table's rows are."""
     for option in (
+        click.option(
+            "--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True,
+            help="Type of the weights.",
+        ),
         click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
         click.option(
             "--cache", type=click.IntRange(min=0), default=0, show_default=True,
@@ -242,6 +247,7 @@ def generate(
     store: str,
     cache: int,
     device: str,
+    dtype: str,
 ) -> None:
     """Continue PROMPT with a model in either form."""
     if not prompt:
@@ -253,7 +259,9 @@ def generate(
 
     from .demo import ASSETS
 
-    loaded = place(load_lookup(ASSETS / "mole" if model is None else model), store, cache, device)
+    loaded = place(
+        load_lookup(ASSETS / "mole" if model is None else model, dtype), store, cache, device
+    )
     tokenizer = load_tokenizer(ASSETS / "tokenizer" if model is None else model)
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(loaded.device)
     limit = loaded.config.max_position_embeddings
@@ -400,6 +408,7 @@ def evaluate(
     store: str,
     cache: int,
     device: str,
+    dtype: str,
 ) -> None:
     """Measure the loss of a model on text.
 
@@ -415,7 +424,7 @@ def evaluate(
     from .training.data import load_tokens, texts
 
     register()
-    loaded = place(load_any(model), store, cache, device)
+    loaded = place(load_any(model, dtype), store, cache, device)
     words = load_tokenizer(model)
     if task == "cloze":
         passages = [text for path in data for text in texts(path)]

@@ -18,8 +18,8 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def load_lookup(folder: Path) -> Any:
-    """Return the lookup model in a folder, in float32."""
+def load_lookup(folder: Path, dtype: str = "float32") -> Any:
+    """Return the lookup model in a folder."""
     import torch
 
     from .modeling import MoleForCausalLM
@@ -31,18 +31,18 @@ def load_lookup(folder: Path) -> Any:
             f"`{folder}` must be the folder of a model; it has no config.json."
         ) from None
     if _theirs(config):
-        return load_any(folder)
+        return load_any(folder, dtype)
     # Another model's weights would load, with experts as they are before training.
     if config.get("model_type") != "mole":
         raise ValueError(
             f"`{folder}` must hold a lookup model (type 'mole'); its type is "
             f"{config.get('model_type')!r}. `mole upcycle` adds lookup experts to a dense model."
         )
-    return MoleForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return MoleForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
 
 
-def load_any(folder: Path) -> Any:
-    """Return the causal language model in a folder, in float32, also in the authors' layout."""
+def load_any(folder: Path, dtype: str = "float32") -> Any:
+    """Return the causal language model in a folder, also in the authors' layout."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -50,8 +50,8 @@ def load_any(folder: Path) -> Any:
 
     file = folder / "config.json"
     if file.is_file() and _theirs(json.loads(file.read_text(encoding="utf-8"))):
-        return from_upstream(folder, torch.float32)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return from_upstream(folder, getattr(torch, dtype))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
 
 
 def _theirs(config: dict[str, Any]) -> bool:

@@ -149,6 +149,7 @@ _FILE = click.Path(path_type=Path, exists=True)
 @click.option("--context", default=512, help="Tokens in a sequence.")
 @click.option("--lr", default=2e-4, help="Peak learning rate.")
 @click.option("--expert-lr", type=float, help="That of routers and experts, if it is another.")
+@click.option("--base-lr", type=float, help="The base's own, beside experts, if it is another.")
 @click.option("--seed", default=0, help="Seed of new weights and data order.")
 @click.option("--windows", type=int, help="Held-out windows, evenly spread; all by default.")
 @click.option("--formats", default="", help="Also the loss of the tables in these formats.")
@@ -165,6 +166,7 @@ def main(
     inner: int | None,
     every: int,
     minutes: float | None,
+    base_lr: float | None,
     windows: int | None,
     formats: str,
     compiled: bool,
@@ -201,7 +203,7 @@ def main(
         "training_tokens": len(tokens),
         "seen_tokens": settings.steps * settings.batch * settings.context,
         "experts": {"number": experts, "inner": inner, "layers": layers},
-        "settings": asdict(settings),
+        "settings": asdict(settings) | {"base_lr": base_lr},
         "environment": environment_report(),
         "models": {},
         "paired_differences": {},
@@ -235,9 +237,11 @@ def main(
                                       settings.context, batch=4)  # fmt: skip
             report["untrained_difference"] = (untrained - losses["base"][:4]).abs().max().item()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        clock = time.perf_counter()
+        clock, own = time.perf_counter(), settings
+        if arm == "experts" and base_lr is not None:
+            own = replace(settings, lr=base_lr, expert_lr=settings.expert_lr or settings.lr)
         # Saved by `train`: a folder that `mole convert` and `mole generate` take.
-        model = train(model, tokens, output / arm, settings, tokenizer=words, resume=False,
+        model = train(model, tokens, output / arm, own, tokenizer=words, resume=False,
                       save_every=settings.steps, log_every=1, compiled=compiled)  # fmt: skip
         seconds = round(time.perf_counter() - clock, 1)
         for line in (output / arm / "training_log.jsonl").read_text(encoding="utf-8").splitlines():

@@ -232,7 +232,7 @@ def _combine_norm_triton(
     eps: float,
     scales: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    kernel = import_module(".kernel", __package__)
+    kernel = import_module(".norm", __package__)
     logits, values, residual, update = map(_unit_stride, (logits, values, residual, update))
     scales = None if scales is None else _unit_stride(scales)
     launched: tuple[Tensor, Tensor] = kernel._launch_norm(
