@@ -1,10 +1,11 @@
 """Decoding a token from a long cache beside softmax attention on one GPU: errors first, then time.
 
 Run as `python packages/adasplash/benchmarks/bench_decode.py --output FOLDER`. 8 sequences of 32
-heads over 4 of keys; the cache contiguous and in pages of 64, shuffled, with and without bounds of
-pages, with a mask of keys and with other alphas; replays of CUDA graphs are timed, from a cold L2
-cache. Keys of one page are alike as far as their topic outweighs their noise: the more, the more
-pages the bounds can tell apart. The output is compared with float64 first.
+heads over 4 of keys, fewer where they are longer than 131,072; the cache contiguous and in pages of
+64, shuffled, with and without bounds of pages, with a mask of keys and with other alphas; replays
+of CUDA graphs are timed, from a cold L2 cache. Keys of one page are alike as far as their topic
+outweighs their noise: the more, the more pages the bounds can tell apart. The output is compared
+with float64 first.
 """
 
 from __future__ import annotations
@@ -25,10 +26,15 @@ from adasplash.testing import relative_error
 from fourfold_common import Results, pick_device, time_call
 
 PAGE = 64
-BATCH, HEADS, HEADS_KV = 8, 32, 4
+HEADS, HEADS_KV = 32, 4
 CHECKED = 2  # sequences that are compared with float64
 KEYS = ((1.0, 1.0), (1.0, 0.1), (0.0, 1.0))  # how strong topics are, and noise
 Variant = tuple[Callable[[], Tensor], Callable[[], Tensor]]
+
+
+def sequences(keys: int) -> int:
+    """Return how many sequences there are: a million keys at most, but for one."""
+    return max(1, min(8, 2**20 // keys))
 
 
 def cache(keys: int, dim: int, gain: float, noise: float, device: torch.device) -> tuple:
@@ -38,25 +44,26 @@ def cache(keys: int, dim: int, gain: float, noise: float, device: torch.device) 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    topics = draw(BATCH, HEADS_KV, max(2, keys // PAGE // 4), dim)
+    batch = sequences(keys)
+    topics = draw(batch, HEADS_KV, max(2, keys // PAGE // 4), dim)
     chosen = torch.randint(topics.shape[2], (keys // PAGE,), generator=generator, device=device)
     k = gain * topics[:, :, chosen].repeat_interleave(PAGE, 2)
-    k = k + noise * draw(BATCH, HEADS_KV, keys, dim)
+    k = k + noise * draw(batch, HEADS_KV, keys, dim)
     q = gain * topics[:, :, :1].repeat_interleave(HEADS // HEADS_KV, 1)
-    q = q + draw(BATCH, HEADS, 1, dim)
-    return q.bfloat16(), k.bfloat16(), draw(BATCH, HEADS_KV, keys, dim).bfloat16()
+    q = q + draw(batch, HEADS, 1, dim)
+    return q.bfloat16(), k.bfloat16(), draw(batch, HEADS_KV, keys, dim).bfloat16()
 
 
 def variants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Variant]:
     """Return our ways to decode, each with the same in float64."""
-    keys, device = k.shape[2], q.device
+    batch, keys, device = len(k), k.shape[2], q.device
     generator = torch.Generator(device).manual_seed(1)
-    lengths = torch.full((BATCH,), keys, dtype=torch.int32, device=device)
-    table = torch.randperm(BATCH * keys // PAGE, generator=generator, device=device).view(BATCH, -1)
+    lengths = torch.full((batch,), keys, dtype=torch.int32, device=device)
+    table = torch.randperm(batch * keys // PAGE, generator=generator, device=device).view(batch, -1)
     pages = [x.new_empty(table.numel(), HEADS_KV, PAGE, x.shape[3]) for x in (k, v)]
     for paged, whole in zip(pages, (k, v), strict=True):
         paged[table.flatten()] = whole.unflatten(2, (-1, PAGE)).transpose(1, 2).flatten(0, 1)
-    shown = torch.rand(BATCH, keys, generator=generator, device=device) > 0.25
+    shown = torch.rand(batch, keys, generator=generator, device=device) > 0.25
     alphas = torch.linspace(1.2, 1.8, HEADS, device=device)
     table, stats = table.int(), (page_stats(k), page_stats(pages[0]))
 
@@ -107,7 +114,11 @@ def exact_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def near_blocks(q: Tensor, k: Tensor) -> float:
-    """Return the share of pages with a score that may have weight: within 1 of the maximum."""
+    """Return the share of pages with a score that may have weight: within 1 of the maximum.
+
+    Of the sequences that are compared with float64.
+    """
+    q, k = q[:CHECKED], k[:CHECKED]
     folded = q.unflatten(1, (HEADS_KV, -1))[:, :, :, 0].double()
     z = folded @ k.double().mT * q.shape[-1] ** -0.5 / 2
     near = (z > z.amax(-1, keepdim=True) - 1).unflatten(-1, (-1, PAGE)).any(-1).any(2)
@@ -118,7 +129,13 @@ def measure(results: Results, device: torch.device, keys: int, gain: float, nois
             dim: int, rep: float) -> None:  # fmt: skip
     """Check and time all ways on one cache."""
     q, k, v = cache(keys, dim, gain, noise, device)
-    case = {"keys": keys, "gain": gain, "noise": noise, "near_blocks": round(near_blocks(q, k), 3)}
+    case = {
+        "keys": keys,
+        "batch": len(q),
+        "gain": gain,
+        "noise": noise,
+        "near_blocks": round(near_blocks(q, k), 3),
+    }
     ways: list[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]] = [
         (name, *way) for name, way in variants(q, k, v).items()
     ]
@@ -148,14 +165,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--keys", type=int, nargs="+",
-                        help="65536 and 8192 if left out, 512 on a CPU")  # fmt: skip
+                        help="8192 to 1048576 if left out, 512 on a CPU")  # fmt: skip
     parser.add_argument("--dim", type=int, help="head size; 128 if left out, 32 on a CPU")
     parser.add_argument("--rep", type=float, default=50, help="ms of timed runs for a figure")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
     device = pick_device(options.device)[0]
     results = Results("adasplash", command="bench_decode.py", seed=0)
-    lengths, dim = ([65536, 8192], 128) if device.type == "cuda" else ([512], 32)
+    lengths, dim = ([65536, 8192, 262144, 1048576], 128) if device.type == "cuda" else ([512], 32)
     for keys, (gain, noise) in product(options.keys or lengths, KEYS):
         measure(results, device, keys, gain, noise, options.dim or dim, options.rep)
         results.save(options.output / "decode.json")

@@ -1,9 +1,9 @@
 """Record what the package adasplash 0.2.2 computes on small inputs, for tests/test_compat.py.
 
 Run with that package in PYTHONPATH instead of ours, on a GPU:
-`python packages/adasplash/benchmarks/record_upstream.py FILE`. Inputs are drawn on the CPU from a
-seed and stored with the outputs and gradients, in float32; its kernels are compiled in one of their
-configurations each instead of being tuned.
+`python packages/adasplash/benchmarks/record_upstream.py FILE.npz`. Inputs are drawn on the CPU from
+a seed and stored with the outputs and gradients, in float32; its kernels are compiled in one of
+their configurations each instead of being tuned.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
 from triton.runtime.autotuner import Autotuner
 
 LENGTH, DIM = 128, 16  # a power of two, as it demands, and the smallest head size that it takes
@@ -72,7 +72,7 @@ def main() -> None:
         for key, x in zip(on_gpu, made, strict=True):
             found[f"{name}/d{key}"] = x.cpu().contiguous()
         print(f"{name}: recorded", flush=True)
-        save_file(found, sys.argv[1])
+        np.savez_compressed(sys.argv[1], **{key: x.numpy() for key, x in found.items()})
 
 
 if __name__ == "__main__":

@@ -148,19 +148,23 @@ def decode() -> str:
     rows = []
     stored = cases("decode_h200.json")
     shapes = dict.fromkeys(
-        tuple(c["parameters"][x] for x in ("keys", "gain", "noise", "near_blocks")) for c in stored
+        (
+            *(c["parameters"][x] for x in ("keys", "gain", "noise", "near_blocks")),
+            c["parameters"].get("batch", 8),
+        )
+        for c in stored
     )
-    for keys, gain, noise, near in sorted(shapes, key=lambda s: (s[0], s[3], -s[2])):
+    for keys, gain, noise, near, batch in sorted(shapes, key=lambda s: (s[0], s[3], -s[2])):
         found = cases("decode_h200.json", keys=keys, gain=gain, noise=noise)
-        cells = [f"{keys:,}", kinds.get((gain, noise), "noise"), f"{near:g}"]
+        cells = [f"{keys:,}", f"{batch}", kinds.get((gain, noise), "noise"), f"{near:g}"]
         ours = ("adasplash", "adasplash, bounds", "adasplash, pages", "adasplash, pages, bounds")
         found_ms = [pick(found, provider, "decode") for provider in ours]
         peers = {c["provider"] for c in found if c["provider"].startswith("SDPA")}
         best = min(pick(found, provider, "decode") for provider in peers)
         rows.append([*cells, *(f"{ms(x)} ms" for x in (*found_ms, best)),
                      times(best / min(found_ms))])  # fmt: skip
-    return table("keys | <of one page | near the maximum | `adasplash_decode` | with page bounds | "
-                 "in pages | with bounds | SDPA | at best", rows)  # fmt: skip
+    head = "keys | sequences | <of one page | near the maximum | `adasplash_decode` | with page "
+    return table(head + "bounds | in pages | with bounds | SDPA | at best", rows)
 
 
 def errors() -> str:
@@ -223,7 +227,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "low density": lambda: densities(0.05),
     "density 0.1": lambda: densities(0.1),
     "density 1": lambda: densities(1.0),
-    "goals": goals, "options": options, "upstream": upstream, "dense": dense, "decode": decode,
+    "goals": goals, "errors": errors, "options": options, "upstream": upstream, "dense": dense,
+    "decode": decode,
 }  # fmt: skip
 _MARKED = re.compile(r"(<!-- table: (.+?) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
 

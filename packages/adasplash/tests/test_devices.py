@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adasplash import adasplash, adasplash_decode, entmax15
-from adasplash.testing import random_inputs
+from adasplash.testing import random_inputs, relative_error
 
 BEYOND = 2**31
 
@@ -45,7 +45,7 @@ def test_a_cache_beyond_32_bits_is_read_at_its_places():
     lengths = torch.full((9,), shape[2], dtype=torch.int32, device="cuda")
     found = adasplash_decode(q, k, v, lengths)
     alone = adasplash_decode(q[-1:], k[-1:].clone(), v[-1:].clone(), lengths[-1:])
-    assert torch.equal(found[-1:], alone)
+    assert relative_error(found[-1:], alone) < 1e-3  # fewer sequences are split further
 
 
 @pytest.mark.gpu

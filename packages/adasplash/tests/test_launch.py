@@ -14,7 +14,11 @@ class _Kernel:
     arg_names = ("x", "y", "WIDTH", "DEEP")
 
     def __init__(self):
-        self.fn, self.asked, self.direct = object(), [], []
+        self.fn, self.asked, self.direct, self.warmed = object(), [], [], []
+
+    def warmup(self, *args, grid, **constants):
+        assert not self.asked  # before any of them runs
+        self.warmed.append((grid, args, constants))
 
     def __getitem__(self, grid):
         def run(*args, **constants):
@@ -47,6 +51,38 @@ def test_a_variant_is_asked_for_once(monkeypatch):
     assert len(other.asked) == 1
     module.launch(kernel, 7, ("b",), 5, 6, **first)
     assert kernel.direct[1:] == [(2, (7, 1, 1), (5, 6, 8, True))]
+
+
+def test_what_is_missing_is_compiled_together_and_launched_in_order(monkeypatch):
+    monkeypatch.setattr(module, "interpreted", lambda kernel: False)
+    monkeypatch.setattr(module, "_variants", {})
+    known, kernel, other = _Kernel(), _Kernel(), _Kernel()
+    constants = {"DEEP": True, "WIDTH": 8}
+    module.launch(known, 2, (), 0, 0, **constants)
+    with module.side_by_side():
+        module.launch(known, 3, (), 1, 2, **constants)  # nothing to wait for yet
+        assert len(known.direct) == 1
+        module.launch(kernel, 3, (), 1, 2, **constants)
+        module.launch(known, 4, (), 3, 4, **constants)  # after what waits
+        module.launch(other, 5, (), 5, 6, **constants)
+        assert not kernel.asked
+        assert len(known.direct) == 1
+    assert kernel.warmed == kernel.asked == [((3,), (1, 2), constants)]
+    assert other.warmed == other.asked == [((5,), (5, 6), constants)]
+    assert [x[1] for x in known.direct] == [(3, 1, 1), (4, 1, 1)]
+    with module.side_by_side():
+        module.launch(other, 6, (), 7, 8, **constants)
+        assert len(other.direct) == 1
+
+    def fail():
+        with module.side_by_side():
+            module.launch(known, 3, ("new",), 1, 2, **constants)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    module.launch(known, 9, (), 1, 2, **constants)  # at once, outside
+    assert len(known.direct) == 3
 
 
 @pytest.mark.gpu

@@ -212,7 +212,7 @@ def test_skipping_blocks_changes_no_bit_whatever_shapes_the_scores(device):
         forward.launch_forward(q, k, v, None, None, 0.25, True, None, terms, skip=skip)
         for skip in (True, False)
     )
-    assert not skipped[2].all()
+    assert (skipped[2][:, :, -1] != 0b11111).any()  # the last tile sees five blocks
     for x, y in zip(skipped, visited, strict=True):
         assert torch.equal(x, y)
 

@@ -1,4 +1,4 @@
-"""The kernels of judging compile for a GPU, which no interpreter says; needs none.
+"""The kernels of judging and of products compile for a GPU, which no interpreter says; needs none.
 
 A process of its own compiles, without the interpreter that the other tests run in.
 """
@@ -15,6 +15,7 @@ _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from hetero_sd.kernels.decode import products
 from hetero_sd.kernels.judge import cut, kernel, verdict
 
 FLOATS = "scores part norms law mass logsum share excess peaks above value".split()
@@ -36,7 +37,8 @@ def build(function, warps=4, **constants):
 
 sizes = {"SLICES": 32, "BLOCK": kernel.BLOCK, "PLACES": 8}
 for multiple, draws in ((0, False), (0, True), (2, True)):
-    build(kernel._pick_kernel, MULTIPLE=multiple, DRAWS=draws, CUT=draws, **sizes)
+    slices = {**sizes, "SLICES": 1 if multiple else 32}
+    build(kernel._pick_kernel, MULTIPLE=multiple, DRAWS=draws, CUT=draws, **slices)
     build(kernel._picked_kernel, warps=1, DRAWS=draws, **sizes)
 build(kernel._pack_kernel, warps=1, LONGEST=3, STEPS=4, DEPTHS=4)
 build(kernel._spread_kernel, LONGEST=3, **sizes)
@@ -54,6 +56,13 @@ for stage, multiple in ((0, 0), (4, 2), (7, 0)):
     build(cut._narrow_kernel, STAGE=stage, MULTIPLE=multiple, **search)
 for stage in (-1, 3, 7):
     build(cut._cut_kernel, STAGE=stage, EXACT=True, MULTIPLE=0, **search)
+POINTERS = "x weight second third out second_out third_out gate up".split()
+TYPES |= {f"{name}_ptr": "*bf16" for name in POINTERS}
+for rows in (1, 16):
+    block_o, block_i, warps, _ = products.CONFIGS[rows][0]
+    blocks = {"BLOCK_T": rows, "BLOCK_O": block_o, "BLOCK_I": block_i}
+    build(products._products_kernel, warps, COUNT=3, **blocks)
+    build(products._gated_kernel, warps, **blocks)
 """
 
 
@@ -69,4 +78,4 @@ def test_kernels_compile_for_an_h100(tmp_path):
         timeout=300,
     )
     assert found.returncode == 0, found.stderr[-3000:]
-    assert len(found.stdout.splitlines()) == 28
+    assert len(found.stdout.splitlines()) == 32

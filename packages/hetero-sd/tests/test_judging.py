@@ -29,8 +29,13 @@ def test_philox_is_the_published_one():
     assert bits.shape == (1, 1)
 
 
-@pytest.mark.parametrize(("multiple", "columns"), [(0, 70), (1, 70), (3, 70), (2, 2500)])
-def test_pick(multiple, columns):
+@pytest.mark.parametrize(
+    ("multiple", "columns", "alone"),
+    [(0, 70, 8192), (1, 70, 0), (3, 70, 0), (3, 70, 8192), (2, 2500, 0), (0, 2500, 8192)],
+)
+def test_pick(multiple, columns, alone, monkeypatch):
+    """By one program or several."""
+    monkeypatch.setattr("hetero_sd.kernels.judge.kernel._ALONE", alone)
     rows, ids = 3, columns + 20
     logits = normal(rows, ids if multiple else columns) * 2
     draw = torch.Generator().manual_seed(1)

@@ -82,13 +82,25 @@ def test_swiglu():
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 16])
-def test_few_linear(rows):
-    from hetero_sd.kernels.decode.kernel import FEW_LINEAR_CONFIGS, launch_few_linear
+def test_products_of_few_rows(rows):
+    from hetero_sd.kernels.decode.products import (
+        CONFIGS,
+        launch_gated,
+        launch_products,
+        padded,
+    )
 
-    x, weight = noise(rows, 300), noise(33, 300, seed=1)
-    for config in FEW_LINEAR_CONFIGS[rows if rows <= 2 else 16]:
-        found = launch_few_linear(x, weight, config)
-        torch.testing.assert_close(found, x @ weight.T, atol=1e-4, rtol=1e-4)
+    x = noise(rows, 300)
+    weights = [noise(size, 300, seed=size) for size in (33, 5, 17)]
+    for config in CONFIGS[padded(rows)]:
+        (alone,) = launch_products(x, weights[:1], config)
+        together = launch_products(x, weights, config)
+        assert torch.equal(alone, together[0])
+        for found, weight in zip(together, weights, strict=True):
+            torch.testing.assert_close(found, x @ weight.T, atol=1e-4, rtol=1e-4)
+    gate, up = weights[0] / 9, noise(33, 300, seed=7)
+    found = launch_gated(x, (gate, up), config)
+    torch.testing.assert_close(found, reference.swiglu(x @ gate.T, x @ up.T), atol=2e-4, rtol=1e-4)
 
 
 @torch.no_grad()

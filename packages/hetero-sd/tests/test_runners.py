@@ -114,6 +114,16 @@ def test_likeliest_ids_are_taken_on_the_device(among):
 
 
 @torch.no_grad()
+def test_rows_that_have_ended_leave_nothing_behind():
+    """The graph of a shorter draft would look for the place where a longer one of theirs ended."""
+    runner = GraphRunner(random_model(), 2, 128)
+    runner.write([[5, 6, 7, 8, 9], [4]], [2, 2])()
+    runner.select([1])
+    alone = GraphRunner(random_model(), 1, 128)
+    alone.write([[4]], [2])()
+    assert runner.write([[7]], [2])() == alone.write([[7]], [2])()
+
+
 def test_holes_are_closed():
     model = random_model()
     runner = EagerRunner(model, 2)

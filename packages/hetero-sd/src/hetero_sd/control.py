@@ -25,6 +25,7 @@ _SHARE = 0.01  # and share of the time that pays it back.
 _RECENT = 15  # Rounds of an arm whose times are kept,
 _FIRST = 2  # how many it takes to believe them,
 _STALE = 160  # and rounds of any arm after which they are out of date.
+_LOOK = 8  # Rounds from one look at what is not ready to the next.
 _OUTLIER = 2.0  # An arm's first round counts for no more than so many as were expected.
 
 
@@ -103,9 +104,9 @@ class _Record:
         for name, value in vars(self).items():
             setattr(self, name, share * value)
 
-    def add(self, other: _Record) -> None:
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+    def plus(self, other: _Record) -> _Record:
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return _Record(*(one + two for one, two in pairs))
 
     def tokens(self, lookahead: int, prior: float = 0.5, weight: float = 2.0) -> float:
         """Return the tokens that a round is expected to bring to a row.
@@ -185,6 +186,7 @@ class Bandit:
         self._lost = 0.0  # Seconds lost to trials against plain decoding; negative when gained.
         self._long = {method: _Record() for method in methods}
         self._ready: set[Arm] = set()
+        self._unseen = 0.0  # Seconds since this was looked at.
         self._price = 0.0  # Seconds that it last took to prepare an arm.
         self._missed: dict[Arm, float] = {}  # Seconds that arms not ready would have saved.
         self.history: list[Arm] = []
@@ -193,6 +195,8 @@ class Bandit:
         """Take note that a new text begins, which may be of another kind."""
         for record in self._records.values():
             record.fade(_ANEW)
+        if self._lost > 0 and PLAIN in self._costs and self._pays_off():
+            self._lost = 0.0  # One bad text says little about the next.
 
     def choose(self) -> Arm:
         """Return the arm of the next round."""
@@ -288,16 +292,18 @@ class Bandit:
             credit = -_ALLOWANCE * self._costs[PLAIN].seconds
             paid = _SHARE * (outcome.seconds + outcome.readied)
             self._lost = max(self._lost - paid, min(self._lost, credit))
-        if self._dear and self._ready:
-            self._miss(seconds)
+        self._unseen += seconds
+        if self._dear and self._ready and self._rounds % _LOOK == 0:
+            self._miss(self._unseen)
+            self._unseen = 0.0
         if arm == PLAIN:
             return
         steps = arm.lookahead * outcome.rows
         counts = steps, outcome.proposed, outcome.judged, outcome.accepted
         found = _Record(*map(float, counts))
-        self._records[arm.method].add(found)
-        self._long[arm.method].fade(_LONG)
-        self._long[arm.method].add(found)
+        for records, share in ((self._records, 1.0), (self._long, _LONG)):
+            records[arm.method].fade(share)
+            records[arm.method] = records[arm.method].plus(found)
         if PLAIN in self._costs:
             plain = self._costs[PLAIN].seconds
             readied = min(outcome.readied, _ALLOWANCE * plain)
@@ -313,24 +319,26 @@ class Bandit:
             self._price = seconds
             self._missed.clear()  # What others would have saved, this one will save now.
 
+    def _long_rate(self, arm: Arm) -> float:
+        """Return the tokens a second of an arm by all texts so far, methods taken as alike."""
+        own = self._long[arm.method]
+        if not own.judged:
+            for record in self._long.values():
+                own = own.plus(record)
+        return own.tokens(arm.lookahead) / self._seconds(arm)
+
+    def _pays_off(self) -> bool:
+        """Return whether drafts have paid so far, all texts together."""
+        drafting = [arm for arm in self._costs if arm != PLAIN]
+        return any(self._long_rate(arm) > self._rate(PLAIN) for arm in drafting)
+
     def _miss(self, seconds: float) -> None:
-        """Take note of what the arms that are not ready would have saved in a round.
-
-        All texts so far are what is asked, and one method is taken to be as good as another.
-        """
-        whole = _Record()
-        for record in self._long.values():
-            whole.add(record)
-
-        def rate(arm: Arm) -> float:
-            own = self._long[arm.method] if self._long[arm.method].judged else whole
-            return own.tokens(arm.lookahead) / self._seconds(arm)
-
+        """Take note of what the arms that are not ready would have saved in so much time."""
         ready = self._ready | self._costs.keys() - {PLAIN}
-        best = max([self._rate(PLAIN), *map(rate, ready)])
+        best = max([self._rate(PLAIN), *map(self._long_rate, ready)])
         for arm in (Arm(method, step) for method in self._records for step in self._ladder):
             if arm not in ready:
-                saved = seconds * (1 - best / rate(arm))
+                saved = seconds * (1 - best / self._long_rate(arm))
                 self._missed[arm] = max(self._missed.get(arm, 0.0) + saved, 0.0)
 
     def rates(self) -> dict[Arm, float]:

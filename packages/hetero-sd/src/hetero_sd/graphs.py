@@ -289,6 +289,8 @@ class GraphRunner:
             self.extend([feed[:-1] for feed in feeds], [0] * len(feeds))
             feeds = [feed[-1:] for feed in feeds]
         self._check(max(map(len, feeds)))
+        if len(self.slots) < self.rows:  # The end of what ended rows were fed may lie beyond.
+            self._lines[:] = 0
         for slot, feed, length in zip(self.slots, feeds, self.lengths, strict=True):
             self.tell(self._lines[slot], length, feed)
         width = next(w for w in DRAFT_WIDTHS if w >= max(map(len, feeds)))

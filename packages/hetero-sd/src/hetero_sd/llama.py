@@ -151,9 +151,10 @@ class LlamaBody:
         x = functional.embedding(ids, self.weight).view(rows * width, -1)
         x, h = steps.add_rms_norm(x, None, *_norm(self.layers[0].before))
         for index, layer in enumerate(self.layers):
-            q = self._linear(h, layer.q).view(rows, width, self.heads, self.dim_head)
-            k = self._linear(h, layer.k).view(rows, width, self.kv_heads, self.dim_head)
-            v = self._linear(h, layer.v).view(rows, width, self.kv_heads, self.dim_head)
+            q, k, v = self._linears(h, layer.q, layer.k, layer.v)
+            q = q.view(rows, width, self.heads, self.dim_head)
+            k = k.view(rows, width, self.kv_heads, self.dim_head)
+            v = v.view(rows, width, self.kv_heads, self.dim_head)
             if layer.q_norm is not None and layer.k_norm is not None:
                 q = functional.rms_norm(q, (self.dim_head,), *_norm(layer.q_norm))
                 k = functional.rms_norm(k, (self.dim_head,), *_norm(layer.k_norm))
@@ -161,7 +162,7 @@ class LlamaBody:
             mixed = steps.attend(q, keys[index], values[index], places, extent)
             o = self._linear(mixed.reshape(rows * width, -1), layer.out)
             x, h = steps.add_rms_norm(x, o, *_norm(layer.between))
-            h = steps.swiglu(self._linear(h, layer.gate), self._linear(h, layer.up))
+            h = self._gated(h, layer.gate, layer.up)
             after = self.layers[index + 1].before if index + 1 < len(self.layers) else self.norm
             x, h = steps.add_rms_norm(x, self._linear(h, layer.down), *_norm(after))
         return h.view(rows, width, -1)
@@ -169,6 +170,18 @@ class LlamaBody:
     def _linear(self, x: Tensor, module: nn.Linear) -> Tensor:
         y = self.steps.linear(x, module.weight)
         return y if module.bias is None else y + module.bias
+
+    def _linears(self, x: Tensor, *modules: nn.Linear) -> list[Tensor]:
+        found = self.steps.linears(x, tuple(module.weight for module in modules))
+        return [
+            y if module.bias is None else y + module.bias
+            for y, module in zip(found, modules, strict=True)
+        ]
+
+    def _gated(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
+        if gate.bias is None and up.bias is None:
+            return self.steps.gated(x, gate.weight, up.weight)
+        return functional.silu(self._linear(x, gate)) * self._linear(x, up)
 
     def logits(
         self, states: Float[Tensor, "tokens hidden"], head: Tensor | None = None

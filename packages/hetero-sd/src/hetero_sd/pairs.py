@@ -125,9 +125,9 @@ def load_pair(
         other, other_tokenizer = load_model("drafter")
     else:
         other, other_tokenizer = _load(drafter)
-    other = other.to(place, kind)
+    other = _cast(other, place, kind)
     if size is None:
-        model = model.to(place, kind)
+        model = _cast(model, place, kind)
     else:
         from .demo.inflate import inflate, shape_for
 
@@ -135,6 +135,16 @@ def load_pair(
         model = inflate(model, factor, layers, dtype=kind, device=place)
         name += f", inflated to {sum(p.numel() for p in model.parameters()) / 1e9:.2f} B"
     return Pair(name, model, other, tokenizer, other_tokenizer, notes)
+
+
+def _cast(model: Any, place: torch.device, kind: torch.dtype) -> Any:
+    """Return a model on a device with weights of a type, as if it had been read so.
+
+    Tables that are no weights, such as those of rotary positions, stay as exact as they are.
+    """
+    for weight in model.parameters():
+        weight.data = weight.data.to(place, kind)
+    return model.to(place)
 
 
 def prompt_ids(tokenizer: Any, text: str, chat: bool, most: int | None = None) -> torch.Tensor:

@@ -196,12 +196,18 @@ class GraphRound:
         """Begin a verification, and return what its result will be read from."""
         key = method, lookahead
         if key not in self._verify_graphs:
-            # Of what the host proposes, all widths are captured at once, and none in a later text.
-            told = method in ("told", "weighed") and self._target.device.type == "cuda"
+            wanted = [key]
+            if self._target.device.type == "cuda":
+                # All widths of what the host proposes, and a plain round beside any other: no later
+                # text waits for a capture.
+                told = method in ("told", "weighed")
+                keys = [(method, w - 1) for w in WIDTHS[1:]] if told else [key]
+                keys = list(dict.fromkeys([*keys, ("plain", 0)]))
+                wanted = [other for other in keys if other not in self._verify_graphs]
             turn, board = self._state.clone(), self._board.clone()
-            for count in [w - 1 for w in WIDTHS[1:]] if told else [lookahead]:
-                self._verify_graphs[method, count], _ = self._target.capture(
-                    lambda count=count: self._run_verify(method, count)  # type: ignore[misc]
+            for other in wanted:
+                self._verify_graphs[other], _ = self._target.capture(
+                    lambda other=other: self._run_verify(*other)  # type: ignore[misc]
                 )
             self._board.copy_(board)  # As they were before the passes of the capture.
             self._state.copy_(turn)

@@ -4,17 +4,32 @@ Triton looks at every argument of every launch to find the variant for its types
 attention has six kernels of some forty arguments, and the looking takes as long as they run on a
 few thousand tokens. What their variants depend on is known beforehand: constants, and what the
 caller names in `kind`.
+
+What is not there yet is compiled at the first call, which waits for it. The kernels of one call are
+compiled side by side: most of that is done outside of Python.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import threading
+from collections.abc import Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import triton
 
 # Kernel, kind and constants; the compiled kernel and the constants in the order of its parameters.
 _variants: dict[tuple[Hashable, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+class _Waiting(threading.local):
+    """Launches that wait for others to be known, so that all are compiled together."""
+
+    launches: list[tuple[bool, tuple[Any, ...], dict[str, Any]]] | None = None
+
+
+_waiting = _Waiting()
 
 
 def interpreted(kernel: Any) -> bool:
@@ -40,6 +55,9 @@ def launch(
         return
     key = (kernel.fn, kind, *constants.values())
     variant = _variants.get(key)
+    if _waiting.launches is not None and (_waiting.launches or variant is None):
+        _waiting.launches.append((variant is None, (kernel, programs, kind, *args), constants))
+        return
     if variant is None:
         compiled = kernel[(programs,)](*args, **constants)
         names = kernel.arg_names[len(args) :]
@@ -47,3 +65,26 @@ def launch(
     else:
         compiled, rest = variant
         compiled[(programs, 1, 1)](*args, *rest)
+
+
+@contextmanager
+def side_by_side() -> Iterator[None]:
+    """Launch what is launched inside in order, at the end if some of it must be compiled first.
+
+    Nothing but launches may be put on the stream inside.
+    """
+    if _waiting.launches is not None or not hasattr(triton, "AsyncCompileMode"):
+        yield
+        return
+    _waiting.launches = []
+    try:
+        yield
+    finally:
+        waiting, _waiting.launches = _waiting.launches, None
+    missing = [(arguments, constants) for new, arguments, constants in waiting if new]
+    if len(missing) > 1:
+        with ThreadPoolExecutor(len(missing)) as pool, triton.AsyncCompileMode(pool):
+            for (kernel, programs, _kind, *args), constants in missing:
+                kernel.warmup(*args, grid=(programs,), **constants)
+    for _new, arguments, constants in waiting:
+        launch(*arguments, **constants)

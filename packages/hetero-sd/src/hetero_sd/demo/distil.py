@@ -369,7 +369,8 @@ def main(
     torch.set_float32_matmul_precision("high")
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target, tokenizer = smollm2.load(gguf)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    target, tokenizer = smollm2.load(gguf, dtype)  # Not cast later, as its rotary table would be.
     ours, held = split(read_texts(texts)[:limit], seed)
     if start is not None:
         drafter, own = load_drafter(start)
@@ -380,7 +381,7 @@ def main(
             [text.replace("</s>", "\n").replace("<s>", "\n") for text in some], vocab
         )
         drafter = pruned(target, tokenizer, own, layers)
-    target.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    target.to(device)
     teacher = Teacher(target, tokenizer, own, drafter.config.vocab_size)
     rows, judged = (as_rows(tokenizer, own, part) for part in (ours, held[:256]))
     count = sum(p.numel() for p in drafter.parameters())

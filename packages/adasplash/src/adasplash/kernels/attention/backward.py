@@ -35,7 +35,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import interpreted, launch
+from ..launch import interpreted, launch, side_by_side
 from .bias import bias_gradient
 from .philox import words
 from .scores import (
@@ -59,7 +59,6 @@ from .tiles import (
     describe,
     excess,
     hide,
-    hold,
     list_marked,
     load_numbers,
     n_slots,
@@ -86,7 +85,7 @@ def _block(
     """Return x, u and dP of the rows from `first` on and the keys from `start` on, and c'."""
     s, gate = scores(
         q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
-        IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_N, BLOCK_M, BLOCK_N,
+        IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     x, u = excess(s, factor, tau[:, None], power, HALF, SATURATE)
     dp = tl.dot(do, v.T, input_precision="ieee")
@@ -117,7 +116,7 @@ def _queries_kernel(
     HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
     QUICK: tl.constexpr, SATURATE: tl.constexpr, ALPHA_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HELD: tl.constexpr, INTERPRETED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Write dQ of one tile of queries, and tau and delta of its rows side by side.
 
@@ -132,7 +131,8 @@ def _queries_kernel(
     head_kv = head // group
     mask_ptr += batch.to(tl.int64) * stride_mask
     list_ptr += line * n_blocks
-    count = list_marked(active_ptr + line * n_blocks, 1, n_blocks, list_ptr, True)
+    active_ptr += line * tl.cdiv(n_blocks, 8)
+    count = list_marked(active_ptr, 0, 0, n_blocks, list_ptr, True)
     row_base = plane.to(tl.int64) * seq_q
     tile, row_at, seq_q, key_at, seq_k, _sequence = sequence_of(
         tile, bounds_q_ptr, bounds_q_ptr, bounds_k_ptr, n_seq, seq_q, seq_k, FORM, BLOCK_M
@@ -142,7 +142,6 @@ def _queries_kernel(
     row_base += row_at
     q = load_part(q_desc, batch, head, row_at, first, seq_q, FORM, BLOCK_M, BLOCK_D)
     do = load_part(do_desc, batch, head, row_at, first, seq_q, FORM, BLOCK_M, BLOCK_DV)
-    q, do = hold(q, BLOCK_D, HELD), hold(do, BLOCK_DV, HELD)
     tau = tl.load(tau_ptr + row_base + rows, mask=rows < seq_q, other=float("inf"))
 
     alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
@@ -248,7 +247,6 @@ def _keys_kernel(
     HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
     SATURATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HELD: tl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of one block of keys, summed over the query heads that share them.
 
@@ -275,16 +273,16 @@ def _keys_kernel(
     keys = first_key + tl.arange(0, BLOCK_N)
     k = load_part(k_desc, batch, head_kv, key_at, first_key, seq_k, FORM, BLOCK_N, BLOCK_D)
     v = load_part(v_desc, batch, head_kv, key_at, first_key, seq_k, FORM, BLOCK_N, BLOCK_DV)
-    k, v = hold(k, BLOCK_D, HELD), hold(v, BLOCK_DV, HELD)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, group):
         head = head_kv * group + member
         plane = batch * heads + head
         line = plane.to(tl.int64) * n_tiles + first_tile
-        marks = active_ptr + line * n_blocks + block
+        n_bytes = tl.cdiv(n_blocks, 8)
+        marks = active_ptr + line * n_bytes + block // 8
         listed = list_ptr + (plane * n_slots + slot).to(tl.int64) * list_width
-        count = list_marked(marks, n_blocks, its_tiles, listed, False)
+        count = list_marked(marks, n_bytes, block % 8, its_tiles, listed, False)
         alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
         power = 1.0 / (alpha - 1.0)
         factor = factor_of(scale, alpha, FORM)
@@ -386,21 +384,21 @@ def launch_backward(
         "SATURATE": problem.quick and not interpreting,
         "BLOCK_DV": padded(dim_value),
         "num_warps": tiles.num_warps,
-        "num_stages": tiles.back_stages,
     }
     kind = *problem.kind, (tau.data_ptr() | active.data_ptr()) % 16  # they may be anybody's
-    launch(
-        _queries_kernel, n_tiles * problem.planes, kind,
-        *sources, tau, dq, rows, dalpha, dslope, *numbers, dim_head,
-        QUICK=problem.quick and terms.form in (0, PACKED.value) and not terms.dropout,
-        ALPHA_GRAD=alpha is not None, HELD=tiles.held.queries and not interpreting,
-        INTERPRETED=interpreting, **constants, maxnreg=tiles.most.queries,
-    )  # fmt: skip
-    launch(
-        _keys_kernel, slots * k.shape[0] * k.shape[1], kind,
-        *sources, rows, dk, dv, *numbers, width, dim_head, dim_value, **constants,
-        HELD=tiles.held.keys and not interpreting,
-    )  # fmt: skip
+    with side_by_side():
+        launch(
+            _queries_kernel, n_tiles * problem.planes, kind,
+            *sources, tau, dq, rows, dalpha, dslope, *numbers, dim_head,
+            QUICK=problem.quick and terms.form in (0, PACKED.value) and not terms.dropout,
+            ALPHA_GRAD=alpha is not None, INTERPRETED=interpreting, **constants,
+            num_stages=tiles.queries_stages, maxnreg=tiles.most.queries,
+        )  # fmt: skip
+        launch(
+            _keys_kernel, slots * k.shape[0] * k.shape[1], kind,
+            *sources, rows, dk, dv, *numbers, width, dim_head, dim_value, **constants,
+            num_stages=tiles.keys_stages,
+        )  # fmt: skip
     sums = (tau.new_empty(0) if x is rows else x.sum(-1) for x in (dalpha, dslope))
     dbias = bias_gradient(problem, grad, active, rows) if bias_grad else tau.new_empty(0)
     return dq, dk, dv, *sums, dbias

@@ -49,7 +49,8 @@ def _bias_kernel(
         this = tile + member % its_tiles
         plane = batch * heads + head
         line = plane.to(tl.int64) * n_tiles + this
-        if tl.load(active_ptr + line * n_blocks + block) != 0:
+        marks = tl.load(active_ptr + line * tl.cdiv(n_blocks, 8) + block // 8).to(tl.int32)
+        if (marks >> (block % 8)) & 1 != 0:
             first = this * BLOCK_M
             alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
             terms = terms_of(
@@ -64,7 +65,7 @@ def _bias_kernel(
             its_mask = mask_ptr + batch.to(tl.int64) * stride_mask
             s, _gate = scores(
                 q, k, its_mask, terms, first, block * BLOCK_N, seq_q, seq_k, left, right,
-                IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_N, BLOCK_M, BLOCK_N,
+                IS_CAUSAL, HAS_MASK, HAS_WINDOW, FORM, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             factor = factor_of(scale, alpha, FORM)
             _x, u = roots(s * factor, tau[:, None], 1.0 / (alpha - 1.0), HALF)
@@ -115,6 +116,6 @@ def bias_gradient(
         bias.shape[1], *sharing,
         **problem.switches, DROPOUT=problem.terms.dropout > 0.0, ALL_ROWS=all_rows,
         BLOCK_DV=padded(problem.v.shape[-1]),
-        num_warps=tiles.num_warps, num_stages=tiles.back_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.queries_stages,
     )  # fmt: skip
     return dbias

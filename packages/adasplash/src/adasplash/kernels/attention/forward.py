@@ -8,8 +8,7 @@ with `tau_i` such that the row sums to 1. Three steps, of which only the first s
 2. `threshold.py` solves for tau over those.
 3. `output.py` adds up `p v` over them, and marks the blocks that hold any weight for the backward.
 
-Where the lists of two tiles hold nearly all blocks, `pairs.py` takes the last two steps for both at
-once. In half formats at alpha 1.5 tau is as exact as the format: weights are divided by their sum.
+In half formats at alpha 1.5 tau is as exact as the format: weights are divided by their sum.
 
 For another alpha, `z = (alpha - 1) s` and `p = x ** (1 / (alpha - 1))`. What else shapes z is in
 `scores.py`. Dropout leaves tau and the marks as they are: it takes weights out of the last sum.
@@ -23,8 +22,8 @@ from __future__ import annotations
 
 import torch
 
+from ..launch import side_by_side
 from .output import weighted_sum
-from .pairs import dense_pairs
 from .screen import screen
 from .terms import PLAIN, Terms
 from .threshold import threshold
@@ -46,6 +45,9 @@ def launch_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return output, tau and the blocks that hold weight.
 
+    The latter are uint8 `[batch, heads, tiles of queries, blocks of keys / 8]`, a bit for each
+    block, the first one in the lowest bit.
+
     Args:
         q: `[batch, heads, seq_q, dim_head]`.
         k: `[batch, heads_kv, seq_k, dim_head]`.
@@ -59,11 +61,8 @@ def launch_forward(
         skip: False visits every block; in float32 the output is the same, bit for bit.
     """
     problem = pose(q, k, v, key_mask, alpha, scale, is_causal, window, terms)
-    candidates = screen(problem, skip=skip)
-    output = problem.new(*q.shape[:3], v.shape[-1], dtype=q.dtype)
-    active = torch.zeros(candidates.listed.shape, dtype=torch.int8, device=q.device)
-    tau, slope = threshold(problem, candidates)
-    weighted_sum(problem, candidates, tau, slope, output, active)
-    if problem.paired:
-        dense_pairs(problem, candidates, tau, output, active)
+    with side_by_side():
+        candidates = screen(problem, skip=skip)
+        tau, slope = threshold(problem, candidates)
+        output, active = weighted_sum(problem, candidates, tau, slope)
     return output, tau, active

@@ -54,8 +54,8 @@ def attend(
         output, _, _ = _forward(q, k, v, key_mask, alpha, *settings, *terms)
     elif torch.is_grad_enabled() and any(learned):
         output = _Eager.apply(q, k, v, key_mask, alpha, *terms[:2], settings, terms)
-    else:  # nobody asks for the blocks later
-        output = _run_forward(q, k, v, key_mask, alpha, *settings, *terms)[0]
+    else:
+        output, _, _ = _launch_forward(q, k, v, key_mask, alpha, *settings, *terms)
     return output
 
 
@@ -79,11 +79,6 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _launch_forward(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, tau and the bits of the blocks that hold weight."""
-    output, tau, active = _run_forward(q, *inputs)
-    return output, tau, _on_device(_marks().packed, active)
-
-
-def _run_forward(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     made: tuple[Tensor, Tensor, Tensor] = _on_device(
         _kernels()[0].launch_forward, q, *inputs[:6], *_window_and_terms(*inputs[6:])
     )
@@ -104,20 +99,6 @@ def _kernels() -> tuple[ModuleType, ModuleType]:
     return forward, backward
 
 
-@cache
-def _marks() -> ModuleType:
-    from . import marks
-
-    return marks
-
-
-def _n_marks(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> tuple[int, int]:
-    """Return the tiles of queries, and the blocks of keys of a tile."""
-    from .tiles import marks_of, tiles_for
-
-    return marks_of(q.shape, k.shape[2], tiles_for(q, v), terms.n_seq, terms.max_k)
-
-
 def _on_device(launch: Callable[..., Any], x: Tensor, *inputs: Any, **options: Any) -> Any:
     """Launch on the device of `x`; Triton launches on the current one."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
@@ -131,10 +112,13 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Any, alpha: Any,
     scale: float, is_causal: bool, left: int, right: int, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    n_tiles, n_blocks = _n_marks(q, k, v, Terms(*rest))
+    from .tiles import marks_of, tiles_for
+
+    terms = Terms(*rest)
+    n_tiles, n_blocks = marks_of(q.shape, k.shape[2], tiles_for(q, v), terms.n_seq, terms.max_k)
     output = q.new_empty(*q.shape[:-1], v.shape[-1])
     tau = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    shape = *q.shape[:2], n_tiles, _marks().width_of(n_blocks)
+    shape = *q.shape[:2], n_tiles, (n_blocks + 7) // 8
     return output, tau, torch.empty(shape, dtype=torch.uint8, device=q.device)
 
 
@@ -152,11 +136,9 @@ def _launch_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, alpha: Tensor | None,
     tau: Tensor, bits: Tensor, bias_grad: bool, scale: float, is_causal: bool, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    window, terms = _window_and_terms(*rest)
-    active = _on_device(_marks().unpacked, bits, _n_marks(q, k, v, terms)[1])
     made: tuple[Tensor, ...] = _on_device(
-        _kernels()[1].launch_backward, grad, q, k, v, key_mask, alpha, tau, active, scale,
-        is_causal, window, terms, bias_grad=bias_grad,
+        _kernels()[1].launch_backward, grad, q, k, v, key_mask, alpha, tau, bits, scale,
+        is_causal, *_window_and_terms(*rest), bias_grad=bias_grad,
     )  # fmt: skip
     return made
 

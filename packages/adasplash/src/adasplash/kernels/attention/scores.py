@@ -129,12 +129,11 @@ def shaped(s, rows, keys, first, seq_q, seq_k, terms, FORM: tl.constexpr):
 def scores(
     q, k, mask_ptr, terms, first, start, seq_q, seq_k, left, right,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    FORM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Return scores of the rows from `first` on and the keys from `start` on; -inf where hidden.
 
-    Products if not SHAPED, else scores times alpha - 1. Beside them the slope of the cap. A mask
-    has been summed up by BLOCK keys.
+    Products if not SHAPED, else scores times alpha - 1. Beside them the slope of the cap.
     """
     s = tl.dot(q, k.T, input_precision="ieee")
     gate = 1.0
@@ -144,7 +143,7 @@ def scores(
         s, gate = shaped(s, rows, keys, first, seq_q, seq_k, terms, FORM)
     s = hide(
         s, first, start, seq_q, seq_k, mask_ptr, left, right,
-        IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N, BLOCK,
+        IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N, BLOCK_N,
     )  # fmt: skip
     return s, gate
 

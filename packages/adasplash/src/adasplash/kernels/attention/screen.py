@@ -42,7 +42,6 @@ from .tiles import (
     Problem,
     describe,
     hide,
-    hold,
     load_tile,
     n_slots,
     roots,
@@ -50,9 +49,10 @@ from .tiles import (
 )
 
 _ROOM = 2**28  # bytes of stored maxima
-_CHUNK, _LISTED, _WARPS = 4, 64, 1  # of the second kernel: blocks at a time
+_CHUNK, _LISTED, _WARPS, _REGISTERS = 4, 64, 1, 128  # of the second kernel: blocks at a time
 _LIST_SWITCHES = "IS_CAUSAL", "HAS_MASK", "HAS_WINDOW", "HALF", "FORM", "BLOCK_M", "BLOCK_N"
-_STEPS = tl.constexpr(3)
+_STEPS = tl.constexpr(2)
+_MANY = tl.constexpr(16)  # blocks whose maxima rise above the largest score - 1
 _SHARE = tl.constexpr(0.8)  # of the weight of a row, that of the maxima of blocks alone; a guess
 
 
@@ -93,7 +93,7 @@ def _highest(z, AXIS: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _range(
+def key_range(
     first, rows: tl.constexpr, seq_q, seq_k, mask_ptr, left, right,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -193,7 +193,7 @@ def _screen_kernel(
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HALF: tl.constexpr, FORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, INTERPRETED: tl.constexpr, HELD: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Write the maximum of every row, and of every row in every block."""
     PARTS: tl.constexpr = TILE_N // BLOCK_N
@@ -214,7 +214,6 @@ def _screen_kernel(
     inner = tl.arange(0, TILE_M)
     rows = first + inner
     q = load_part(q_desc, batch, head, row_at, first, seq_q, FORM, TILE_M, BLOCK_D)
-    q = hold(q, BLOCK_D, HELD)
 
     alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
     factor = factor_of(scale, alpha, FORM)
@@ -223,7 +222,7 @@ def _screen_kernel(
         bias_batch, bias_head, bias_row, bias_key, FORM,
     )  # fmt: skip
 
-    begin, limit = _range(
+    begin, limit = key_range(
         first, TILE_M, seq_q, seq_k, mask_ptr, left, right,
         IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N,
     )  # fmt: skip
@@ -311,6 +310,7 @@ def _list_kernel(
     All blocks are read once, for a list by `max - 1`; what follows reads those of the list.
     """
     PARTS: tl.constexpr = TILE_M // BLOCK_M
+    MORE: tl.constexpr = 4 * CHUNK
     n_wide = slots_of(seq_q, n_seq, FORM, TILE_M)
     local, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     place = first_place + local
@@ -335,7 +335,7 @@ def _list_kernel(
         alpha = 1.5 if HALF else tl.load(alpha_ptr + plane)
         power = 1.0 / (alpha - 1.0)
         its_mask = mask_ptr + (plane // heads).to(tl.int64) * stride_mask
-        begin, end = _range(
+        begin, end = key_range(
             first, BLOCK_M, seq_q, seq_k, its_mask, left, right,
             IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_N,
         )  # fmt: skip
@@ -352,15 +352,16 @@ def _list_kernel(
             real = blocks >= begin
             peaks = _peaks(peak_ptr, blocks, inner, real, TILE_M)
             needed = tl.max(((peaks <= limit[None, :]) == 0).to(tl.int32), 1)  # true for NaN
-            if not SKIP:
-                needed = needed * 0 + 1
             needed = tl.where(real, needed, 0)
             tl.store(list_ptr + count + tl.cumsum(needed, 0) - needed, blocks, mask=needed != 0)
             count += tl.sum(needed, 0)
         tl.debug_barrier()  # other threads read the list
 
-        # Newton's method and the like on the maxima alone, until it hardly moves.
+        # Newton's method and the like on the maxima alone, until it hardly moves; where many scores
+        # are near the largest tau is far from the lowest that it can be.
         bound, t, guess, steps, moving = lowest, lowest, lowest, 0, 1
+        if HALF:
+            t += tl.where(count > _MANY, 0.3, 0.0)
         while (steps < _STEPS) & (moving > 0):
             sum_p = tl.zeros([CHUNK, BLOCK_M], tl.float32)
             sum_u = tl.zeros([CHUNK, BLOCK_M], tl.float32)
@@ -398,51 +399,23 @@ def _list_kernel(
 
         limit = _limit(bound, slack, known, rows < seq_q)
         kept = 0
-        for offset in range(0, count, CHUNK):
-            index = offset + tl.arange(0, CHUNK)
-            real = index < count
-            blocks = tl.load(list_ptr + index, mask=real, other=0)
-            peaks = _peaks(peak_ptr, blocks, inner, real, TILE_M)
-            needed = tl.max(((peaks <= limit[None, :]) == 0).to(tl.int32), 1)
-            if not SKIP:
-                needed = needed * 0 + 1
-            needed = tl.where(real, needed, 0)
-            tl.debug_barrier()  # never beyond what all have read
-            tl.store(list_ptr + kept + tl.cumsum(needed, 0) - needed, blocks, mask=needed != 0)
-            kept += tl.sum(needed, 0)
+        if SKIP:
+            for offset in range(0, count, MORE):
+                index = offset + tl.arange(0, MORE)
+                real = index < count
+                blocks = tl.load(list_ptr + index, mask=real, other=0)
+                peaks = _peaks(peak_ptr, blocks, inner, real, TILE_M)
+                needed = tl.max(((peaks <= limit[None, :]) == 0).to(tl.int32), 1)
+                needed = tl.where(real, needed, 0)
+                tl.debug_barrier()  # never beyond what all have read
+                tl.store(list_ptr + kept + tl.cumsum(needed, 0) - needed, blocks, mask=needed != 0)
+                kept += tl.sum(needed, 0)
+        else:
+            for offset in range(0, end - begin, LISTED):
+                blocks = end - 1 - offset - tl.arange(0, LISTED)
+                tl.store(list_ptr + end - 1 - blocks, blocks, mask=blocks >= begin)
+            kept = tl.maximum(end - begin, 0)
         tl.store(count_ptr + line, kept)
-
-
-@triton.jit
-@no_type_check
-def blocks_of(
-    first, rows: tl.constexpr, seq_q, seq_k, mask_ptr,
-    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Return the first of groups of KEYS keys that rows of a tile may see, and how many."""
-    begin, end = _range(
-        first, rows, seq_q, seq_k, mask_ptr, 0, 0, IS_CAUSAL, HAS_MASK, False, BLOCK_N
-    )
-    return begin // KEYS, tl.maximum(tl.cdiv(end, KEYS) - begin // KEYS, 0)
-
-
-@triton.jit
-@no_type_check
-def is_dense(
-    count_ptr, tile, n_tiles, seq_q, seq_k, mask_ptr,
-    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Return whether a tile and its neighbour list so many blocks that `pairs.py` takes both.
-
-    Tiles 0 and 1 are a pair, and so on; `count_ptr` is where the length of the tile's list stands.
-    """
-    _begin, blocks = blocks_of(
-        tile // 2 * (2 * BLOCK_M), 2 * BLOCK_M, seq_q, seq_k, mask_ptr,
-        IS_CAUSAL, HAS_MASK, BLOCK_N, BLOCK_N,
-    )  # fmt: skip
-    both = tile // 2 * 2 + 1 < n_tiles
-    other = tl.load(count_ptr + 1 - tile % 2 * 2, mask=both, other=0)
-    return both & (4 * (tl.load(count_ptr) + other) >= 3 * 2 * blocks)
 
 
 def screen(problem: Problem, *, skip: bool = True) -> Candidates:
@@ -466,7 +439,6 @@ def screen(problem: Problem, *, skip: bool = True) -> Candidates:
             *sources, problem.mask, problem.alpha, top, peaks, first, *problem.added,
             *problem.sizes, problem.scale,
             **switches, TILE_M=tiles.screen_m, TILE_N=tiles.screen_n, INTERPRETED=interpreting,
-            HELD=tiles.held.screen and not interpreting,
             num_warps=tiles.screen_warps, num_stages=tiles.screen_stages,
             maxnreg=tiles.most.screen,
         )  # fmt: skip
@@ -476,6 +448,6 @@ def screen(problem: Problem, *, skip: bool = True) -> Candidates:
             *problem.added[2:5], *problem.sizes,
             **{name: switches[name] for name in _LIST_SWITCHES}, SKIP=skip,
             SATURATE=switches["HALF"] and not interpreting, TILE_M=tiles.screen_m,
-            CHUNK=_CHUNK, LISTED=_LISTED, num_warps=_WARPS,
+            CHUNK=_CHUNK, LISTED=_LISTED, num_warps=_WARPS, maxnreg=_REGISTERS,
         )  # fmt: skip
     return Candidates(top, bound, start, listed, count)

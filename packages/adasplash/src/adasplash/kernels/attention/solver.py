@@ -9,9 +9,9 @@ For another alpha `p = x ** (1 / (alpha - 1))`. The norm of x to that power is c
 and Newton's step on it a lower bound; it alone is taken, from the left.
 
 Half formats need no certificate of the last digit, as their weights are divided by their sum in the
-end: there `approach` does without A2, and takes the sums at two t of one pass. What matters is the
-row of a tile that is worst guessed: with one t it made nearly every tile go twice over its blocks.
-Newton's bound keeps it safe.
+end: there `approach` does without A2. What matters is the row of a tile that is worst guessed: with
+the sums at one t it makes nearly every tile go twice over its blocks, with those at two t of one
+pass hardly any. Newton's bound keeps it safe.
 
 Source: AdaSplash (arXiv 2502.12082), section 3.1; bounds, stopping rule and the powers are our own.
 """
@@ -32,8 +32,13 @@ TOLERANCE = {torch.float32: 2e-7, torch.float16: 1e-5, torch.bfloat16: 1e-4}
 # Half formats: how far the sum of the weights of a row may be from 1 before they are divided by it.
 # Of that a quarter stays in weights that are evenly spread; most rows are ten times as near.
 SLACK = {torch.float16: 4 * 2.0**-10, torch.bfloat16: 4 * 2.0**-7}
-# Half formats: how far from 1 the nearer sum may be where tau lies outside of the two t.
-NEAR = {torch.float16: 0.05, torch.bfloat16: 0.2}
+# Half formats: how far from 1 the nearer of two sums may be where tau lies outside of the two t.
+NEAR = {torch.float16: 0.05, torch.bfloat16: 0.4}
+
+
+def hand_over(dtype: torch.dtype) -> float:
+    """Return from how far away of 1 a step of `approach` from one t ends within `SLACK`, mostly."""
+    return float((5 * SLACK[dtype]) ** 0.5)
 
 
 @triton.jit
@@ -112,38 +117,46 @@ def further(t, top, passes):
 
 @triton.jit
 @no_type_check
-def approach(t, a0, a1, s, b0, b1, lower, upper, tolerance):
+def approach(t, a0, a1, s, b0, b1, keys, lower, upper, tolerance, near):
     """Return the next t of every row, what A1 will be there, the bounds of tau, and if that is it.
 
-    `a0` and `a1` are A0 and A1 at t, `b0` and `b1` those at s, further right. A power of A0 falls
-    nearly linearly. Where tau lies in between, a cubic in it through both points with their slopes
-    is taken, which is it where they are not 16 times `tolerance` apart; else the power law that
-    fits both, from the nearer one, which must be as near to 1 as `tolerance`.
+    `a0` and `a1` are A0 and A1 at t, `b0` and `b1` those at s, further right, or 0 where they were
+    not asked for. A power of A0 falls nearly linearly. Where tau lies in between, a cubic in it
+    through both points with their slopes is taken; else the power law that fits both, from the
+    nearer one, whose A0 must be as near to 1 as `near`.
+
+    From one point A0 falls as the power `a1^2 / (a1^2 - a0 a2 / 2)` of a distance. `keys`, how many
+    are visited, is more than a2: where nearly all of them have weight that tells the power,
+    elsewhere 3.5 fits, and 6 near the root; there A0 must be as near to 1 as `tolerance`.
     """
-    known, beyond = a1 > 0.0, b1 > 0.0
+    known, both = a1 > 0.0, b1 > 0.0
     a0, a1 = tl.where(known, a0, 1e-9), tl.where(known, a1, 1.0)
-    b0, b1 = tl.where(beyond, b0, 1e-9), tl.where(beyond, b1, 1.0)
+    b0, b1 = tl.where(both, b0, 1e-9), tl.where(both, b1, 1.0)
     lower = tl.where(known, tl.maximum(lower, t + 0.5 * (a0 - 1.0) / a1), lower)
-    lower = tl.where(beyond, tl.maximum(lower, s + 0.5 * (b0 - 1.0) / b1), lower)
-    upper = tl.where(b0 < 1.0, tl.minimum(upper, s), upper)
+    lower = tl.where(both, tl.maximum(lower, s + 0.5 * (b0 - 1.0) / b1), lower)
+    upper = tl.where(both & (b0 < 1.0), tl.minimum(upper, s), upper)
     upper = tl.where(a0 < 1.0, tl.minimum(upper, t), upper)
     upper = tl.maximum(upper, lower)
     width = tl.maximum(s - t, 1e-9)
+    alone = tl.where(tl.abs(a0 - 1.0) < 0.5, 1.0 / 6.0, 1.0 / 3.5)
+    alone = tl.maximum(alone, 1.0 - 0.5 * keys * a0 / (a1 * a1))
     inverse = 0.5 * (a0 / a1 - b0 / b1) / width  # A0 / A1 of a power law falls linearly
-    inverse = tl.where(beyond, tl.minimum(tl.maximum(inverse, 0.1), 0.5), 1.0 / 3.5)
+    inverse = tl.where(both, tl.minimum(tl.maximum(inverse, 0.1), 0.5), alone)
     right = b0 >= 1.0
-    near = tl.where(right, b0, a0)
-    outside = power_step(tl.where(right, s, t), near, 1.0, tl.where(right, b1, a1), inverse)
+    nearer = tl.where(right, b0, a0)
+    outside = power_step(tl.where(right, s, t), nearer, 1.0, tl.where(right, b1, a1), inverse)
     y, z = tl.exp2(0.2 * tl.log2(a0)), tl.exp2(0.2 * tl.log2(b0))
     step = tl.where(z < y, z - y, -1.0)
     c = (1.0 - y) / step
     first, last = -2.5 * step * a0 / (y * a1) - width, -2.5 * step * b0 / (z * b1) - width
     inside = t + c * width + c * (1.0 - c) * ((1.0 - c) * first - c * last)
-    between = beyond & (a0 >= 1.0) & (b0 < 1.0)
+    between = both & (a0 >= 1.0) & (b0 < 1.0)
     t_next = tl.where(between, inside, outside)
     t_next = tl.where(known, t_next, 0.5 * (lower + upper))
     t_next = tl.minimum(tl.maximum(t_next, lower), upper)
     slope = a1 + (b1 - a1) * (t_next - t) / width
     slope = tl.maximum(slope, 0.25 * tl.where(right, b1, a1))
-    done = between & (a0 - b0 <= 16.0 * tolerance) | known & (tl.abs(near - 1.0) <= tolerance)
+    slope = tl.where(both, slope, a1 * tl.exp2(-tl.log2(a0) * (1.0 - inverse)))
+    close = tl.abs(nearer - 1.0) <= tl.where(both, near, tolerance)
+    done = between & (a0 - b0 <= 400.0 * near * near) | known & close
     return t_next, slope, lower, upper, done

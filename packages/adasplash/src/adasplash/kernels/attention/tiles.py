@@ -43,18 +43,6 @@ class Registers(NamedTuple):
     threshold: int | None = None
     output: int | None = None
     queries: int | None = None
-    pairs: int | None = None
-
-
-class Held(NamedTuple):
-    """Which kernels hold what stays the same in registers; see `hold`."""
-
-    screen: bool = False
-    threshold: bool = False
-    output: bool = False
-    queries: bool = False
-    keys: bool = False
-    pairs: bool = False
 
 
 class Tiles(NamedTuple):
@@ -64,29 +52,26 @@ class Tiles(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    output_stages: int
     screen_m: int  # a tile of the screening pass, multiples of the block
     screen_n: int
     screen_warps: int
     screen_stages: int
-    back_stages: int
+    queries_stages: int
+    keys_stages: int
     most: Registers = Registers()
-    pair_warps: int = 0  # of pairs of dense tiles of queries; 0 for none
-    pair_stages: int = 2
-    pair_m: int = 128  # rows and keys at a time
-    pair_n: int = 64
-    held: Held = Held()
 
 
 # By the padded head size; float32 products need twice the room.
 _HALF = {
-    64: Tiles(64, 64, 4, 2, 128, 128, 4, 3, 2, Registers(168, 72, 128, 200), 4),
-    128: Tiles(64, 64, 4, 2, 128, 128, 8, 2, 2, pair_warps=8),
-    256: Tiles(64, 32, 8, 2, 64, 64, 4, 2, 2),
+    64: Tiles(64, 64, 4, 2, 2, 128, 128, 4, 3, 2, 3, Registers(168, 72, 128, 168)),
+    128: Tiles(64, 64, 4, 2, 3, 128, 128, 8, 2, 2, 2),
+    256: Tiles(64, 32, 8, 2, 2, 64, 64, 4, 2, 2, 2),
 }
 _FULL = {
-    64: Tiles(64, 32, 8, 2, 64, 32, 8, 2, 2),  # 8 warps: with 4 more registers spill
-    128: Tiles(32, 32, 8, 2, 32, 32, 8, 2, 2),
-    256: Tiles(32, 16, 8, 1, 32, 16, 8, 1, 1),
+    64: Tiles(64, 32, 8, 2, 2, 64, 32, 8, 2, 2, 2),  # 8 warps: with 4 more registers spill
+    128: Tiles(32, 32, 8, 2, 2, 32, 32, 8, 2, 2, 2),
+    256: Tiles(32, 16, 8, 1, 1, 32, 16, 8, 1, 1, 1),
 }
 
 
@@ -131,7 +116,10 @@ def n_slots(seq: int, block: int, n_seq: int) -> int:
 def marks_of(
     shape: tuple[int, ...], keys: int, tiles: Tiles, n_seq: int, max_k: int
 ) -> tuple[int, int]:
-    """Return the tiles of queries, and the blocks of keys of the longest sequence."""
+    """Return the tiles of queries, and the blocks of keys of the longest sequence.
+
+    What is kept is a bit for each of them, in rows of whole bytes.
+    """
     return n_slots(shape[2], tiles.block_m, n_seq), -(-(max_k or keys) // tiles.block_n)
 
 
@@ -168,13 +156,6 @@ class Problem(NamedTuple):
     def quick(self) -> bool:
         """Whether weights are divided by their sum, and tau need not be exact to the last digit."""
         return self.q.element_size() == 2 and bool(self.switches["HALF"])
-
-    @property
-    def paired(self) -> bool:
-        """Whether pairs of tiles of queries that see most of their keys are taken together."""
-        bare = self.terms.form == 0 and not self.terms.dropout
-        bare = bare and not self.switches["HAS_WINDOW"]
-        return self.quick and bare and self.tiles.pair_warps > 0 and self.grid[0] > 1
 
     @property
     def drop(self) -> tuple[torch.Tensor, int, float]:
@@ -303,19 +284,37 @@ def load_numbers(rows_ptr, line, BLOCK_M: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def list_marked(marked_ptr, stride, n_items, list_ptr, DESCENDING: tl.constexpr):
+def pack_marks(marks_ptr, packed_ptr, n_items):
+    """Write eight marks of a line, bytes that are 0 or 1, to the byte."""
+    CHUNK: tl.constexpr = 64
+    tl.debug_barrier()  # other threads have written them
+    bits = tl.arange(0, 8)[None, :]
+    for start in range(0, tl.cdiv(n_items, 8), CHUNK):
+        places = start + tl.arange(0, CHUNK)
+        item = places[:, None] * 8 + bits
+        marks = tl.load(marks_ptr + item, mask=item < n_items, other=0).to(tl.int32)
+        packed = tl.sum(marks << bits, 1).to(tl.uint8)
+        tl.store(packed_ptr + places, packed, mask=places * 8 < n_items)
+
+
+@triton.jit
+@no_type_check
+def list_marked(packed_ptr, stride, bit, n_items, list_ptr, DESCENDING: tl.constexpr):
     """Write the indices of the marked items of one line; return how many they are.
 
-    Every program lists the blocks that it visits by itself: nothing waits for the device or for
-    another launch.
+    Marks are packed along the line where `stride` is 0, else they are the `bit` of bytes that far
+    apart. Every program lists the blocks that it visits by itself: nothing waits for the device or
+    for another launch.
     """
     CHUNK: tl.constexpr = 128
     count = 0
     for start in range(0, n_items, CHUNK):
         order = start + tl.arange(0, CHUNK)
         item = n_items - 1 - order if DESCENDING else order
-        marked = tl.load(marked_ptr + item.to(tl.int64) * stride, mask=order < n_items, other=0)
-        marked = marked.to(tl.int32)
+        along = stride == 0
+        place = tl.where(along, item // 8, item.to(tl.int64) * stride)
+        byte = tl.load(packed_ptr + place, mask=order < n_items, other=0).to(tl.int32)
+        marked = (byte >> tl.where(along, item % 8, bit)) & 1
         tl.store(list_ptr + count + tl.cumsum(marked, 0) - marked, item, mask=marked != 0)
         count += tl.sum(marked, 0)
     tl.debug_barrier()  # other threads read the list
@@ -431,21 +430,6 @@ def saturated(a, b, c):
         "{ .reg .f32 m; neg.f32 m, $3; fma.rn.sat.f32 $0, $1, $2, m; }", "=f,f,f,f", [a, b, c],
         dtype=tl.float32, is_pure=True, pack=1,
     )  # fmt: skip
-
-
-@triton.jit
-@no_type_check
-def hold(x, D: tl.constexpr, HELD: tl.constexpr):
-    """Return `x`, in registers where HELD: a product with the identity leaves it there, exact.
-
-    Products of the tensor cores read both factors from shared memory, which has no more speed than
-    64 x 64 tiles of them need. A factor that stays the same is better kept in registers.
-    """
-    if HELD:
-        numbers = tl.arange(0, D)
-        return tl.dot(x, (numbers[:, None] == numbers[None, :]).to(x.dtype)).to(x.dtype)
-    else:
-        return x
 
 
 @triton.jit

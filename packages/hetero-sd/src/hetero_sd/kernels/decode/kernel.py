@@ -4,12 +4,11 @@
     rope_store     q cos + roll(q) sin;  the same for k, into the cache with v
     attend         softmax(q k^T / sqrt(dim)) v over entries up to each query's position
     swiglu         silu(gate) * up
-    few_linear     x weight^T for 1 to 16 rows of x
 
 Tensors are contiguous; a cache is (rows, kv_heads, capacity, dim) with strides of its own. Sums are
 in float32. Types float32, float16, bfloat16; attention in two passes, the first over stretches of
-the cache. Positions beyond the capacity are undefined. Source: own; the stretches follow Dao et
-al., Flash-Decoding, 2023.
+the cache. Positions beyond the capacity are undefined. For products see `products`. Source: own;
+the stretches follow Dao et al., Flash-Decoding, 2023.
 """
 
 from __future__ import annotations
@@ -208,64 +207,6 @@ def _swiglu_kernel(gate_ptr, up_ptr, out_ptr, size, BLOCK: tl.constexpr):
     tl.store(out_ptr + places, silu * up, mask=inside)
 
 
-@triton.jit
-@no_type_check
-def _few_linear_kernel(
-    x_ptr,
-    weight_ptr,
-    out_ptr,
-    rows,
-    outputs,
-    inputs,
-    BLOCK_T: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    """Compute a few outputs of all rows."""
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    i = tl.arange(0, BLOCK_I)
-    real = o < outputs
-    line = weight_ptr + o.to(tl.int64)[:, None] * inputs + i[None, :]
-    if BLOCK_T == 1:
-        products = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
-        for start in range(0, inputs, BLOCK_I):
-            inside = start + i < inputs
-            w = tl.load(line + start, mask=real[:, None] & inside[None, :], other=0.0)
-            x = tl.load(x_ptr + start + i, mask=inside, other=0.0)
-            products += w.to(tl.float32) * x.to(tl.float32)[None, :]
-        tl.store(out_ptr + o, tl.sum(products, axis=1), mask=real)
-    elif BLOCK_T == 2:
-        products = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
-        others = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
-        for start in range(0, inputs, BLOCK_I):
-            inside = start + i < inputs
-            w = tl.load(line + start, mask=real[:, None] & inside[None, :], other=0.0)
-            w = w.to(tl.float32)
-            x = tl.load(x_ptr + start + i, mask=inside, other=0.0)
-            y = tl.load(x_ptr + inputs + start + i, mask=inside, other=0.0)
-            products += w * x.to(tl.float32)[None, :]
-            others += w * y.to(tl.float32)[None, :]
-        tl.store(out_ptr + o, tl.sum(products, axis=1), mask=real)
-        tl.store(out_ptr + outputs + o, tl.sum(others, axis=1), mask=real)
-    else:
-        t = tl.arange(0, BLOCK_T)
-        total = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
-        for start in range(0, inputs, BLOCK_I):
-            inside = start + i < inputs
-            w = tl.load(line + start, mask=real[:, None] & inside[None, :], other=0.0)
-            x = tl.load(
-                x_ptr + t[None, :] * inputs + start + i[:, None],
-                mask=inside[:, None] & (t < rows)[None, :],
-                other=0.0,
-            )  # [BLOCK_I, BLOCK_T]
-            total = tl.dot(w, x, total, input_precision="ieee")
-        tl.store(
-            out_ptr + t[None, :] * outputs + o[:, None],
-            total,
-            mask=real[:, None] & (t < rows)[None, :],
-        )
-
-
 def launch_add_rms_norm(
     x: Tensor, y: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -380,34 +321,4 @@ def launch_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """See `reference.swiglu`."""
     out = torch.empty_like(gate)
     _swiglu_kernel[(triton.cdiv(gate.numel(), 1024),)](gate, up, out, gate.numel(), BLOCK=1024)
-    return out
-
-
-# Outputs and inputs a program takes at a time, warps and stages, by rows: one, two, or more.
-FEW_LINEAR_CONFIGS = {
-    1: [(4, 1024, 4, 3), (8, 512, 4, 3), (2, 2048, 4, 3), (16, 256, 4, 3)],
-    2: [(4, 1024, 4, 3), (8, 512, 4, 3), (4, 512, 4, 3), (8, 256, 4, 3)],
-    16: [(16, 256, 4, 3), (32, 128, 4, 3), (16, 512, 8, 3), (64, 128, 4, 3)],
-}
-
-
-def launch_few_linear(x: Tensor, weight: Tensor, config: tuple[int, int, int, int]) -> Tensor:
-    """Return `x @ weight.T` for 1 to 16 rows, by one of `FEW_LINEAR_CONFIGS`."""
-    rows, inputs = x.shape
-    outputs = len(weight)
-    block_o, block_i, warps, stages = config
-    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    _few_linear_kernel[(triton.cdiv(outputs, block_o),)](
-        x,
-        weight,
-        out,
-        rows,
-        outputs,
-        inputs,
-        BLOCK_T=rows if rows <= 2 else 16,
-        BLOCK_O=block_o,
-        BLOCK_I=block_i,
-        num_warps=warps,
-        num_stages=stages,
-    )
     return out

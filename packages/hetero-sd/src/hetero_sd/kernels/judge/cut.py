@@ -290,7 +290,7 @@ def launch_cut(
     peaks, found = number(lines, slices), number(max(total, 1), lines, kind=whole)
     part, above = number(max(total, 1), lines, slices, 32), number(max(total, 1), lines, 2)
     value, first = number(lines), number(lines, kind=whole)
-    given = logits, logits if among is None else among, part, peaks, found, above
+    given = logits, found if among is None else among, part, peaks, found, above
 
     def bound(stage: int) -> float:
         return float(min(warp.top_k, size) if stage < counted else max(warp.top_p, 1e-30))

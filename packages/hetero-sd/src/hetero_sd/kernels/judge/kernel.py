@@ -23,6 +23,7 @@ from .noise import DRAFT
 from .reference import Cut
 
 BLOCK = 1024  # Numbers of a line at a time.
+_ALONE = 8192  # Columns that one program picks among.
 
 
 def slices_of(size: int) -> int:
@@ -55,16 +56,17 @@ def _log_exponential(state_ptr, index, stream, row):
 def _combined(logits_ptr, among_ptr, column, inside, MULTIPLE: tl.constexpr):
     """Return logits of columns: of their one id, or of the sum of their ids' probabilities."""
     if MULTIPLE == 0:
-        return tl.load(logits_ptr + column, mask=inside, other=float("-inf")).to(tl.float32)
-    first = tl.load(among_ptr + column * MULTIPLE, mask=inside, other=0)
-    z = tl.load(logits_ptr + first, mask=inside, other=float("-inf")).to(tl.float32)
-    for place in tl.static_range(1, MULTIPLE):
-        other = tl.load(among_ptr + column * MULTIPLE + place, mask=inside, other=-1)
-        y = tl.load(logits_ptr + other, mask=inside & (other >= 0), other=float("-inf"))
-        y = y.to(tl.float32)
-        top = tl.maximum(z, y)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        z = tl.where(y == float("-inf"), z, top + tl.log(tl.exp(z - top) + tl.exp(y - top)))
+        z = tl.load(logits_ptr + column, mask=inside, other=float("-inf")).to(tl.float32)
+    else:
+        first = tl.load(among_ptr + column * MULTIPLE, mask=inside, other=0)
+        z = tl.load(logits_ptr + first, mask=inside, other=float("-inf")).to(tl.float32)
+        for place in tl.static_range(1, MULTIPLE):
+            other = tl.load(among_ptr + column * MULTIPLE + place, mask=inside, other=-1)
+            y = tl.load(logits_ptr + other, mask=inside & (other >= 0), other=float("-inf"))
+            y = y.to(tl.float32)
+            top = tl.maximum(z, y)
+            top = tl.where(top == float("-inf"), 0.0, top)
+            z = tl.where(y == float("-inf"), z, top + tl.log(tl.exp(z - top) + tl.exp(y - top)))
     return z
 
 
@@ -106,8 +108,14 @@ def _pick_kernel(
     place_ptr,
     value_ptr,
     first_ptr,
+    forth_ptr,
+    columns_ptr,
+    norms_ptr,
+    next_ptr,
     stride,
     scores_stride,
+    columns_stride,
+    norms_stride,
     columns,
     temperature,
     stream,
@@ -117,7 +125,7 @@ def _pick_kernel(
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Find the best column of one slice, and its sum of exponentials."""
+    """Find the best column of one slice, and its sum of exponentials; of few columns, all."""
     row, piece = tl.program_id(0), tl.program_id(1)
     length = tl.cdiv(tl.cdiv(columns, SLICES), BLOCK) * BLOCK
     lane = tl.arange(0, BLOCK)
@@ -139,14 +147,22 @@ def _pick_kernel(
             peak = higher
             z = z - _log_exponential(state_ptr, column, stream, row)
         best, where = _better(z, column, best, where)
-    part = part_ptr + (row * SLICES + piece) * 3
-    tl.store(part, tl.max(best, axis=0))
-    tl.store(place_ptr + row * SLICES + piece, _first_of(best, where))
-    if DRAWS:
-        top = tl.max(peak, axis=0)
-        known = tl.where(top == float("-inf"), 0.0, top)
-        tl.store(part + 1, top)
-        tl.store(part + 2, tl.sum(mass * tl.exp(peak - known), axis=0))
+    column = _first_of(best, where)
+    top = tl.max(peak, axis=0)
+    known = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(mass * tl.exp(peak - known), axis=0)
+    if SLICES == 1:
+        tl.store(columns_ptr + row * columns_stride, column.to(tl.int64))
+        tl.store(next_ptr + row, tl.load(forth_ptr + column))
+        if DRAWS:
+            tl.store(norms_ptr + row * norms_stride, top + tl.log(total))
+    else:
+        part = part_ptr + (row * SLICES + piece) * 3
+        tl.store(part, tl.max(best, axis=0))
+        tl.store(place_ptr + row * SLICES + piece, column)
+        if DRAWS:
+            tl.store(part + 1, top)
+            tl.store(part + 2, total)
 
 
 @triton.jit
@@ -188,7 +204,7 @@ def launch_pick(
 ) -> None:
     """See `reference.pick`."""
     rows, size = len(logits), len(forth)
-    slices = slices_of(size)
+    slices = 1 if size <= _ALONE else slices_of(size)
     part = torch.empty(rows, slices, 3, dtype=torch.float32, device=logits.device)
     place = torch.empty(rows, slices, dtype=torch.int32, device=logits.device)
     scores, norms, state, temperature, step = draws or (part, part, part, 1.0, 0)
@@ -200,8 +216,14 @@ def launch_pick(
         part,
         place,
         *(left or (part, place)),
+        forth,
+        columns,
+        norms,
+        following,
         logits.stride(0),
         scores.stride(0),
+        columns.stride(0),
+        norms.stride(0),
         size,
         float(temperature),
         DRAFT + step,
@@ -209,9 +231,11 @@ def launch_pick(
         DRAWS=draws is not None,
         CUT=left is not None,
         SLICES=slices,
-        BLOCK=BLOCK,
-        num_warps=4,
+        BLOCK=BLOCK if slices > 1 else 2 * BLOCK,
+        num_warps=4 if slices > 1 else 8,
     )
+    if slices == 1:
+        return
     _picked_kernel[(rows,)](
         part,
         place,
