@@ -116,12 +116,19 @@ def worst_error(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, found: list, caus
 def blocks_of(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """Return where 64x64 blocks hold any weight, bool `[batch, heads, rows, blocks]`."""
     if q.is_cuda:  # as the kernels recorded it: their tiles are 64x64 up to a head size of 128
-        op = torch.ops.adasplash.attention_forward
-        return op(q, k, v, None, None, q.shape[-1] ** -0.5, causal, -1, -1)[2].bool()
+        return recorded_blocks(q, k, v, causal)
     weights = torch.nn.functional.pad(
         oracle_weights(q, k, causal), (0, -k.shape[2] % 64, 0, -q.shape[2] % 64)
     )
     return (weights.unflatten(-1, (-1, 64)).unflatten(-3, (-1, 64)) > 0).any(-1).any(-2)
+
+
+def recorded_blocks(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Return the blocks for which the kernels keep a bit: eight in a byte, the lowest first."""
+    op = torch.ops.adasplash.attention_forward
+    packed = op(q, k, v, None, None, q.shape[-1] ** -0.5, causal, -1, -1)[2]
+    bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten(-2)[..., : -(-k.shape[2] // 64)].bool()
 
 
 def share(active: Tensor, causal: bool, merged: int = 1) -> float:

@@ -19,11 +19,8 @@ LENGTH, DIM = 128, 16  # a power of two, as it demands, and the smallest head si
 ATTENTION = {
     "v2": ("adasplash_v2", {"niter": 10}),
     "v2 varlen": ("adasplash_v2", {"niter": 10, "varlen": [128, 70]}),
-    "default": ("adasplash", {}),
     "v1": ("adasplash_v1", {}),
-    "v1 causal": ("adasplash_v1", {"is_causal": True}),
     "v1 alpha 1.25": ("adasplash_v1", {"alpha": 1.25, "niter": 20}),
-    "no mask": ("adasplash_no_block_mask", {}),
 }
 DENSE = {
     "entmax15": ("triton_entmax15", {"n_iter": 10}),

@@ -54,15 +54,15 @@ def table(head: str, rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def densities(asked: float) -> str:
+def densities(asked: float, file: str = "attention_h200.json") -> str:
     """Return our speed beside cuDNN's by length at one of the densities that were asked for."""
     rows = []
     for length in (2**i for i in range(10, 18)):
         cells, some = [f"{length:,}"], False
         for dim in (64, 128):
             shape = {"length": length, "dim_head": dim, "causal": True}
-            soft = cases("attention_h200.json", **shape)
-            ours = cases("attention_h200.json", **shape, asked=asked)
+            soft = cases(file, **shape)
+            ours = cases(file, **shape, asked=asked)
             ours = [c for c in ours if c["provider"] == "adasplash"]
             if asked < 1 and not ours:  # these inputs allow no lower density than another's
                 ours = [] if asked > 0.05 else lowest(soft)
@@ -87,12 +87,15 @@ def lowest(found: list[Case]) -> list[Case]:
 
 def options() -> str:
     """Return the times of options beside softmax attention with the same option."""
-    names = list(dict.fromkeys(c["parameters"]["option"] for c in cases("options_h200.json")))
+    names = list(
+        dict.fromkeys(c["parameters"]["option"] for c in cases("options_before_h200.json"))
+    )
     rows = []
     for name in names:
         cells = [NAMES.get(name, name)]
         for dim in (64, 128):
             found = cases("options_h200.json", option=name, dim=dim)
+            found = found or cases("options_before_h200.json", option=name, dim=dim)
             peers = {c["provider"] for c in found} - {"adasplash", "FlexAttention"}
             best = [min((pick(found, p, metric) for p in peers), default=float("nan"))
                     for metric in METRICS]  # fmt: skip
@@ -186,12 +189,10 @@ def errors() -> str:
                  "output or one gradient | cases", rows)  # fmt: skip
 
 
-def ratio_of(length: int, asked: float, causal: bool, metric: str) -> float:
-    """Return how many times as fast as cuDNN's our attention is at head size 64."""
-    shape = {"length": length, "dim_head": 64, "causal": causal}
-    found = cases("attention_h200.json", **shape)
-    ours = cases("attention_h200.json", **shape, asked=asked)
-    return pick(found, "SDPA cuDNN", metric) / pick(ours, "adasplash", metric)
+def beside_cudnn(metric: str, **case: object) -> float:
+    """Return how many times as fast as cuDNN's our attention is, with the last kernels."""
+    found = cases("kernels_h200.json", what="plain", **case)
+    return pick(found, "SDPA cuDNN", metric) / pick(found, "adasplash", metric)
 
 
 def of_theirs(file: str, causal: bool, metric: str) -> float:
@@ -201,32 +202,46 @@ def of_theirs(file: str, causal: bool, metric: str) -> float:
     return pick(theirs, THEIRS, metric) / pick(cases(file, **how), "adasplash", metric)
 
 
+# Density, and inputs that have it, at 8,192 and 32,768 tokens; None where there are none.
+_LOW, _TENTH, _ALL = (1.127, 1.0), (0.747, None), (0.0, 0.0)
+
+
 def goals() -> str:
     """Return what was asked for and what was measured, at head size 64."""
     rows = []
     for causal in (True, False):
-        end = "" if causal else ", not causal"
-        for metric, least in zip(METRICS, (1.5, 3.0), strict=True):
-            for asked in (0.05, 0.1):
-                found = [ratio_of(n, asked, causal, metric) for n in (8192, 32768)]
-                rows.append([f"{metric}{end}, density {asked:g}, of cuDNN", f"{least} x or more",
-                             *map(times, found)])  # fmt: skip
-            peer, least = ("0.2.2", (5.0, 3.0)[metric == METRICS[1]]) if causal else ("v1", 20.0)
-            found = [of_theirs(file, causal, metric)
-                     for file in ("upstream_h200.json", "upstream_32k_h200.json")]  # fmt: skip
-            rows.append([f"{metric}{end}, low density, of {peer}", f"{least:g} x or more",
-                         *map(times, found)])  # fmt: skip
-        for metric, most in zip(METRICS, (2.0, 1.7), strict=True):
-            found = [1 / ratio_of(n, 1.0, causal, metric) for n in (8192, 32768)]
-            rows.append([f"{metric}{end}, density 1, time over cuDNN's", f"{most} x or less",
-                         *map(times, found)])  # fmt: skip
-    return table("<goal | asked | 8,192 tokens | 32,768 tokens", rows)
+        for place, metric in enumerate(METRICS):
+            for what, gains, asked, invert in (
+                ("", _LOW if causal else (1.0, None), (1.5, 3.0), False),
+                ("", _TENTH if causal else (None, None), (1.5, 3.0), False),
+                (", time over cuDNN's", _ALL if causal else (0.0, None), (2.0, 1.7), True),
+            ):
+                cells = []
+                for length, gain in zip((8192, 32768), gains, strict=True):
+                    case = {"length": length, "dim_head": 64, "causal": causal, "gain": gain}
+                    found = cases("kernels_h200.json", what="plain", **case)
+                    if gain is None or not found:
+                        cells.append("")
+                        continue
+                    ratio = beside_cudnn(metric, **case)
+                    density = found[0]["parameters"]["density"]
+                    cells.append(f"{times(1 / ratio if invert else ratio)} at {density:.3f}")
+                if any(cells):
+                    least = f"{asked[place]} x or {'less' if invert else 'more'}"
+                    label = f"{metric}{'' if causal else ', not causal'}{what or ', of cuDNN'}"
+                    rows.append([label, least, *cells])
+            peer, least = ("0.2.2", (5, 3)[place]) if causal else ("its first version", 20)
+            files = "upstream_h200.json", "upstream_32k_h200.json"
+            label = f"{metric}{'' if causal else ', not causal'}, of {peer}"
+            ratios = [times(of_theirs(file, causal, metric)) for file in files]
+            rows.append([label, f"{least} x or more", *ratios])
+    return table("<goal | asked | 8,192 tokens, at density | 32,768 tokens, at density", rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "low density": lambda: densities(0.05),
     "density 0.1": lambda: densities(0.1),
-    "density 1": lambda: densities(1.0),
+    "density 1": lambda: densities(1.0, "attention_last_h200.json"),
     "goals": goals, "errors": errors, "options": options, "upstream": upstream, "dense": dense,
     "decode": decode,
 }  # fmt: skip

@@ -205,3 +205,43 @@ def test_trials_lose_a_few_rounds_at_once_whatever_went_before():
     bandit.begin()
     world.now = world.tokens = 0.0
     assert world.play(bandit, 100) > 0.95
+
+
+def test_a_batch_is_judged_by_its_slowest_row():
+    """Drafts that please most rows and hold up the last one lose against plain decoding."""
+
+    class Batch(World):
+        rows = 8
+
+        def run(self, bandit, texts, length=48):
+            bandit.begin()
+            for _ in range(texts):
+                bandit.begin()
+                chances = [min(max(self.draw.gauss(0.5, 0.2), 0), 0.95) for _ in range(self.rows)]
+                written = [0] * self.rows
+                while any(n < length for n in written):
+                    self.rounds(bandit, bandit.choose(), chances, written, length)
+            return self.tokens / self.now
+
+        def rounds(self, bandit, arm, chances, written, length):
+            alive = [row for row, n in enumerate(written) if n < length]
+            before, judged, accepted = min(written[row] for row in alive), 0, 0
+            for row in alive:
+                taken = 0
+                while taken < arm.lookahead and self.draw.random() < chances[row]:
+                    taken += 1
+                judged += min(taken + 1, arm.lookahead)
+                accepted += taken
+                written[row] = min(written[row] + taken + 1, length)
+            least = min((written[row] for row in alive if written[row] < length), default=length)
+            seconds = 1.5 + 0.02 * arm.lookahead if arm != PLAIN else 1.0
+            proposed = arm.lookahead * len(alive)
+            tokens = max(least - before, 1)
+            bandit.learn(arm, Outcome(len(alive), tokens, proposed, judged, accepted, seconds))
+            self.now += seconds
+            self.tokens += tokens
+
+    world = Batch(0.0, {})
+    bandit = Bandit(["slem"], dear=False)
+    assert world.run(bandit, 30) > 0.97
+    assert set(bandit.history) != {PLAIN}, "it must have tried"

@@ -39,10 +39,14 @@ for form, block_size in (
     for indexed in (False, True) if form == "float" else (True,):
         sizes = {"INDEXED": indexed, "FORMAT": form, "BLOCK_N": 4, "BLOCK_D": 512}
         build(kernel._combine_kernel.fn, form, sizes, 4)
+    warps = norm._warps(block, form)
+    sizes = {"DIM": 1024, "BLOCK_SIZE": block_size, "FORMAT": form, "BLOCK_D": block}
+    if form not in ("float", "nf4"):
+        build(norm._codes_norm_kernel, form, sizes | {"BLOCK_N": 4}, warps)
+        continue
     for experts in (4, 40) if form == "float" else (4,):
-        sizes = {"DIM": 1024, "BLOCK_SIZE": block_size, "EXPERTS": experts, "FORMAT": form,
-                 "STRIDE_VN": 1024, "STRIDE_SN": 1, "AHEAD": min(experts, 16), "BLOCK_D": block}
-        build(norm._norm_kernel, form, sizes, norm._warps(block, form))
+        sizes |= {"EXPERTS": experts, "STRIDE_VN": 1024, "STRIDE_SN": 1, "AHEAD": min(experts, 16)}
+        build(norm._norm_kernel, form, sizes, warps)
 WORDS = dict.fromkeys(("table_ptr", "slots_ptr", "landing_ptr", "landed_ptr", "out_ptr",
                        "told_ptr", "known_ptr"), "*i64")
 TYPES |= {**WORDS, "ready_ptr": "*i32", "turn_ptr": "*i32"}

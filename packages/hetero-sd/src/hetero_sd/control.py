@@ -45,7 +45,7 @@ class Outcome:
 
     Attributes:
         rows: Rows of the batch.
-        tokens: New tokens, of all rows.
+        tokens: New tokens of the row that is furthest behind: a batch ends when its last row does.
         proposed: Proposals.
         judged: Proposals that were accepted, or were the first of their draft to be refused.
         accepted: Proposals that were accepted.
@@ -184,6 +184,7 @@ class Bandit:
         self._costs: dict[Arm, _Cost] = {}
         self._rounds = 0
         self._lost = 0.0  # Seconds lost to trials against plain decoding; negative when gained.
+        self._gained = 0.0  # Seconds gained by drafts, all texts together.
         self._long = {method: _Record() for method in methods}
         self._ready: set[Arm] = set()
         self._unseen = 0.0  # Seconds since this was looked at.
@@ -195,7 +196,7 @@ class Bandit:
         """Take note that a new text begins, which may be of another kind."""
         for record in self._records.values():
             record.fade(_ANEW)
-        if self._lost > 0 and PLAIN in self._costs and self._pays_off():
+        if self._lost > 0 and self._gained > 0:
             self._lost = 0.0  # One bad text says little about the next.
 
     def choose(self) -> Arm:
@@ -308,7 +309,8 @@ class Bandit:
             plain = self._costs[PLAIN].seconds
             readied = min(outcome.readied, _ALLOWANCE * plain)
             # By what both usually take: a busy machine's noise is no arm's fault.
-            lost = self._costs[arm].seconds + readied - plain * outcome.tokens / outcome.rows
+            lost = self._costs[arm].seconds + readied - plain * outcome.tokens
+            self._gained = _LONG * self._gained - lost
             # What was gained long ago is little credit for new trials.
             self._lost = max(self._lost + lost, -_ALLOWANCE * plain)
 
@@ -326,11 +328,6 @@ class Bandit:
             for record in self._long.values():
                 own = own.plus(record)
         return own.tokens(arm.lookahead) / self._seconds(arm)
-
-    def _pays_off(self) -> bool:
-        """Return whether drafts have paid so far, all texts together."""
-        drafting = [arm for arm in self._costs if arm != PLAIN]
-        return any(self._long_rate(arm) > self._rate(PLAIN) for arm in drafting)
 
     def _miss(self, seconds: float) -> None:
         """Take note of what the arms that are not ready would have saved in so much time."""

@@ -173,6 +173,7 @@ class _Course:
         setup: Time spent before it on what is done once, in seconds.
         seconds: Time that it has taken the host so far.
         readied: Of this, what getting ready took.
+        written: The rows that are in it, each with its new tokens before it.
     """
 
     arm: Arm
@@ -182,6 +183,12 @@ class _Course:
     setup: float
     seconds: float
     readied: float
+    written: list[tuple[Row, int]]
+
+    def advance(self) -> int:
+        """Return how far the row came that is behind all others; those that ended count last."""
+        rows = [(row, n) for row, n in self.written if not row.ended] or self.written
+        return max(min(len(row.new) for row, _ in rows) - min(n for _, n in rows), 1)
 
 
 class Rounds:
@@ -268,8 +275,10 @@ class Rounds:
         # A plain round may begin before the last one's result is known: chosen ahead, then.
         ahead = policy.choose() if arm == PLAIN and self._chainable() else None
         counts = self._counts()
+        written = [(row, len(row.new)) for row in self.rows]
         finish = self._begin(arm, ahead == PLAIN)
-        return _Course(arm, finish, ahead, counts, setup, clock() - begun, readied)
+        spent = clock() - begun
+        return _Course(arm, finish, ahead, counts, setup, spent, readied, written)
 
     def _end(self, course: _Course) -> tuple[list[tuple[Row, list[int]]], float, Outcome]:
         """Finish a round; return its tokens, the seconds that setting up took, what it brought."""
@@ -291,6 +300,8 @@ class Rounds:
         seconds = course.seconds + self._request.clock() - begun - setup
         stats.seconds["total"] += seconds
         brought = [now - then for now, then in zip(self._counts(), course.counts, strict=True)]
+        # A batch ends with its last row: what counts is how far the one behind all others came.
+        brought[1] = course.advance()
         outcome = Outcome(*brought, seconds - course.readied, course.readied)  # type: ignore
         return result, setup, outcome
 

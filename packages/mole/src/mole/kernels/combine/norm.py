@@ -1,4 +1,4 @@
-"""Triton kernel that ends a decoding layer and starts the next, in one launch.
+"""Triton kernels that end a decoding layer and start the next, in one launch.
 
     hidden[t, :] = residual[t, :] + update[t, :] + sum_j softmax(logits[t, :])_j v_j
     normed[t, :] = hidden[t, :] weight / sqrt(mean(hidden[t, :]^2) + eps)
@@ -7,8 +7,8 @@ The vectors v_j and their layout are those of the combine kernel. One program co
 of a token; sizes are constants. Sums accumulate in float32, and `hidden` is not rounded before its
 norm is taken.
 
-Everything is asked for before anything is used. Left to itself, the compiler saves registers and
-waits for memory several times; volatile loads stay in their order.
+For plain values and NF4 everything is asked for before anything is used. Left to itself, the
+compiler saves registers and waits for memory several times; volatile loads stay in their order.
 Source: Jie et al. 2025 (arXiv 2503.15798), equation 6; the fusion is own.
 """
 
@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .kernel import _form
+from .kernel import _form, _vectors
 
 _AHEAD = 16  # vectors that are in registers at a time
 
@@ -48,47 +48,19 @@ def _ask(
             _scales(scales, d, mask, DIM // 2, DIM // 2, BLOCK_SIZE),
             tl.load(row + d, mask=mask, other=0, volatile=True),
         )
-    elif FORMAT == "nf3":
-        asked = (
-            _scales(scales, d, mask, 0, DIM, BLOCK_SIZE),
-            tl.load(row + d % (DIM // 4), mask=mask, other=0, volatile=True),
-            tl.load(row + DIM // 4 + d % (DIM // 8), mask=mask, other=0, volatile=True),
-        )
-    elif FORMAT == "float":
-        asked = (tl.load(row + d, mask=mask, other=0.0, volatile=True),)
     else:
-        asked = (
-            _scales(scales, d, mask, 0, DIM, BLOCK_SIZE),
-            tl.load(row + d, mask=mask, other=0, volatile=True),
-        )
+        asked = (tl.load(row + d, mask=mask, other=0.0, volatile=True),)
     return asked
 
 
 @triton.jit
 @no_type_check
-def _decode(
-    stored, d, codebook_ptr, keep, DIM: tl.constexpr, FORMAT: tl.constexpr
-):  # two of the shape of `d`
+def _decode(stored, codebook_ptr, keep, FORMAT: tl.constexpr):  # two of [BLOCK_D]
     """Values of the channels that `_ask` asked for; twice the same but for NF4."""
     if FORMAT == "nf4":
         pairs = stored[2].to(tl.int32)
         low = tl.load(codebook_ptr + (pairs & keep)) * stored[0].to(tl.float32)
         high = tl.load(codebook_ptr + (pairs >> 4 & keep)) * stored[1].to(tl.float32)
-    elif FORMAT == "nf3":
-        lows = (stored[1].to(tl.int32) >> (2 * (d // (DIM // 4)))) & 3
-        highs = (stored[2].to(tl.int32) >> (d // (DIM // 8))) & 1
-        low = tl.load(codebook_ptr + 16 + ((lows | highs << 2) & keep)) * stored[0].to(tl.float32)
-        high = low
-    elif FORMAT == "fp8":
-        # The bits of e4m3, seven places up, are those of a float16 that is 256 times too small.
-        bits = stored[1].to(tl.int16)
-        bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-        wide = bits.to(tl.float16, bitcast=True).to(tl.float32)
-        low = wide * 256.0 * stored[0].to(tl.float32)
-        high = low
-    elif FORMAT == "int8":
-        low = stored[0].to(tl.float32) * stored[1].to(tl.float32)
-        high = low
     else:
         low = stored[0].to(tl.float32)
         high = low
@@ -175,7 +147,7 @@ def _norm_kernel(
             if first + j < EXPERTS:
                 numerator = tl.exp(logits[first + j] - top)
                 norm += numerator
-                low, high = _decode(vectors[j], d, codebook_ptr, keep, DIM, FORMAT)
+                low, high = _decode(vectors[j], codebook_ptr, keep, FORMAT)
                 total += numerator * low
                 if HALVES:
                     total2 += numerator * high
@@ -195,6 +167,79 @@ def _norm_kernel(
         tl.store(out_row + SIZE, out2.to(kind), mask=mask)
         normed2 = out2 * rms * weight2.to(tl.float32)
         tl.store(normed_row + SIZE, normed2.to(kind), mask=mask)
+
+
+@triton.jit
+@no_type_check
+def _weights(logits_row, experts, BLOCK_N: tl.constexpr):
+    """Largest logit, and one over the sum of the softmax's numerators, as scalars of the program.
+
+    Every thread has them without asking others, and so has each expert's weight.
+    """
+    top = tl.load(logits_row).to(tl.float32)
+    for j in tl.static_range(1, BLOCK_N):
+        logit = tl.load(logits_row + j, mask=j < experts, other=float("-inf"))
+        top = tl.maximum(top, logit.to(tl.float32))
+    total = 0.0
+    for j in tl.static_range(BLOCK_N):
+        logit = tl.load(logits_row + j, mask=j < experts, other=float("-inf"))
+        total += tl.exp(logit.to(tl.float32) - top)
+    return top, 1.0 / total
+
+
+@triton.jit
+@no_type_check
+def _codes_norm_kernel(
+    logits_ptr,
+    values_ptr,
+    scales_ptr,
+    residual_ptr,
+    update_ptr,
+    weight_ptr,
+    codebook_ptr,
+    out_ptr,
+    normed_ptr,
+    stride_lt,
+    stride_vt,
+    stride_vn,
+    stride_st,
+    stride_sn,
+    stride_rt,
+    stride_ut,
+    experts,
+    eps,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program computes all channels of one token from int8, float8 or NF3 codes.
+
+    Their scales are vectors: asked for by volatile loads, which pass the L1 cache, they cost more
+    than they save.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    logits_row = logits_ptr + token * stride_lt
+    row, scale_row = values_ptr + token * stride_vt, scales_ptr + token * stride_st
+    top, inverse = _weights(logits_row, experts, BLOCK_N)
+    norm_weight = tl.load(weight_ptr + d, mask=d < DIM, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + token * stride_rt + d, mask=d < DIM, other=0.0)
+    update = tl.load(update_ptr + token * stride_ut + d, mask=d < DIM, other=0.0)
+    total = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for j in tl.static_range(BLOCK_N):
+        logit = tl.load(logits_row + j, mask=j < experts, other=float("-inf"))
+        weight = tl.exp(logit.to(tl.float32) - top)
+        mask = (d < DIM) & (j < experts)
+        vector, scales = row + j * stride_vn, scale_row + j * stride_sn
+        total += weight * _vectors(vector, scales, d, mask, DIM, BLOCK_SIZE, codebook_ptr, FORMAT)
+    out = residual.to(tl.float32) + update.to(tl.float32) + inverse * total
+    rms = tl.rsqrt(tl.sum(out * out, axis=0) / DIM + eps)
+    kind = out_ptr.dtype.element_ty
+    tl.store(out_ptr + token * DIM + d, out.to(kind), mask=d < DIM)
+    normed = out * rms * norm_weight
+    tl.store(normed_ptr + token * DIM + d, normed.to(kind), mask=d < DIM)
 
 
 def _warps(block_d: int, form: str) -> int:
@@ -225,6 +270,34 @@ def _launch_norm(
     values, form, block_size = _form(values, scales, dim)
     scales = logits if scales is None else scales  # not read
     block_d = triton.next_power_of_2(dim // 2 if form == "nf4" else dim)
+    if form not in ("float", "nf4"):
+        _codes_norm_kernel[(tokens,)](
+            logits,
+            values,
+            scales,
+            residual,
+            update,
+            weight,
+            codebook,
+            out,
+            normed,
+            logits.stride(0),
+            values.stride(0),
+            values.stride(1),
+            scales.stride(0),
+            scales.stride(1),
+            residual.stride(0),
+            update.stride(0),
+            experts,
+            eps,
+            DIM=dim,
+            BLOCK_SIZE=block_size,
+            FORMAT=form,
+            BLOCK_N=triton.next_power_of_2(experts),
+            BLOCK_D=block_d,
+            num_warps=_warps(block_d, form),
+        )
+        return out, normed
     _norm_kernel[(tokens,)](
         logits,
         values,
