@@ -59,7 +59,7 @@ def test_what_is_missing_is_compiled_together_and_launched_in_order(monkeypatch)
     known, kernel, other = _Kernel(), _Kernel(), _Kernel()
     constants = {"DEEP": True, "WIDTH": 8}
     module.launch(known, 2, (), 0, 0, **constants)
-    with module.side_by_side():
+    with module.SideBySide():
         module.launch(known, 3, (), 1, 2, **constants)  # nothing to wait for yet
         assert len(known.direct) == 1
         module.launch(kernel, 3, (), 1, 2, **constants)
@@ -70,12 +70,12 @@ def test_what_is_missing_is_compiled_together_and_launched_in_order(monkeypatch)
     assert kernel.warmed == kernel.asked == [((3,), (1, 2), constants)]
     assert other.warmed == other.asked == [((5,), (5, 6), constants)]
     assert [x[1] for x in known.direct] == [(3, 1, 1), (4, 1, 1)]
-    with module.side_by_side():
+    with module.SideBySide():
         module.launch(other, 6, (), 7, 8, **constants)
         assert len(other.direct) == 1
 
     def fail():
-        with module.side_by_side():
+        with module.SideBySide():
             module.launch(known, 3, ("new",), 1, 2, **constants)
             raise KeyError
 

@@ -12,9 +12,8 @@ compiled side by side: most of that is done outside of Python.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import triton
@@ -67,20 +66,30 @@ def launch(
         compiled[(programs, 1, 1)](*args, *rest)
 
 
-@contextmanager
-def side_by_side() -> Iterator[None]:
+class SideBySide:
     """Launch what is launched inside in order, at the end if some of it must be compiled first.
 
     What else is put on the stream inside may run before them: it can only prepare memory.
     """
-    if _waiting.launches is not None or not hasattr(triton, "AsyncCompileMode"):
-        yield
-        return
-    _waiting.launches = []
-    try:
-        yield
-    finally:
+
+    _outer = False
+
+    def __enter__(self) -> None:
+        """Let launches wait from the first that is not compiled yet on."""
+        self._outer = _waiting.launches is not None or not hasattr(triton, "AsyncCompileMode")
+        if not self._outer:
+            _waiting.launches = []
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Compile and launch what waits."""
+        if self._outer:
+            return
         waiting, _waiting.launches = _waiting.launches, None
+        if waiting and error is None:
+            _launch_together(waiting)
+
+
+def _launch_together(waiting: list[tuple[bool, tuple[Any, ...], dict[str, Any]]]) -> None:
     missing = [(arguments, constants) for new, arguments, constants in waiting if new]
     if len(missing) > 1:
         with ThreadPoolExecutor(len(missing)) as pool, triton.AsyncCompileMode(pool):

@@ -35,7 +35,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import interpreted, launch, side_by_side
+from ..launch import SideBySide, interpreted, launch
 from .bias import bias_gradient
 from .philox import words
 from .scores import (
@@ -386,7 +386,7 @@ def launch_backward(
         "num_warps": tiles.num_warps,
     }
     kind = *problem.kind, (tau.data_ptr() | active.data_ptr()) % 16  # they may be anybody's
-    with side_by_side():
+    with SideBySide():
         launch(
             _queries_kernel, n_tiles * problem.planes, kind,
             *sources, tau, dq, rows, dalpha, dslope, *numbers, dim_head,

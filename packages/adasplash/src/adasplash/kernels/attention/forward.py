@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import torch
 
-from ..launch import side_by_side
+from ..launch import SideBySide
 from .output import weighted_sum
 from .screen import screen
 from .terms import PLAIN, Terms
@@ -61,7 +61,7 @@ def launch_forward(
         skip: False visits every block; in float32 the output is the same, bit for bit.
     """
     problem = pose(q, k, v, key_mask, alpha, scale, is_causal, window, terms)
-    with side_by_side():
+    with SideBySide():
         candidates = screen(problem, skip=skip)
         tau, slope = threshold(problem, candidates)
         output, active = weighted_sum(problem, candidates, tau, slope)
