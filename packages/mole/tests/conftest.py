@@ -12,7 +12,8 @@ import jaxtyping
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from mole import DenseConfig, MoeConfig, MoleConfig, MoleForCausalLM
+from mole import DenseConfig, MoeConfig, MoleConfig, MoleForCausalLM, convert
+from mole.lut import FORMATS
 
 transformers_logging.disable_progress_bar()
 
@@ -74,3 +75,19 @@ def make_mole(make_config):
 @pytest.fixture
 def tokens():
     return torch.randint(1, 60, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=FORMATS)
+def table(request, make_mole, tmp_path):
+    """A converted model's table, in the folder of the model."""
+    convert(
+        make_mole(lookup_layers=[0, 2]), tmp_path / "model", request.param, chunk=7, progress=False
+    )
+    return tmp_path / "model" / "lut"
+
+
+@pytest.fixture
+def fp16(make_mole, tmp_path):
+    """The same in fp16 alone."""
+    convert(make_mole(), tmp_path / "model", chunk=7, progress=False)
+    return tmp_path / "model" / "lut"
