@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -299,7 +300,7 @@ class GraphRunner:
                 last = self._lines[:, LAST].copy()
                 self._lines[:, LAST] = 0  # A place that each width has.
                 for other in DRAFT_WIDTHS if self.device.type == "cuda" else (width,):
-                    self._graphs[kind, other] = self.capture(lambda other=other: run(other))  # type: ignore
+                    self._graphs[kind, other] = self.capture(partial(run, other))
                 self._lines[:, LAST] = last
             self._graphs[kind, width][0].replay()
             self._answer.mark()
@@ -377,7 +378,7 @@ class GraphRunner:
             for other in widths if self.device.type == "cuda" else [width]:
                 ids, places = self._given[0, :, :other], self._given[1, :, :other]
                 places.copy_(self.capacity - widths[-1] + torch.arange(other))
-                graph = self.capture(lambda ids=ids, places=places: run(ids, places))  # type: ignore
+                graph = self.capture(partial(run, ids, places))
                 self._graphs[kind, other] = graph
         self._given[:, :, :width].copy_(pinned(given, self.device), non_blocking=True)
         graph, out = self._graphs[kind, width]

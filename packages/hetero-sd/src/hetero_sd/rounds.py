@@ -299,16 +299,24 @@ class Rounds:
         setup = self._setup_seconds() - course.setup
         seconds = course.seconds + self._request.clock() - begun - setup
         stats.seconds["total"] += seconds
-        brought = [now - then for now, then in zip(self._counts(), course.counts, strict=True)]
+        counts = zip(self._counts(), course.counts, strict=True)
+        rows, proposed, judged, accepted = (now - then for now, then in counts)
         # A batch ends with its last row: what counts is how far the one behind all others came.
-        brought[1] = course.advance()
-        outcome = Outcome(*brought, seconds - course.readied, course.readied)  # type: ignore
+        outcome = Outcome(
+            rows=rows,
+            tokens=course.advance(),
+            proposed=proposed,
+            judged=judged,
+            accepted=accepted,
+            seconds=seconds - course.readied,
+            readied=course.readied,
+        )
         return result, setup, outcome
 
     def _counts(self) -> tuple[int, ...]:
-        """Return what `Outcome` counts, in its order."""
+        """Return rounds of rows, proposals, those judged and those accepted so far."""
         now = self.stats
-        return now.row_rounds, now.generated, now.proposed, now.judged, now.accepted
+        return now.row_rounds, now.proposed, now.judged, now.accepted
 
     def _chainable(self) -> bool:
         """Return whether a plain round may begin before the result of the last one is known."""

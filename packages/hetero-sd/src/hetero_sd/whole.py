@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -207,7 +207,7 @@ class GraphRound:
             turn, board = self._state.clone(), self._board.clone()
             for other in wanted:
                 self._verify_graphs[other], _ = self._target.capture(
-                    lambda other=other: self._run_verify(*other)  # type: ignore[misc]
+                    partial(self._run_verify, *other)
                 )
             self._board.copy_(board)  # As they were before the passes of the capture.
             self._state.copy_(turn)
@@ -259,7 +259,7 @@ class GraphRound:
             self._lines[:, LAST] = 0  # A place that each width has.
             for other in DRAFT_WIDTHS if self._drafter.device.type == "cuda" else (width,):
                 self._draft_graphs[method, other, lookahead], _ = self._drafter.capture(
-                    lambda other=other: self._run_draft(method, other, lookahead)  # type: ignore
+                    partial(self._run_draft, method, other, lookahead)
                 )
             self._lines[:, LAST] = last
         self._draft_graphs[key].replay()
