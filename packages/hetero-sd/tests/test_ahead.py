@@ -10,7 +10,7 @@ from hetero_sd.ahead import Foresight, spell_each
 from hetero_sd.control import PLAIN, Arm, Bandit
 from hetero_sd.graphs import Answer
 from hetero_sd.kernels.judge import Line, pick_rules
-from hetero_sd.testing import make_model, make_tokenizer
+from hetero_sd.testing import make_model
 from hetero_sd.whole import GraphRound
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -18,12 +18,12 @@ PROMPTS = ["the cat sat on", "a dog", "42"]
 
 
 @pytest.fixture(scope="module")
-def letters():
-    """Characters for the target, words for the drafter; the second is a tokenizer's own pair."""
-    ours, theirs = make_tokenizer("characters", seed=4), make_tokenizer("sentencepiece", 330, 5)
+def pairs(tokenizers, models):
+    kinds = "sentencepiece", "byte-level"
+    ours, target = tokenizers["characters"], models["characters"]
     return {
-        "others": (make_model(ours, 7), make_model(theirs, 8), ours, theirs),
-        "same": (make_model(ours, 7), make_model(ours, 9), ours, ours),
+        "others": [models[k] for k in kinds] + [tokenizers[k] for k in kinds],
+        "same": [target, make_model(ours, 9, padding=9), ours, ours],
     }
 
 
@@ -75,82 +75,80 @@ class Counted:
         return sum(whole.foresight.missed for whole in self.rounds)
 
 
-def written(letters, method, ahead, options, prompts=PROMPTS):
-    """Return the texts of several calls of one decoder, and what was counted."""
+def written(pairs, method, ahead, options, prompts=PROMPTS):
+    """Return the texts, and what was counted."""
     with pytest.MonkeyPatch.context() as patch:
         counted = Counted(patch, ahead)
         dec = HeteroSpeculativeDecoder(
-            *letters["same" if method == "standard" else "others"],
+            *pairs["same" if method == "standard" else "others"],
             method=method,
             lookahead="auto" if method == "auto" else 3,
             backend="cudagraph",
         )
         if method == "auto":
             dec._methods_to_try = lambda greedy: ["tli", "slrs", "slem"]
-            dec._policy = lambda greedy, rows, policy=Wandering(): policy
-        tokens, rounds = [], 0
-        for seed in range(2):
-            made = dec.generate(prompts, generator=torch.Generator().manual_seed(seed), **options)
-            tokens.append(made.tokens)
-            rounds += made.stats.rounds
+            policy = Wandering()
+            dec._policy = lambda greedy, rows: policy
+        made = dec.generate(prompts, generator=torch.Generator().manual_seed(0), **options)
     if method != "auto":
-        assert counted.waits <= rounds
-    assert counted.begun > 0 if ahead else counted.begun == 0
-    return tokens, counted
+        assert counted.waits <= made.stats.rounds
+    assert ahead or not counted.begun
+    return made.tokens, counted
 
 
 @pytest.mark.parametrize("method", ["tli", "slrs", "standard", "auto"])
 @pytest.mark.parametrize("sampled", [False, True])
-def test_texts_stay_the_same(letters, method, sampled):
+def test_texts_stay_the_same(pairs, method, sampled):
     """With rows that end at many places: by their length, an end token, or a stop string."""
-    tokenizer = letters["others"][2]
-    options = {"max_new_tokens": 30, "do_sample": sampled, "top_k": 0, "temperature": 0.7}
-    if not sampled:
-        options = {"max_new_tokens": 30}
-    first, counted = written(letters, method, False, {**options, "eos_token_id": []})
-    assert counted.hits + counted.misses > 5
-    text = tokenizer.decode(first[0][0])
-    ends = [
+    tokenizer = pairs["same" if method == "standard" else "others"][2]
+    options = {"max_new_tokens": 24}
+    if sampled:
+        options |= {"do_sample": True, "top_k": 0, "temperature": 0.7}
+    first, _ = written(pairs, method, False, {**options, "eos_token_id": []})
+    text = tokenizer.decode(first[0])
+    hits = misses = begun = 0
+    for end in (
         {"eos_token_id": []},
-        {"eos_token_id": sorted({first[0][0][7], first[0][1][11]})},
+        {"eos_token_id": sorted({first[0][7], first[1][11]})},
         {"eos_token_id": [], "stop_strings": [text[9:11]], "max_new_tokens": 17},
         {"max_new_tokens": 2},
-    ]
-    hits = misses = 0
-    for end in ends[: 2 if method == "auto" else None]:
+    ):
         asked = {**options, **end}
-        wanted, _ = written(letters, method, False, asked)
-        found, counted = written(letters, method, True, asked)
+        wanted, _ = written(pairs, method, False, asked)
+        found, counted = written(pairs, method, True, asked)
         assert found == wanted
         hits, misses = hits + counted.hits, misses + counted.misses
+        begun += counted.begun
+    assert begun
     if method == "standard":
-        assert hits > 20
+        assert hits > 12
         assert misses == 0
+    elif method != "auto":
+        assert hits
+        assert misses
 
 
 @pytest.mark.parametrize("method", ["tli", "slrs"])
-def test_both_happen(letters, method):
+def test_both_happen(pairs, method):
     """Rounds that begin as was foreseen, and others, in one text."""
-    options = {"max_new_tokens": 60, "eos_token_id": [], "do_sample": True, "top_k": 0}
-    _, counted = written(letters, method, True, options, PROMPTS[0])
+    options = {"max_new_tokens": 40, "eos_token_id": [], "do_sample": True, "top_k": 0}
+    _, counted = written(pairs, method, True, options, PROMPTS[0])
     assert counted.hits > 3
     assert counted.misses > 3
 
 
-def test_a_wrong_guess_is_noticed(letters, monkeypatch):
+def test_a_wrong_guess_is_noticed(pairs, monkeypatch):
     """What the host is told of the guess is what the device went by."""
     options = {"max_new_tokens": 30, "eos_token_id": []}
-    wanted, _ = written(letters, "tli", False, options, PROMPTS[0])
-    honest = GraphRound._row_foreseen
-    found, counted = written(letters, "tli", True, options, PROMPTS[0])
+    wanted, _ = written(pairs, "tli", False, options, PROMPTS[0])
+    found, counted = written(pairs, "tli", True, options, PROMPTS[0])
     assert found == wanted
-    assert counted.misses > 0
+    assert counted.misses > 3
     sampled = {**options, "do_sample": True, "top_k": 0}
-    wanted, _ = written(letters, "tli", False, sampled, PROMPTS[0])
+    wanted, _ = written(pairs, "tli", False, sampled, PROMPTS[0])
     monkeypatch.setattr(GraphRound, "_row_foreseen", lambda *_: True)
-    found, _ = written(letters, "tli", True, sampled, PROMPTS[0])
+    found, _ = written(pairs, "tli", True, sampled, PROMPTS[0])
     assert found != wanted, "guesses that are never checked must show"
-    monkeypatch.setattr(GraphRound, "_row_foreseen", honest)
 
 
 def test_foresight_pays_where_what_is_lost_is_less_than_what_is_hidden():
@@ -169,8 +167,8 @@ def test_foresight_pays_where_what_is_lost_is_less_than_what_is_hidden():
     assert (foresight.foreseen, foresight.missed) == (200, 100)
 
 
-def test_each_target_token_in_the_drafters_ids(letters):
-    dec = HeteroSpeculativeDecoder(*letters["others"], method="tli", lookahead=3)
+def test_each_target_token_in_the_drafters_ids(pairs):
+    dec = HeteroSpeculativeDecoder(*pairs["others"], method="tli", lookahead=3)
     encoder, mapping = dec._text.drafter, dec.mapping
     spelled = spell_each(mapping, encoder, len(mapping.target_bytes)).tolist()
     for data, found in zip(mapping.target_bytes, spelled, strict=True):
