@@ -143,7 +143,7 @@ def test_a_wrong_guess_is_noticed(pairs, monkeypatch):
     wanted, _ = written(pairs, "tli", False, options, PROMPTS[0])
     found, counted = written(pairs, "tli", True, options, PROMPTS[0])
     assert found == wanted
-    assert counted.misses > 3
+    assert counted.misses
     sampled = {**options, "do_sample": True, "top_k": 0}
     wanted, _ = written(pairs, "tli", False, sampled, PROMPTS[0])
     monkeypatch.setattr(GraphRound, "_row_foreseen", lambda *_: True)
