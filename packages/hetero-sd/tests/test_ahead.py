@@ -41,6 +41,9 @@ class Wandering(Bandit):
             self.arm = self.draw.choice(arms)
         return self.arm
 
+    def steady(self, arm):
+        return True
+
     def learn(self, arm, outcome):
         assert outcome.accepted <= outcome.judged <= outcome.proposed
 
@@ -181,9 +184,10 @@ def test_each_target_token_in_the_drafters_ids(pairs):
 
 
 @pytest.mark.parametrize(
-    ("longest", "steps", "pieces"), [(1, 4, 4), (3, 4, 4), (3, 1, 2), (8, 15, 4), (1, 1, 1)]
+    ("longest", "steps", "pieces", "most"),
+    [(1, 4, 4, 4), (3, 4, 4, 2), (3, 1, 2, 4), (8, 15, 4, 4), (1, 1, 1, 2)],
 )
-def test_advance_is_its_twin(longest, steps, pieces):
+def test_advance_is_its_twin(longest, steps, pieces, most):
     """Number for number, negative counts and tokens out of range included."""
     pytest.importorskip("triton")
     line = Line(0, 1, 17, 33, 48, 64, 80, 81, 82, 84, 16)
@@ -209,7 +213,8 @@ def test_advance_is_its_twin(longest, steps, pieces):
         found = []
         for backend in ("triton", "reference"):
             changed = board.to(DEVICE, copy=True)
-            pick_rules(DEVICE, backend).advance(changed, line, *known, steps, (30, 40))
+            pick_rules(DEVICE, backend).advance(changed, line, *known, steps, most, (30, 40))
             found.append(changed)
         assert torch.equal(*found)
+        assert int(found[0][:, 0].max()) < most
         assert not torch.equal(found[0].cpu(), board)

@@ -19,7 +19,6 @@ from .processors import Processors
 
 _logger = logging.getLogger(__name__)
 WIDTHS = (1, 2, 4, 6, 8, 12, 16)  # Tokens of a row in one graph, where a graph is for any number.
-DRAFT_WIDTHS = (4, 16)  # The same of a draft's first pass: a small model's time is not width's.
 MOST = WIDTHS[-1] - 1  # Ids that a draft may have.
 MARGIN = 2 * WIDTHS[-1]  # Cache entries beyond a text that drafts and padding may touch.
 # What the host says of a row's draft: the place of the last id fed, ids, their positions, and those
@@ -103,6 +102,8 @@ class GraphRunner:
         self.body = body = LlamaBody(model)
         self.device = body.weight.device
         self.rows, self.capacity = rows, capacity
+        # Widths of a draft's first pass: a small model's time is not that of its ids, up to 16 in all.
+        self.draft_widths = (4 if rows <= 4 else 2), WIDTHS[-1]
         shape = len(body.layers), rows, body.kv_heads, capacity, body.dim_head
         self.keys = torch.zeros(shape, dtype=body.weight.dtype, device=self.device)
         self.values = torch.zeros_like(self.keys)
@@ -294,12 +295,12 @@ class GraphRunner:
             self._lines[:] = 0
         for slot, feed, length in zip(self.slots, feeds, self.lengths, strict=True):
             self.tell(self._lines[slot], length, feed)
-        width = next(w for w in DRAFT_WIDTHS if w >= max(map(len, feeds)))
+        width = next(w for w in self.draft_widths if w >= max(map(len, feeds)))
         with on(self.device):
             if (kind, width) not in self._graphs:  # All widths at once, none in a later text.
                 last = self._lines[:, LAST].copy()
                 self._lines[:, LAST] = 0  # A place that each width has.
-                for other in DRAFT_WIDTHS if self.device.type == "cuda" else (width,):
+                for other in self.draft_widths if self.device.type == "cuda" else (width,):
                     self._graphs[kind, other] = self.capture(partial(run, other))
                 self._lines[:, LAST] = last
             self._graphs[kind, width][0].replay()

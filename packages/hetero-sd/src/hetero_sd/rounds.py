@@ -276,7 +276,8 @@ class Rounds:
         ahead = policy.choose() if arm == PLAIN and self._chainable() else None
         counts = self._counts()
         written = [(row, len(row.new)) for row in self.rows]
-        finish = self._begin(arm, ahead == PLAIN)
+        alike = ahead == PLAIN if arm == PLAIN else policy.steady(arm)
+        finish = self._begin(arm, alike)
         spent = clock() - begun
         return _Course(arm, finish, ahead, counts, setup, spent, readied, written)
 
@@ -325,14 +326,14 @@ class Rounds:
     def _timed(self, what: str) -> _Timed:
         return _Timed(self.stats.seconds, what, self._request.clock)
 
-    def _begin(self, arm: Arm, ahead: bool) -> Callable[[], list[list[int]]]:
+    def _begin(self, arm: Arm, alike: bool) -> Callable[[], list[list[int]]]:
         """Begin a round as far as nothing is to be waited for, and return what finishes it."""
         if self._whole is not None and arm.lookahead and not self._in_step():
             with self._timed("verify"):  # All of a prompt but its end, so that the device does
                 held = zip(self.rows, self._target.lengths, strict=True)  # the round as a whole.
                 self._target.extend([row.ids[n:-1] for row, n in held], [0 for _ in self.rows])
         if self._fits(arm):
-            return self._play(arm, ahead)
+            return self._play(arm, alike)
         if not arm.lookahead:
             return lambda: self._verify([Certain() for _ in self.rows])
         drafts = self._draft(arm)
@@ -354,8 +355,8 @@ class Rounds:
         pairs = zip(self.rows, self._target.lengths, strict=True)
         return all(len(row.ids) == length + 1 for row, length in pairs)
 
-    def _play(self, arm: Arm, ahead: bool) -> Callable[[], list[list[int]]]:
-        """Begin a round as a whole, and the next one if that is plain too."""
+    def _play(self, arm: Arm, alike: bool) -> Callable[[], list[list[int]]]:
+        """Begin a round as a whole, and the next one if that is of the same kind."""
         memory = self._memory
         assert self._whole is not None
         rooms = [0 for _ in self.rows]
@@ -370,7 +371,7 @@ class Rounds:
             pending = [row.ids[-1] for row in self.rows]
             lookahead = arm.lookahead if any(feeds) else 0
             try:
-                wait = self._whole.play(arm.method, pending, feeds, rooms, lookahead, ahead)
+                wait = self._whole.play(arm.method, pending, feeds, rooms, lookahead, alike)
             except RuntimeError as error:
                 _logger.debug("no CUDA graphs: %s", error)
                 self._whole = None

@@ -18,7 +18,6 @@ from .drafting import Table
 from .drafts import Certain, Weighed
 from .graphs import (
     DRAFT_LINE,
-    DRAFT_WIDTHS,
     IDS,
     LAST,
     LATER,
@@ -166,8 +165,9 @@ class GraphRound:
             feeds: Ids that the drafter has not seen; none where nothing is drafted.
             limits: How many proposals of each row may count; 0 where nothing is drafted.
             lookahead: Drafter tokens to draft, 0 to 15.
-            ahead: Whether the next round will be plain too, as this one is: it begins before the
-                result of this one is read, which the device goes on from by itself.
+            ahead: Whether the next round will be of the same kind: it begins before the result of
+                this one is read, which the device goes on from by itself. For plain rounds it must
+                be, of others the draft alone begins, and a wrong guess costs time.
         """
         begun, self._begun = self._begun, None
         with on(self._target.device):
@@ -176,9 +176,10 @@ class GraphRound:
                 if not foreseen or begun != (method, lookahead):
                     self._say(pending, feeds, limits)
                     width = min(max(map(len, feeds)), MOST + 1)
-                    self._draft(method, next(w for w in DRAFT_WIDTHS if w >= width), lookahead)
+                    widths = self._drafter.draft_widths
+                    self._draft(method, next(w for w in widths if w >= width), lookahead)
                 self._flying, flying = None, self._fly(method, lookahead)
-                if self.foresight.pays(self._took.get((method, lookahead), 0.0)):
+                if ahead and self.foresight.pays(self._took.get((method, lookahead), 0.0)):
                     self._draft_graphs[method, _AHEAD, lookahead].replay()
                     self._begun = method, lookahead
             else:
@@ -241,8 +242,7 @@ class GraphRound:
         if not feed:  # Nothing counts that is drafted.
             return limit == 0
         count = line[LAST] + 1
-        fits = count <= DRAFT_WIDTHS[0] and line[PLACES] == held[0]
-        return fits and line[IDS : IDS + count] == feed
+        return line[PLACES] == held[0] and line[IDS : IDS + count] == feed
 
     def _say(
         self,
@@ -337,7 +337,7 @@ class GraphRound:
             last = self._lines[:, LAST].copy()
             self._lines[:, LAST] = 0  # A place that each width has.
             on_gpu = self._drafter.device.type == "cuda"
-            for other in (*DRAFT_WIDTHS, _AHEAD) if on_gpu else (width, _AHEAD):
+            for other in (*self._drafter.draft_widths, _AHEAD) if on_gpu else (width, _AHEAD):
                 self._draft_graphs[method, other, lookahead], _ = self._drafter.capture(
                     partial(self._run_draft, method, other, lookahead)
                 )
@@ -367,7 +367,7 @@ class GraphRound:
             self._rules.pick(logits, among, table.forth, column, self._next, draws, left)
             return self._next
 
-        drafter.go_on(self._board, width or DRAFT_WIDTHS[0], lookahead, choose)
+        drafter.go_on(self._board, width or drafter.draft_widths[0], lookahead, choose)
 
     def _laws(self, method: str) -> tuple[Tensor, Tensor]:
         """Return scores and their logarithmic sums for each step of a draft."""
@@ -417,7 +417,8 @@ class GraphRound:
             return
         if table is not None:
             known = table.forth, table.runs, table.spelled
-            self._rules.advance(board, _BOARD, *known, lookahead, self._ends)
+            most = self._drafter.draft_widths[0]
+            self._rules.advance(board, _BOARD, *known, lookahead, most, self._ends)
         self._answer.put(board)
 
     def _law(self, method: str, tokens: Tensor, vocab: int) -> Law:

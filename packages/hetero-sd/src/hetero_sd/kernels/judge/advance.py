@@ -35,6 +35,7 @@ def _advance_kernel(
     spelled_ptr,
     stride,
     steps,
+    most,
     vocab,
     drafter_end,
     target_end,
@@ -88,7 +89,7 @@ def _advance_kernel(
         found = tl.load(spelled_ptr + following * PIECES + piece).to(tl.int64)
         ids, count = _lay(ids, count, lane, found, found >= 0, WIDTH)
 
-    count = tl.maximum(count, 1)
+    count = tl.minimum(tl.maximum(count, 1), most)
     held = start + tl.minimum(kept, steps - 1)
     tl.store(board + LAST, count - 1)
     tl.store(board + IDS + lane, ids)
@@ -107,6 +108,7 @@ def launch_advance(
     runs: Tensor,
     spelled: Tensor,
     steps: int,
+    most: int,
     ends: tuple[int, int],
 ) -> None:
     """See `reference.advance`."""
@@ -118,6 +120,7 @@ def launch_advance(
         spelled,
         board.stride(0),
         steps,
+        most,
         len(spelled),
         *ends,
         **{name.upper(): value for name, value in line._asdict().items()},

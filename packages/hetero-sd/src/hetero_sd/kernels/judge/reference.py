@@ -346,6 +346,7 @@ def advance(
     runs: Int[Tensor, "columns longest"],
     spelled: Int[Tensor, "vocab pieces"],
     steps: int,
+    most: int,
     ends: tuple[int, int],
 ) -> None:
     """Write what the next round begins with, should nobody know better.
@@ -360,6 +361,7 @@ def advance(
         runs: Target tokens of each column, padded with −1; each has at least one.
         spelled: Drafter ids of each target token, padded with −1.
         steps: Columns picked in each row.
+        most: Ids that the drafter can be fed; those beyond are left out.
         ends: The last place of the drafter's cache, and of the target's.
     """
     rows, width = len(board), line.width
@@ -382,7 +384,7 @@ def advance(
     real = ids >= 0
     place = torch.where(real, real.cumsum(dim=1) - 1, width).clamp(max=width)  # The rest behind.
     fed = board.new_zeros(rows, width + 1).scatter_(1, place, ids)[:, :width]
-    count = real.sum(dim=1).clamp(1, width)
+    count = real.sum(dim=1).clamp(1, most)
     held = board[:, line.places] + board[:, line.last] + 1 + kept.clamp(max=steps - 1)
     board[:, line.last] = count - 1
     board[:, line.ids : line.ids + width] = fed
