@@ -337,7 +337,7 @@ class Rounds:
         if not arm.lookahead:
             return lambda: self._verify([Certain() for _ in self.rows])
         drafts = self._draft(arm)
-        return lambda: self._verify(drafts())
+        return lambda: self._verify(drafts(), alike)
 
     def _setup_seconds(self) -> float:
         """Time spent so far on what is done once, such as capturing graphs."""
@@ -438,10 +438,10 @@ class Rounds:
 
         return drafts
 
-    def _verify(self, drafts: list[Draft]) -> list[list[int]]:
+    def _verify(self, drafts: list[Draft], alike: bool = False) -> list[list[int]]:
         """Run the target over the proposals and return the tokens that it settles."""
         with self._timed("verify"):
-            if (settled := self._judge(drafts)) is not None:
+            if (settled := self._judge(drafts, alike)) is not None:
                 return self._take(drafts, settled)
             feeds = [
                 row.ids[held:] + draft.tokens
@@ -455,7 +455,7 @@ class Rounds:
             self._target.crop(keep)
         return new
 
-    def _judge(self, drafts: list[Draft]) -> list[tuple[int, int]] | None:
+    def _judge(self, drafts: list[Draft], alike: bool) -> list[tuple[int, int]] | None:
         """Return how many proposals are accepted, and the next token, as the device judges them.
 
         None where it cannot.
@@ -465,7 +465,7 @@ class Rounds:
         known = [draft for draft in drafts if isinstance(draft, Certain | Weighed)]
         if len(known) < len(drafts) or any(len(draft.tokens) >= WIDEST for draft in known):
             return None
-        return self._whole.judge([row.ids[-1] for row in self.rows], known)
+        return self._whole.judge([row.ids[-1] for row in self.rows], known, alike)
 
     def _take(self, drafts: Sequence[Draft], settled: Sequence[tuple[int, int]]) -> list[list[int]]:
         """Append what was settled to the rows, and return it."""
