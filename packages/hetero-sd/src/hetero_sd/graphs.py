@@ -254,7 +254,7 @@ class GraphRunner:
         counts = [count if feed else 0 for count, feed in zip(counts, feeds, strict=True)]
         steps = max(steps, *counts)
         kind = "draft", steps, 0 if among is None else among.data_ptr()
-        fed = self._draft(kind, feeds, lambda *how: self._run_draft(*how, steps, among))
+        fed = self._draft(kind, feeds, lambda w, said: self._run_draft(w, said, steps, among))
         for row, count in enumerate(counts):
             self.lengths[row] += fed[row] + max(count - 1, 0)
         slots = list(self.slots)
@@ -280,7 +280,7 @@ class GraphRunner:
         fed = self._draft(
             ("weighed", steps, top, processors.key),
             feeds,
-            lambda *how: self._run_draft(*how, steps, None, (processors, top)),
+            lambda w, said: self._run_draft(w, said, steps, None, (processors, top)),
         )
         answer.mark()
         for row, feed in enumerate(feeds):

@@ -382,11 +382,11 @@ def advance(
     done = torch.where(reach <= accepted[:, None], reach, 0).amax(dim=1)
     lane = torch.arange(width, device=board.device)
     tokens = board[:, line.tokens : line.tokens + width - 1]
-    end = torch.minimum(accepted, done + PARTS)
-    there = (lane[:-1] >= done[:, None]) & (lane[:-1] < end[:, None])
+    stop = torch.minimum(accepted, done + PARTS)
+    there = (lane[:-1] >= done[:, None]) & (lane[:-1] < stop[:, None])
     begun = spelled[torch.where(there, tokens, 0)].long().masked_fill(~there[:, :, None], -1)
-    ids = [torch.where(kept == steps, last, -1)[:, None], begun.flatten(1)]
-    ids = torch.cat([*ids, spelled[following].long()], dim=1)
+    last = torch.where(kept == steps, last, -1)
+    ids = torch.cat([last[:, None], begun.flatten(1), spelled[following].long()], dim=1)
     real = ids >= 0
     place = torch.where(real, real.cumsum(dim=1) - 1, width).clamp(max=width)  # The rest behind.
     fed = board.new_zeros(rows, width + 1).scatter_(1, place, ids)[:, :width]
