@@ -68,9 +68,9 @@ class Counted:
 
         again = GraphRunner.go_on_ahead
 
-        def counted_again(runner, said):
-            self.begun += 1
-            again(runner, said)
+        def counted_again(runner, said, begin):
+            self.begun += begin
+            again(runner, said, begin)
 
         judge = GraphRound.judge
 

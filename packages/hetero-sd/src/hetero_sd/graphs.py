@@ -331,20 +331,22 @@ class GraphRunner:
             self._answer.mark()
         return [len(feed) for feed in feeds]
 
-    def go_on_ahead(self, said: Tensor) -> None:
+    def go_on_ahead(self, said: Tensor, begin: bool = True) -> None:
         """Begin a draft like the last one, before it is known how it has to begin.
 
         Args:
             said: A line for each row that begins as `tell` writes it, when the graphs before have
                 run.
+            begin: If not, only see to it that there is a graph for it.
         """
         assert self._last is not None
         kind, run = self._last
         key = kind, said.data_ptr()
         if key not in self._graphs:
             self._graphs[key] = self.capture(partial(run, self.draft_widths[0], said))
-        self._graphs[key][0].replay()
-        self._begun = kind
+        if begin:
+            self._graphs[key][0].replay()
+            self._begun = kind
 
     @property
     def pays(self) -> bool:
