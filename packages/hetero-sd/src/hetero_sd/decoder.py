@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ._bytes import ByteEncoder
-from .ahead import spell_each
+from .ahead import foretell
 from .chance import Chance
 from .checks import (
     check_choice,
@@ -29,6 +29,7 @@ from .devices import input_device
 from .drafting import Method, Table
 from .generation import Generation, run_all, sequences_of, whole_tokens
 from .graphs import MARGIN, GraphRunner
+from .kernels.judge import Spelling
 from .llama import why_not_llama
 from .requests import Prepared, prepare, prompt_rows, read_request, rows_of
 from .rounds import Rounds
@@ -193,10 +194,11 @@ class HeteroSpeculativeDecoder:
         return SpelledTokens(self._text, self.mapping, self._sizes[1], self._drafter_place)
 
     @cached_property
-    def _spelled_each(self) -> Tensor:
-        """The drafter ids that each target token is taken for until the host has looked."""
+    def _spelling(self) -> Spelling:
+        """The drafter ids that target tokens are taken for until the host has looked."""
         encoder = None if self._same else self._text.drafter
-        return spell_each(self.mapping, encoder, self._sizes[0]).to(self._drafter_place)
+        found = foretell(self.mapping, encoder, self._sizes)
+        return Spelling(*(part.to(self._drafter_place) for part in found))
 
     def _method(self, name: str) -> Method:
         makers: dict[str, Callable[[], Method]] = {
@@ -453,7 +455,7 @@ class HeteroSpeculativeDecoder:
                     names,
                     self._table,
                     request.processors,
-                    lambda: self._spelled_each,
+                    lambda: self._spelling,
                 )
                 whole.begin(request.chance)
 

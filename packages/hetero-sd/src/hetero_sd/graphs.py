@@ -133,6 +133,7 @@ class GraphRunner:
         self._weights: dict[int, Answer] = {}
         self.foresight = Foresight()
         self._took: dict[tuple[Any, ...], float] = {}  # Seconds of a draft.
+        self.fed = [0] * rows  # The last id that each row was fed before it wrote.
         self._last: tuple[tuple[Any, ...], Callable[[int, Tensor | None], None]] | None = None
         self._begun: tuple[Any, ...] | None = None  # What kind of draft was begun ahead,
         self._seen: tuple[tuple[Any, ...], list[list[int]]] | None = None  # and how one would be.
@@ -306,6 +307,7 @@ class GraphRunner:
     ) -> list[int]:
         """Begin a draft by a graph of its kind; return how many ids each row is fed by it."""
         self._last = kind, run
+        self.fed = [feed[-1] if feed else 0 for feed in feeds]
         if max(map(len, feeds)) > WIDTHS[-1]:  # A prompt: all but its end in one pass.
             self.extend([feed[:-1] for feed in feeds], [0] * len(feeds))
             feeds = [feed[-1:] for feed in feeds]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._bytes import ByteEncoder, token_bytes, tokenizer_kind, tokenizer_state
+from ._bytes import ByteEncoder, canonical, token_bytes, tokenizer_kind, tokenizer_state
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,6 @@ def _contents(tokenizer: Any) -> dict[str, int]:
         for index, entry in tokenizer.added_tokens_decoder.items()
         if entry.special
     }
-
-
-def _canonical(tokenizer: Any, table: list[bytes | None]) -> dict[bytes, int]:
-    """Return one id for each byte string; a byte-fallback token only where there is no other."""
-    chosen: dict[bytes, int] = {}
-    fallbacks = []
-    for index, spelled in enumerate(table):
-        if spelled is None:
-            continue
-        if len(spelled) == 1 and tokenizer.convert_ids_to_tokens(index) == f"<0x{spelled[0]:02X}>":
-            fallbacks.append((spelled, index))
-        else:
-            chosen.setdefault(spelled, index)
-    for spelled, index in fallbacks:
-        chosen.setdefault(spelled, index)
-    return chosen
 
 
 def same_vocabularies(target_tokenizer: Any, drafter_tokenizer: Any) -> bool:
@@ -112,7 +96,7 @@ def map_vocabularies(
     target_size = len(target_table) if target_size is None else target_size
     drafter_size = len(drafter_table) if drafter_size is None else drafter_size
     target_eos, drafter_eos = list(target_eos), list(drafter_eos)
-    by_bytes = _canonical(target_tokenizer, target_table)
+    by_bytes = canonical(target_tokenizer, target_table)
     pairs = {
         index: by_bytes[spelled]
         for index, spelled in enumerate(drafter_table)
@@ -134,7 +118,7 @@ def map_vocabularies(
         back.setdefault(start[1], start[0])
     kept = sorted((d, t) for d, t in pairs.items() if d < drafter_size and t < target_size)
     keep, to_target = zip(*kept, strict=True) if kept else ((), ())
-    written = _canonical(drafter_tokenizer, drafter_table[:drafter_size])
+    written = canonical(drafter_tokenizer, drafter_table[:drafter_size])
     to_drafter: dict[int, int] = {}
     for index, token in kept:
         spelled = drafter_table[index]
