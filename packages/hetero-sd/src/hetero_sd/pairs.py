@@ -49,7 +49,8 @@ def load_tokenizer(place: Path) -> Any:
     return AutoTokenizer.from_pretrained(**_where(place))
 
 
-def _load(place: Path) -> tuple[Any, Any]:
+def load_side(place: Path) -> tuple[Any, Any]:
+    """Return the model of a local folder or GGUF file, in evaluation mode, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
     if _is_smollm(place):
@@ -118,13 +119,13 @@ def load_pair(
         name, model, tokenizer, notes = load_target(small)
     else:
         name, notes = target.resolve().stem if target.is_file() else target.resolve().name, []
-        model, tokenizer = _load(target)
+        model, tokenizer = load_side(target)
     if drafter is None:
         from .demo.run import load_model
 
         other, other_tokenizer = load_model("drafter")
     else:
-        other, other_tokenizer = _load(drafter)
+        other, other_tokenizer = load_side(drafter)
     other = _cast(other, place, kind)
     if size is None:
         model = _cast(model, place, kind)
