@@ -266,7 +266,10 @@ def _run(
 ) -> list[dict[str, Any]]:
     pair = pairs.make(setting.drafter, setting.size)
     count = max(setting.batch // 4, 1) if trial else setting.prompts
-    sets = {name: prompts_of(name, count, data, pair.target_tokenizer) for name in setting.sets}
+    sets = {
+        f"{name}, {count}": prompts_of(name, count, data, pair.target_tokenizer)
+        for name in setting.sets
+    }
     found = run_bench(
         pair,
         sets,
