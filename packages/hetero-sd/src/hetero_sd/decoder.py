@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -145,6 +145,17 @@ class HeteroSpeculativeDecoder:
         if method == "slrs-plain":
             _ = self._spelled
 
+    def __repr__(self) -> str:
+        """Return what the decoder is made of."""
+        sides = [
+            f"{name}={type(model).__name__} of {sum(p.numel() for p in model.parameters()):,}"
+            for name, model in (("target", self.target), ("drafter", self.drafter))
+        ]
+        return (
+            f"{type(self).__name__}({', '.join(sides)}, method={self.method!r}, "
+            f"lookahead={self.lookahead!r}, {len(self.mapping.keep):,} shared tokens)"
+        )
+
     def _use_graphs(self) -> bool:
         """Return whether both models run by CUDA graphs; the reason why not is logged."""
         if self.backend == "eager":
@@ -240,10 +251,10 @@ class HeteroSpeculativeDecoder:
     # ------------------------------------------------------------------------ generation
     def generate(
         self,
-        prompts: str | Sequence[str] | None = None,
+        prompts: str | Sequence[str] | Tensor | Mapping[str, Any] | None = None,
         *,
-        input_ids: Int[Tensor, "batch length"] | None = None,
-        attention_mask: Int[Tensor, "batch length"] | None = None,
+        input_ids: Int[Tensor, "batch length"] | Sequence[Sequence[int]] | None = None,
+        attention_mask: Int[Tensor, "batch length"] | Sequence[Sequence[int]] | None = None,
         messages: Sequence[Any] | None = None,
         streamer: Any = None,
         generator: torch.Generator | None = None,
@@ -255,9 +266,11 @@ class HeteroSpeculativeDecoder:
         defaults, except that `max_new_tokens` is 128 where no length is given.
 
         Args:
-            prompts: A text or several, tokenised as they stand.
-            input_ids: Target ids instead, shape `(batch, length)`.
-            attention_mask: Which of them are no padding, on either side; all if missing.
+            prompts: A text or several, tokenised as they stand; or ids as transformers' `generate`
+                takes them first, or what its tokenizer returned.
+            input_ids: Target ids instead, shape `(batch, length)`, or lists of them.
+            attention_mask: Which of them are no padding, on either side, of the same shape; all if
+                missing.
             messages: A chat instead, as a list of `{"role": ..., "content": ...}`, or a list of
                 chats. The drafter sees it in its own template, if it has one.
             streamer: Gets the new tokens as `generate` would give them, and only when the bytes
@@ -283,9 +296,9 @@ class HeteroSpeculativeDecoder:
 
     def stream(
         self,
-        prompts: str | None = None,
+        prompts: str | Sequence[str] | Tensor | Mapping[str, Any] | None = None,
         *,
-        input_ids: Int[Tensor, "batch length"] | None = None,
+        input_ids: Int[Tensor, "batch length"] | Sequence[Sequence[int]] | None = None,
         messages: Sequence[Any] | None = None,
         generator: torch.Generator | None = None,
         **options: Any,
@@ -303,8 +316,19 @@ class HeteroSpeculativeDecoder:
             ValueError: As for `generate`, or more than one row.
         """
         rounds, _ = self._start(prompts, input_ids, None, messages, generator, options)
+        return self.pieces(rounds)
+
+    def pieces(self, rounds: Rounds) -> Iterator[str]:
+        """Run what `start` returned and yield its text as `stream` does; `rounds.stats` tells more.
+
+        Args:
+            rounds: A generation of one row.
+
+        Raises:
+            ValueError: There are more rows.
+        """
         if len(rounds.rows) != 1:
-            raise ValueError(f"`stream` writes one row at a time; got {len(rounds.rows)}.")
+            raise ValueError(f"a stream is of one row; got {len(rounds.rows)}.")
         return self._pieces(rounds)
 
     def _pieces(self, rounds: Rounds) -> Iterator[str]:
@@ -330,13 +354,15 @@ class HeteroSpeculativeDecoder:
 
     def as_custom_generate(
         self, *, streamer: Any = None, generator: torch.Generator | None = None
-    ) -> Callable[..., Tensor]:
+    ) -> Callable[..., Any]:
         """Return a function for `target.generate(..., custom_generate=...)`.
 
-        Everything that `generate` prepares is used: ids, masks, processors, criteria, lengths.
+        Everything that `generate` prepares is used: ids, masks, processors, criteria, lengths. It
+        hands neither its `streamer` nor its `tokenizer` on: give the former here, and stop strings
+        as `stopping_criteria=[StopStringCriteria(tokenizer, [...])]`.
 
         Args:
-            streamer: As for `generate`, which does not hand its own on.
+            streamer: As for `generate`.
             generator: As for `generate`.
         """
 
@@ -347,7 +373,7 @@ class HeteroSpeculativeDecoder:
             stopping_criteria: Any = None,
             generation_config: Any = None,
             **model_kwargs: Any,
-        ) -> Tensor:
+        ) -> Any:
             if model is not self.target:
                 raise ValueError("`custom_generate` must be called by the decoder's own target.")
             mask = model_kwargs.get("attention_mask")
@@ -357,17 +383,22 @@ class HeteroSpeculativeDecoder:
             rounds = self._rounds(prepared, None, generator)
             rows = list(rounds.rows)
             run_all(rounds, prepared, streamer, self.mapping.target_bytes)
-            return sequences_of(prepared, rows)
+            sequences = sequences_of(prepared, rows)
+            if not generation_config.return_dict_in_generate:
+                return sequences
+            from transformers.generation import GenerateDecoderOnlyOutput
+
+            return GenerateDecoderOnlyOutput(sequences=sequences)
 
         return decode
 
     # ------------------------------------------------------------------------- requests
     def start(
         self,
-        prompts: str | Sequence[str] | None = None,
+        prompts: str | Sequence[str] | Tensor | Mapping[str, Any] | None = None,
         *,
-        input_ids: Int[Tensor, "batch length"] | None = None,
-        attention_mask: Int[Tensor, "batch length"] | None = None,
+        input_ids: Int[Tensor, "batch length"] | Sequence[Sequence[int]] | None = None,
+        attention_mask: Int[Tensor, "batch length"] | Sequence[Sequence[int]] | None = None,
         messages: Sequence[Any] | None = None,
         generator: torch.Generator | None = None,
         **options: Any,
@@ -391,9 +422,9 @@ class HeteroSpeculativeDecoder:
 
     def _start(
         self,
-        prompts: str | Sequence[str] | None,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
+        prompts: Any,
+        input_ids: Any,
+        attention_mask: Any,
         messages: Sequence[Any] | None,
         generator: torch.Generator | None,
         options: dict[str, Any],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._bytes import ByteEncoder, token_bytes, tokenizer_kind, tokenizer_state
+from .checks import check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,10 @@ class VocabReport:
             rows.append(f"| {entry.name.replace('_', ' ')} | {value} |")
         return "\n".join(["| | |", "| --- | --- |", *rows])
 
+    def __str__(self) -> str:
+        """Return the same."""
+        return self.to_markdown()
+
 
 _SAMPLE = (
     "The quick brown fox jumps over the lazy dog. It was 7:45 on 31 December 2026,\n"
@@ -201,14 +206,14 @@ _SAMPLE = (
 
 
 def inspect_vocab(
-    target_tokenizer: Any, drafter_tokenizer: Any, corpus: Iterable[str] | None = None
+    target_tokenizer: Any, drafter_tokenizer: Any, corpus: str | Iterable[str] | None = None
 ) -> VocabReport:
     """Return how well two tokenizers go together.
 
     Args:
         target_tokenizer: A fast tokenizer.
         drafter_tokenizer: A fast tokenizer.
-        corpus: Texts like those to be generated; a short sample of our own if missing.
+        corpus: Text like that to be generated, or several; a short sample of our own if missing.
 
     Raises:
         TypeError: A tokenizer has no backend of the `tokenizers` library.
@@ -216,6 +221,9 @@ def inspect_vocab(
 
     Source: own.
     """
+    for name, tokenizer in (("target", target_tokenizer), ("drafter", drafter_tokenizer)):
+        check_tokenizer(name, tokenizer)
+    corpus = [corpus] if isinstance(corpus, str) else corpus
     texts = [_SAMPLE] if corpus is None else [text for text in corpus if text]
     if not texts:
         raise ValueError("`corpus` must hold at least one text that is not empty; got none.")

@@ -173,14 +173,20 @@ def _save(results: Results, output: Path) -> None:
     write_atomically(output / "bench.md", lambda name: Path(name).write_text(table, "utf-8"))
 
 
-def report(results: Results) -> str:
+_BRIEF = ("speed", "over plain", "acceptance", "block efficiency", "c", "o", "of predicted")
+
+
+def report(results: Results, brief: bool = False) -> str:
     """Return a table for each setting, in Markdown.
 
     Args:
         results: What `run_bench` returned, or `Results.load` of its file.
+        brief: Leave out what a terminal has no room for.
     """
     settings: dict[str, list[dict[str, Any]]] = {}
     for case in results.cases:
+        if brief and case["metric"] not in (*_BRIEF, "verdict", "note"):
+            continue
         where = case["parameters"]
         title = (
             f"{where['target']}: {where['prompts']}, {where['decoding']}, batch {where['batch']}"
