@@ -223,8 +223,12 @@ def test_report_on_two_tokenizers(tokenizers):
     assert report.space
     assert report.lossy == ()
     assert 0 < report.target_coverage < 0.5
-    assert report.suggestion.startswith("slem: only")
-    assert "| shared | " in report.to_markdown()
+    assert report.suggestion.startswith("slrs for sampling, slem for greedy")
+    assert "| shared | " in str(report)
+    one = " ".join(sentences(30))
+    assert inspect_vocab(tokenizers["byte-level"], tokenizers["sentencepiece"], one) == (
+        inspect_vocab(tokenizers["byte-level"], tokenizers["sentencepiece"], [one])
+    )
     same = inspect_vocab(tokenizers["characters"], tokenizers["characters"], sentences(30))
     assert same.suggestion.startswith("tli for sampling")
     assert same.fertility == same.target_coverage == same.drafter_coverage == 1

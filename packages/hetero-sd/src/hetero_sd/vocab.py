@@ -196,6 +196,7 @@ class VocabReport:
         return self.to_markdown()
 
 
+_MOST = 0.9  # Share of running tokens from which TLI's block verification outweighs the rest.
 _SAMPLE = (
     "The quick brown fox jumps over the lazy dog. It was 7:45 on 31 December 2026,\n"
     "and nobody in the café had noticed that the naïve plan cost $1,200 too much.\n\n"
@@ -249,15 +250,13 @@ def inspect_vocab(
             lossy.append(f"the {name}'s tokenizer changes {len(changed)} of {len(texts)} texts")
     drafter_coverage = sum(i in kept for i in theirs) / max(len(theirs), 1)
     target_coverage = sum(i in targets for i in ours) / max(len(ours), 1)
+    share = f"{target_coverage:.0%} of the target's running tokens are shared"
     if not targets:
         suggestion = "slem: no token is shared"
-    elif target_coverage < 0.5:
-        suggestion = f"slem: only {target_coverage:.0%} of the target's running tokens are shared"
+    elif target_coverage < _MOST:
+        suggestion = f"slrs for sampling, slem for greedy decoding: {share}"
     else:
-        suggestion = (
-            f"tli for sampling, slem for greedy decoding: {target_coverage:.0%} of the target's "
-            "running tokens are shared"
-        )
+        suggestion = f"tli for sampling, slem for greedy decoding: {share}"
     return VocabReport(
         target_size=len(mapping.target_bytes),
         drafter_size=len(mapping.drafter_bytes),
