@@ -204,7 +204,7 @@ def exactness(pairs: Pairs, data: Path, output: Path, trial: bool) -> None:
     pair = pairs.make("4m", None)
     models = {"target": copy.deepcopy(pair.target).float(), "drafter": pair.drafter.float()}
     prompts = prompts_of("spec_bench", 2 if trial else 6, data, pair.target_tokenizer)
-    checks = verify_pair(
+    found = verify_pair(
         dataclasses.replace(pair, **models),
         prompts,
         methods=("tli", "slem", "slrs", "c-slrs"),
@@ -213,7 +213,7 @@ def exactness(pairs: Pairs, data: Path, output: Path, trial: bool) -> None:
         draws=64 if trial else 1000,
     )
     results = Results("hetero-sd verify", command="bench_gpu.py exact", seed=0)
-    for check in checks:
+    for check in found:
         where = {"target": pair.name, "kind": check.kind, "lookahead": check.lookahead}
         results.add(check.method, "passed", str(check.passed), "", **where)
         results.add(check.method, "found", check.detail, "", **where)

@@ -239,6 +239,18 @@ def test_chats_take_a_system_message_where_the_target_has_a_template(folders):
     assert texts[0] != texts[1]
 
 
+def test_a_decoder_from_folders(folders):
+    from hetero_sd import HeteroSpeculativeDecoder
+
+    settings = {"dtype": "float32", "device": "cpu", "method": "slem", "lookahead": 2}
+    decoder = HeteroSpeculativeDecoder.from_pretrained(*folders, **settings)
+    pair = "--target", folders[0], "--drafter", folders[1]
+    printed = call("generate", *pair, "--prompt", "the cat", "--max-new-tokens", 6).stdout
+    assert decoder.generate("the cat", max_new_tokens=6).text == printed.rstrip("\n")
+    with pytest.raises(ValueError, match=r"'/none' does not exist"):
+        HeteroSpeculativeDecoder.from_pretrained("/none", folders[1])
+
+
 def test_names_on_the_hub_are_read_from_its_cache(folders, tmp_path):
     """As its client lays it out; nothing is asked of the network."""
     for name, folder in zip(("big", "small"), folders, strict=True):

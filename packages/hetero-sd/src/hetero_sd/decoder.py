@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -144,6 +145,33 @@ class HeteroSpeculativeDecoder:
         self._policies: dict[tuple[bool, int], Fixed | Bandit] = {}
         if method == "slrs-plain":
             _ = self._spelled
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        target: str | os.PathLike[str],
+        drafter: str | os.PathLike[str],
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        **settings: Any,
+    ) -> HeteroSpeculativeDecoder:
+        """Return a decoder of two models that are loaded with their tokenizers.
+
+        Args:
+            target: Folder as `save_pretrained` writes it, GGUF file, or name on the hub.
+            drafter: The same.
+            dtype: Type of the weights; `"auto"` is bfloat16 on CUDA devices, else float32.
+            device: Where both go; `"auto"` is a CUDA device if there is one.
+            **settings: As for `HeteroSpeculativeDecoder`.
+
+        Raises:
+            ValueError: A model cannot be read, type or device are not there, or as for the class.
+        """
+        from .pairs import find_place, load_pair
+
+        places = [find_place(os.fspath(place)) for place in (target, drafter)]
+        return cls(*load_pair(*places, dtype=dtype, device=device).parts, **settings)
 
     def __repr__(self) -> str:
         """Return what the decoder is made of."""

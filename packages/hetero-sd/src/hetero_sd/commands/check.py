@@ -80,7 +80,8 @@ def verify(
 
     from ..verify import verify_pair
 
-    checks = verify_pair(
+    checks = []
+    for check in verify_pair(
         pair,
         prompts_of(pair, prompts, limit),
         methods=methods,
@@ -88,14 +89,14 @@ def verify(
         tokens=tokens,
         draws=draws,
         seed=seed,
-    )
-    if as_json:
-        click.echo(json.dumps([asdict(check) for check in checks], indent=1))
-    else:
-        for check in checks:
+    ):
+        checks.append(check)
+        if not as_json:
             verdict = "ok" if check.passed else "FAILED"
             what = "wrong probabilities are noticed" if check.kind == "control" else check.kind
             click.echo(f"{verdict:6} {check.method} {check.lookahead}, {what}: {check.detail}")
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in checks], indent=1))
     failed = sum(not check.passed for check in checks)
     if failed:
         click.echo(f"Error: {failed} of {len(checks)} checks failed", err=True)

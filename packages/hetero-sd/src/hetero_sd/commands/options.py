@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ def load(
     """Return the pair that the options of `models` name, and print its notes."""
     check_targets(target, small_target)
     yield_while_waiting()
+    if sys.stderr.isatty():
+        click.echo("loading both models", err=True)
     from ..pairs import load_pair
 
     pair = load_pair(target, drafter, dtype=dtype, device=device, small=small_target, size=size)
