@@ -48,8 +48,7 @@ class SharedTokens:
         self.keep = mapping.keep if self.column is not None else mapping.keep[column.argsort()]
         self.keep = self.keep.to(device)
         self.kept_target = distinct.to(device)
-        pairs = zip(mapping.to_target.tolist(), mapping.keep.tolist(), strict=True)
-        self._forth: dict[int, int] = dict(reversed(list(pairs)))
+        self._forth = mapping.to_drafter
         self.head: Tensor | None = None  # Set by `use_head`, else the whole head is computed.
 
     def use_head(self, weight: Tensor) -> None:

@@ -24,6 +24,8 @@ class VocabMap:
         target_bytes: Bytes of each target id; None for special tokens.
         drafter_bytes: Bytes of each drafter id; None for special tokens.
         special: Drafter id for each special target id that has a counterpart.
+        to_drafter: For each target id in `to_target`, the drafter id to go on with: of several that
+            mean it, the one that text is written with, and not a byte-fallback token.
     """
 
     keep: Tensor
@@ -31,6 +33,7 @@ class VocabMap:
     target_bytes: list[bytes | None]
     drafter_bytes: list[bytes | None]
     special: dict[int, int]
+    to_drafter: dict[int, int]
 
     def identity(self, size: int) -> VocabMap:
         """Return the map of a vocabulary onto itself.
@@ -39,7 +42,8 @@ class VocabMap:
             size: Ids from 0 on that both models have.
         """
         ids = torch.arange(size)
-        return replace(self, keep=ids, to_target=ids)
+        same = {index: index for index in range(size)}
+        return replace(self, keep=ids, to_target=ids, to_drafter=same)
 
 
 def _contents(tokenizer: Any) -> dict[str, int]:
@@ -132,12 +136,19 @@ def map_vocabularies(
         back.setdefault(start[1], start[0])
     kept = sorted((d, t) for d, t in pairs.items() if d < drafter_size and t < target_size)
     keep, to_target = zip(*kept, strict=True) if kept else ((), ())
+    written = _canonical(drafter_tokenizer, drafter_table)
+    forth: dict[int, int] = {}
+    for d, t in kept:
+        spelled = drafter_table[d]
+        if t not in forth or (spelled is not None and written[spelled] == d):
+            forth[t] = d
     return VocabMap(
         torch.tensor(keep, dtype=torch.long),
         torch.tensor(to_target, dtype=torch.long),
         target_table,
         drafter_table,
         {t: d for t, d in back.items() if d < drafter_size},
+        forth,
     )
 
 
