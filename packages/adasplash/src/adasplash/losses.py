@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .kernels.checks import check_number
 from .kernels.entmax import entmax
 from .kernels.entmax.reference import wide
 
@@ -35,8 +36,8 @@ def entmax_loss(
         target: Right class of every row.
         alpha: 1 (cross entropy) to 2 (sparsemax loss), or above.
         ignore_index: Rows with this target count for nothing.
-        reduction: "mean" over the rows that count, "sum", or "none", which keeps the shape of
-            `target`, with 0 for ignored rows.
+        reduction: "mean" over the rows that count, NaN where none does, "sum", or "none", which
+            keeps the shape of `target`, with 0 for ignored rows.
 
     Raises:
         TypeError: `target` does not hold integers.
@@ -45,16 +46,13 @@ def entmax_loss(
 
     Source: Blondel, Martins, Niculae (2020), "Learning with Fenchel-Young losses".
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"`reduction` must be 'mean', 'sum' or 'none'; got {reduction!r}.")
-    if not alpha >= 1:
-        raise ValueError(f"`alpha` must be at least 1; got {alpha}.")
+    _check_settings(alpha, reduction)
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"`target` must hold numbers of classes, integers; got {target.dtype}.")
     if target.shape != x.shape[:-1]:
         raise ValueError(
-            f"`target` must have shape {tuple(x.shape[:-1])}, that of `x` without its classes; "
-            f"got {tuple(target.shape)}."
+            f"`target` must have shape {tuple(x.shape[:-1])}, that of `x` without its last axis, "
+            f"the classes; got {tuple(target.shape)}."
         )
     counts = target != ignore_index
     classes = x.shape[-1]
@@ -76,6 +74,14 @@ def entmax_loss(
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / counts.sum()
+
+
+def _check_settings(alpha: float, reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"`reduction` must be 'mean', 'sum' or 'none'; got {reduction!r}.")
+    check_number("alpha", alpha)
+    if not alpha >= 1:
+        raise ValueError(f"`alpha` must be at least 1; got {alpha}.")
 
 
 class _FenchelYoung(torch.autograd.Function):
@@ -115,6 +121,7 @@ class EntmaxLoss(nn.Module):
         self, alpha: float = 1.5, ignore_index: int = -100, reduction: Reduction = "mean"
     ) -> None:
         super().__init__()
+        _check_settings(alpha, reduction)
         self.alpha, self.ignore_index, self.reduction = alpha, ignore_index, reduction
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
