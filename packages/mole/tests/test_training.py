@@ -249,13 +249,19 @@ def test_two_processes_with_a_share_of_the_weights_each_train_as_one(tmp_path, t
     assert_same(MoleForCausalLM.from_pretrained(folder), one, rtol=1e-3, atol=2e-5)
 
 
+@pytest.fixture(scope="module")
+def trained_on_one_gpu(tmp_path_factory):
+    folder = in_processes(tmp_path_factory.mktemp("one"), "one", 1, gpus=True)
+    return MoleForCausalLM.from_pretrained(folder)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("sharded", ["sharded", ""])
-def test_two_gpus_train_as_one(tmp_path, sharded):
-    one = MoleForCausalLM.from_pretrained(in_processes(tmp_path, "one", 1, gpus=True))
+def test_two_gpus_train_as_one(trained_on_one_gpu, tmp_path, sharded):
     folder = in_processes(tmp_path, "two", 2, sharded=sharded, gpus=True)
-    assert_same(MoleForCausalLM.from_pretrained(folder), one, rtol=1e-3, atol=2e-5)
+    two = MoleForCausalLM.from_pretrained(folder)
+    assert_same(two, trained_on_one_gpu, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.slow
