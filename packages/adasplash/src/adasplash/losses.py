@@ -69,7 +69,7 @@ def entmax_loss(
         wider = rows.to(wide(rows.dtype))
         losses = (wider.logsumexp(-1) - wider.gather(-1, chosen)[:, 0]).to(x.dtype)
     else:
-        losses = _FenchelYoung.apply(rows, chosen, float(alpha))
+        losses = _FenchelYoung.apply(rows, chosen, float(alpha))[0]
     losses = losses.reshape(target.shape).masked_fill(~counts, 0.0)
     if reduction == "none":
         return losses
@@ -85,27 +85,39 @@ def _check_settings(alpha: float, reduction: str) -> None:
 
 
 class _FenchelYoung(torch.autograd.Function):
-    """The gradient needs no derivative of the weights: they maximise the loss."""
+    """The loss of rows, and their weights: these maximise it, so it needs no derivative of them."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, chosen: Tensor, alpha: float) -> Tensor:
+    def forward(rows: Tensor, chosen: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         p = entmax(rows, alpha)
-        ctx.alpha = alpha
-        ctx.save_for_backward(rows, chosen, p)
         score, weight = rows.to(wide(rows.dtype)), p.to(wide(rows.dtype))
         # Differences of scores are small where the scores are not.
         gap = score - score.gather(-1, chosen)
         inner = torch.where(weight > 0, weight * gap, 0.0 * weight).sum(-1)
         entropy = (1 - weight.pow(alpha).sum(-1)) / (alpha * (alpha - 1))
-        return (inner + entropy).to(rows.dtype)
+        return (inner + entropy).to(rows.dtype), p
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        rows, chosen, ctx.alpha = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(rows, chosen, output[1])
+        ctx.save_for_forward(chosen, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         rows, chosen, p = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient will be differentiated
             p = entmax(rows, ctx.alpha)
         one = torch.zeros_like(p).scatter(-1, chosen, 1.0)
         return (p - one) * grad[:, None], None, None
+
+    @staticmethod
+    def jvp(ctx: Any, rows: Tensor, *_: None) -> tuple[Tensor, None]:
+        chosen, p = ctx.saved_tensors
+        return (p * rows).sum(-1) - rows.gather(-1, chosen)[:, 0], None
 
 
 class EntmaxLoss(nn.Module):

@@ -91,7 +91,8 @@ def entmax(
         wide = wide.expand(x.shape) if wide.ndim == 0 else wide.broadcast_to(_one(x.shape, dim))
         each = wide.movedim(dim, -1)[..., 0].reshape(-1).contiguous()
         alpha = 0.0
-    p, tau = _forward(rows.contiguous(), each, float(alpha))
+    run = _forward if torch.compiler.is_compiling() else _Map.apply
+    p, tau = run(rows.contiguous(), each, float(alpha))
     output: Tensor = p.reshape(last.shape).movedim(-1, dim)
     if not return_aux:
         return output
@@ -242,5 +243,30 @@ def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor | Non
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Map(torch.autograd.Function):
+    """The operator for `torch.func` and forward mode, which do not take the formula above."""
+
+    generate_vmap_rule = True
+    backward = staticmethod(_differentiate)
+
+    @staticmethod
+    def forward(rows: Tensor, each: Tensor | None, alpha: float) -> tuple[Tensor, Tensor]:
+        made: tuple[Tensor, Tensor] = _forward(rows, each, alpha)
+        return made
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, inputs, output)
+        ctx.save_for_forward(output[0], inputs[1])
+
+    @staticmethod
+    def jvp(ctx: Any, rows: Tensor | None, each: Tensor | None, _: None) -> tuple[Tensor, None]:
+        p, alpha = ctx.saved_tensors
+        moved = torch.zeros_like(p) if rows is None else rows
+        change = reference.tangent(p, moved, ctx.alpha if alpha is None else alpha, each)
+        return change.to(p.dtype), None
+
 
 __all__ = ["EntmaxAux", "entmax", "entmax15", "sparsemax"]
