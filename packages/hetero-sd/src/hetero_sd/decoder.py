@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ._bytes import ByteEncoder
+from .ahead import spell_each
 from .chance import Chance
 from .checks import (
     check_choice,
@@ -230,6 +231,11 @@ class HeteroSpeculativeDecoder:
 
         return SpelledTokens(self._text, self.mapping, self._sizes[1], self._drafter_place)
 
+    @cached_property
+    def _spelled_each(self) -> Tensor:
+        encoder = None if self._same else self._text.drafter
+        return spell_each(self.mapping, encoder, self._sizes[0]).to(self._drafter_place)
+
     def _method(self, name: str) -> Method:
         makers: dict[str, Callable[[], Method]] = {
             "tli": lambda: self._shared,
@@ -244,8 +250,8 @@ class HeteroSpeculativeDecoder:
     def _table(self, name: str) -> Table | None:
         """Return what a device needs to draft by itself; None where the host is needed."""
         if name in ("tli", "standard"):
-            return self._shared.table(self._sizes[0])
-        return self._runs.table() if name == "slrs" else None
+            return self._shared.table(self._spelled_each)
+        return self._runs.table(self._spelled_each) if name == "slrs" else None
 
     def _methods_to_try(self, greedy: bool) -> list[str]:
         if self.method != "auto":

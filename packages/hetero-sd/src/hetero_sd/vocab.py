@@ -21,19 +21,19 @@ class VocabMap:
         keep: Drafter ids that have a target token, ascending. Shape `(kept,)`.
         to_target: The target id of each. Shape `(kept,)`. Several may be equal: their
             probabilities add.
+        to_drafter: The drafter id to go on with after each of these target ids: of several, the one
+            that the drafter's tokenizer writes.
         target_bytes: Bytes of each target id; None for special tokens.
         drafter_bytes: Bytes of each drafter id; None for special tokens.
         special: Drafter id for each special target id that has a counterpart.
-        to_drafter: For each target id in `to_target`, the drafter id to go on with: of several that
-            mean it, the one that text is written with, and not a byte-fallback token.
     """
 
     keep: Tensor
     to_target: Tensor
+    to_drafter: dict[int, int]
     target_bytes: list[bytes | None]
     drafter_bytes: list[bytes | None]
     special: dict[int, int]
-    to_drafter: dict[int, int]
 
     def identity(self, size: int) -> VocabMap:
         """Return the map of a vocabulary onto itself.
@@ -42,8 +42,7 @@ class VocabMap:
             size: Ids from 0 on that both models have.
         """
         ids = torch.arange(size)
-        same = {index: index for index in range(size)}
-        return replace(self, keep=ids, to_target=ids, to_drafter=same)
+        return replace(self, keep=ids, to_target=ids, to_drafter=dict(enumerate(range(size))))
 
 
 def _contents(tokenizer: Any) -> dict[str, int]:
@@ -136,19 +135,18 @@ def map_vocabularies(
         back.setdefault(start[1], start[0])
     kept = sorted((d, t) for d, t in pairs.items() if d < drafter_size and t < target_size)
     keep, to_target = zip(*kept, strict=True) if kept else ((), ())
-    written = _canonical(drafter_tokenizer, drafter_table)
-    forth: dict[int, int] = {}
-    for d, t in kept:
-        spelled = drafter_table[d]
-        if t not in forth or (spelled is not None and written[spelled] == d):
-            forth[t] = d
+    written = _canonical(drafter_tokenizer, drafter_table[:drafter_size])
+    to_drafter: dict[int, int] = {}
+    for index, token in kept:
+        spelled = drafter_table[index]
+        to_drafter.setdefault(token, index if spelled is None else written[spelled])
     return VocabMap(
         torch.tensor(keep, dtype=torch.long),
         torch.tensor(to_target, dtype=torch.long),
+        to_drafter,
         target_table,
         drafter_table,
         {t: d for t, d in back.items() if d < drafter_size},
-        forth,
     )
 
 
