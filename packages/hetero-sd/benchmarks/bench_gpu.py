@@ -63,6 +63,8 @@ class Setting:
         methods: Methods of ours.
         peers: Whether transformers' assisted generation is timed too.
         repeats: Timed passes over the prompts.
+        tokens: New tokens of each prompt; a batch is as slow as its slowest row, which evens out
+            over longer texts.
     """
 
     seconds: int
@@ -75,6 +77,7 @@ class Setting:
     methods: tuple[str, ...] = OURS
     peers: bool = False
     repeats: int = 2
+    tokens: int = 48
 
 
 SETTINGS = {
@@ -82,16 +85,18 @@ SETTINGS = {
     "sampled": Setting(62, decodings=(SAMPLED,), peers=True),
     "nucleus": Setting(35, decodings=(NUCLEUS,)),
     "wide": Setting(120, prompts=12, repeats=1),
-    "batch-4": Setting(40, prompts=16, batch=4, methods=FEW),
-    "batch-8": Setting(34, prompts=16, batch=8, methods=FEW),
+    "batch-4": Setting(50, prompts=16, batch=4, methods=FEW, tokens=96),
+    "batch-8": Setting(45, prompts=16, batch=8, methods=FEW, tokens=96),
     "sets": Setting(65, prompts=2, sets=SETS, decodings=(GREEDY,), methods=FEW),
     "sets-sampled": Setting(45, prompts=2, sets=SETS, decodings=(SAMPLED,), methods=LEAST),
     "cut": Setting(43, "cut"),
-    "cut-8": Setting(40, "cut", prompts=8, batch=8, methods=FEW),
-    "small-cut-8": Setting(35, "small cut", sets=("questions",), prompts=8, batch=8, methods=FEW),
-    "worst": Setting(26, "random", methods=LEAST),
+    "cut-8": Setting(50, "cut", prompts=8, batch=8, methods=FEW, tokens=96),
+    "small-cut-8": Setting(
+        45, "small cut", sets=("questions",), prompts=8, batch=8, methods=FEW, tokens=96
+    ),
+    "worst": Setting(37, "random", methods=LEAST),
     "worst-8": Setting(30, "random", prompts=8, batch=8, methods=LEAST),
-    "larger": Setting(45, "20m"),
+    "larger": Setting(55, "20m"),
     "middle": Setting(40, size=MIDDLE),
     "small": Setting(35, size=None),
 }
@@ -203,14 +208,14 @@ def exactness(pairs: Pairs, data: Path, output: Path, trial: bool) -> None:
     """Compare all methods in float32 with the target alone, and write what was found."""
     pair = pairs.make("4m", None)
     models = {"target": copy.deepcopy(pair.target).float(), "drafter": pair.drafter.float()}
-    prompts = prompts_of("spec_bench", 2 if trial else 6, data, pair.target_tokenizer)
+    prompts = prompts_of("spec_bench", 2 if trial else 4, data, pair.target_tokenizer)
     found = verify_pair(
         dataclasses.replace(pair, **models),
         prompts,
         methods=("tli", "slem", "slrs", "c-slrs"),
         lookaheads=(1, 4),
         tokens=8 if trial else 48,
-        draws=64 if trial else 1000,
+        draws=64 if trial else 600,
     )
     results = Results("hetero-sd verify", command="bench_gpu.py exact", seed=0)
     for check in found:
@@ -244,7 +249,7 @@ def main(
     pairs = Pairs(smollm2, large_drafter, trial)
     everything = Results("hetero-sd", command=f"bench_gpu.py {' '.join(names)}", seed=0)
     for name in names or (*SETTINGS, EXACT):
-        setting = SETTINGS.get(name, Setting(30))
+        setting = SETTINGS.get(name, Setting(65))
         start = time.perf_counter() - begun
         if start + 0.8 * setting.seconds > seconds:
             click.echo(f"[{start:.0f} s] no time for {name}")
@@ -278,7 +283,7 @@ def _run(
         lookaheads=(LOOKAHEAD,),
         decodings=setting.decodings,
         batches=(setting.batch,),
-        tokens=4 if trial else 48,
+        tokens=4 if trial else setting.tokens,
         repeats=setting.repeats,
         peer_repeats=1,
         peers=setting.peers,

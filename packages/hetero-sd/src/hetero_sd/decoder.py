@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -38,12 +39,14 @@ from .runs import TokenRuns
 from .shared import SharedTokens, find_head
 from .texts import ExactText, LastTokenRuns, Text
 from .vocab import map_vocabularies, same_vocabularies
+from .warming import Tour
 from .whole import Runners
 
 _logger = logging.getLogger(__name__)
 _logger.addHandler(logging.NullHandler())
 
 _BACKENDS = ("auto", "eager", "cudagraph")
+_PROMPT = 24  # Ids of a prompt that goes in one pass, as most do, and by no graph.
 
 
 class HeteroSpeculativeDecoder:
@@ -202,8 +205,9 @@ class HeteroSpeculativeDecoder:
             reason = "the vocabularies share nothing"
         if reason and self.backend == "cudagraph":
             raise ValueError(f"`backend='cudagraph'` cannot run: {reason}.")
-        if reason:
-            _logger.debug("no CUDA graphs: %s", reason)
+        if reason:  # On a GPU that costs most of the speed.
+            level = logging.WARNING if self._place.type == "cuda" else logging.DEBUG
+            _logger.log(level, "no CUDA graphs: %s", reason)
         return not reason
 
     # --------------------------------------------------------------------------- methods
@@ -327,6 +331,38 @@ class HeteroSpeculativeDecoder:
         tokens = [row.new for row in rows]
         texts = [self.target_tokenizer.decode(new, skip_special_tokens=True) for new in tokens]
         return Generation(sequences_of(prepared, rows), tokens, texts, rounds.stats)
+
+    def prepare(self, rows: int = 1, *, length: int = 512, **options: Any) -> float:
+        """Get ready what texts would wait for, and return the seconds that it took.
+
+        On a CUDA device these are kernels, and the graphs of each method at one lookahead; else,
+        `"auto"` gets a method ready in the middle of a text, once it would have paid.
+
+        Args:
+            rows: Rows of a batch, 1 or more.
+            length: Ids that a row will hold, its prompt included; longer rows need graphs anew.
+            **options: Those of the generations to come, such as `do_sample` and `top_p`.
+
+        Raises:
+            ValueError: As for `generate`.
+        """
+        begun = time.perf_counter()
+        prompt = (self.target_eos[:1] or [0]) * _PROMPT
+        limit = getattr(self.target.config, "max_position_embeddings", None) or length
+        room = max(min(length, limit) - _PROMPT, 1)
+        given = {**options, "max_new_tokens": room, "eos_token_id": []}
+        prepared = self._prepare([prompt] * rows, given)
+        greedy = not prepared.config.do_sample
+        policy = self._policy(greedy, rows)
+        methods = self._methods_to_try(greedy) if self.lookahead != 0 else []
+        steps = LADDER[2] if self.lookahead == "auto" else int(self.lookahead)
+        tour = Tour([Arm(method, steps) for method in methods], policy)
+        course: Any = self._rounds(prepared, None, None, tour).run()
+        for _ in course:
+            if tour.over:
+                break
+        course.close()
+        return time.perf_counter() - begun
 
     def stream(
         self,
@@ -483,6 +519,7 @@ class HeteroSpeculativeDecoder:
         prepared: Prepared,
         chats: list[list[int]] | None,
         generator: torch.Generator | None,
+        policy: Fixed | Bandit | None = None,
     ) -> Rounds:
         request = read_request(prepared, self._place, Chance(generator))
         greedy = request.processors.greedy
@@ -493,7 +530,7 @@ class HeteroSpeculativeDecoder:
             chat = chats[row.place // repeats] if chats else []
             contexts.append(self._context(chat))
             row.told = len(row.ids) if chat else 0
-        policy = self._policy(greedy, len(rows))
+        policy = policy or self._policy(greedy, len(rows))
         methods = {name: self._method(name) for name in self._methods_to_try(greedy)}
         longest = max(len(row.ids) for row in rows) + request.max_new_tokens
         target = self._runner(self.target, len(rows), longest)

@@ -143,6 +143,9 @@ def run_bench(
                     contender.warm_ups = contender.warm_ups if warm_ups is None else warm_ups
                     if contender.name == EAGER and results.cases:
                         contender.warm_ups = 0  # It prepares nothing, and takes longest.
+                    if contender.method == "auto":  # As warm-ups get the others ready.
+                        room = max(group.ids.shape[1] for group in groups) + tokens
+                        known["auto", "auto"].prepare(batch, length=room, **decoding.options)
                 total = len(groups) * sum(c.warm_ups + c.repeats for c in contenders)
                 options = {**decoding.options, "max_new_tokens": tokens}
                 title = f"{name}, {decoding}, batch {batch}"

@@ -54,7 +54,7 @@ from .options import load, lookahead_option, method_option, models, yield_while_
     "--warm-up/--no-warm-up",
     default=True,
     show_default=True,
-    help="Write two short texts first, so that no client waits for what is set up then.",
+    help="Get ready first what the first clients would wait for.",
 )
 def serve(
     target: Path | str | None,
@@ -93,7 +93,7 @@ def serve(
     if warm_up:
         click.echo("warming up", err=True)
         for sampled in (False, True):
-            decoder.generate("Hello", do_sample=sampled, max_new_tokens=16)
+            decoder.prepare(do_sample=sampled, **({"top_k": 0} if sampled else {}))
     engine = Engine(decoder, rows=rows, window=window / 1000, queue=queue)
     name = name or pair.name
     app = create_app(engine, name=name, api_key=api_key, origins=allow_origin)
