@@ -264,11 +264,14 @@ class HeteroSpeculativeDecoder:
         if self._same:
             return ["standard"]
         shared = ["tli"] if len(self.mapping.keep) else []
-        # A greedy proposal needs no law: the whole vocabulary by SLEM, or shared tokens, which save
-        # a wait for a GPU; without one they save work only where they are few.
-        if greedy and not self._graphs and 2 * len(self.mapping.keep) > self._sizes[1]:
-            shared = []
-        return ["slem", *shared] if greedy else [*shared, "slrs", "slem"]
+        if not greedy:
+            return [*shared, "slrs", "slem"]
+        # A greedy proposal needs no law. On a GPU shared tokens are drafted while the host still
+        # reads the last round; without one they save work only where they are few.
+        most = 2 * len(self.mapping.keep) > self._sizes[1]
+        if self._graphs and most:
+            return [*shared, "slem"]
+        return ["slem"] if most else ["slem", *shared]
 
     def _policy(self, greedy: bool, rows: int) -> Fixed | Bandit:
         """Return the choice of method and lookahead, which goes on learning between calls.

@@ -205,7 +205,6 @@ class VocabReport:
         return self.to_markdown()
 
 
-_MOST = 0.9  # Share of running tokens from which TLI's block verification outweighs the rest.
 _SAMPLE = (
     "The quick brown fox jumps over the lazy dog. It was 7:45 on 31 December 2026,\n"
     "and nobody in the café had noticed that the naïve plan cost $1,200 too much.\n\n"
@@ -262,10 +261,10 @@ def inspect_vocab(
     share = f"{target_coverage:.0%} of the target's running tokens are shared"
     if not targets:
         suggestion = "slem: no token is shared"
-    elif target_coverage < _MOST:
-        suggestion = f"slrs for sampling, slem for greedy decoding: {share}"
+    elif target_coverage < 0.5:
+        suggestion = f"slrs for sampling, slem for greedy decoding: only {share}"
     else:
-        suggestion = f"tli for sampling, slem for greedy decoding: {share}"
+        suggestion = f"tli for sampling and on a GPU, slem for greedy decoding on a CPU: {share}"
     return VocabReport(
         target_size=len(mapping.target_bytes),
         drafter_size=len(mapping.drafter_bytes),
