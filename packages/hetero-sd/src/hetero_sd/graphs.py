@@ -19,7 +19,7 @@ from .processors import Processors
 
 _logger = logging.getLogger(__name__)
 WIDTHS = (1, 2, 4, 6, 8, 12, 16)  # Tokens of a row in one graph, where a graph is for any number.
-DRAFT_WIDTHS = (2, 8, 16)  # The same of a draft's first pass: a small model's time is not width's.
+DRAFT_WIDTHS = (4, 16)  # The same of a draft's first pass: a small model's time is not width's.
 MOST = WIDTHS[-1] - 1  # Ids that a draft may have.
 MARGIN = 2 * WIDTHS[-1]  # Cache entries beyond a text that drafts and padding may touch.
 # What the host says of a row's draft: the place of the last id fed, ids, their positions, and those

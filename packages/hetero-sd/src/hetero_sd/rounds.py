@@ -362,7 +362,7 @@ class Rounds:
         feeds: list[list[int]] = [[] for _ in self.rows]
         if arm.lookahead:
             self._tell()
-            rooms = [min(self._room(row), WIDEST - 1) for row in self.rows]
+            rooms = [self._room(row) for row in self.rows]
             with self._timed("text"):
                 feeds = memory.missing([arm.lookahead if room else 0 for room in rooms])
             rooms = [room if feed else 0 for room, feed in zip(rooms, feeds, strict=True)]

@@ -41,15 +41,13 @@ class SharedTokens:
         self._eos = set(eos)
         self._size = target_size
         self._block = block
-        # Distinct target ids that can be drafted, the column of each kept drafter id among them,
-        # and the drafter id to go on with after each.
+        # Distinct target ids that can be drafted; the column of each kept drafter id among them.
         distinct, column = mapping.to_target.unique(return_inverse=True)
         self.column = column.to(device) if len(distinct) < len(column) else None
         self.keep = mapping.keep if self.column is not None else mapping.keep[column.argsort()]
         self.keep = self.keep.to(device)
         self.kept_target = distinct.to(device)
-        pairs = zip(mapping.to_target.tolist(), mapping.keep.tolist(), strict=True)
-        self._forth: dict[int, int] = dict(reversed(list(pairs)))
+        self._forth = mapping.to_drafter
         self.head: Tensor | None = None  # Set by `use_head`, else the whole head is computed.
 
     def use_head(self, weight: Tensor) -> None:
@@ -57,11 +55,11 @@ class SharedTokens:
         whole = torch.arange(len(weight), device=weight.device)
         self.head = weight if torch.equal(self.keep, whole) else weight[self.keep]
 
-    def table(self, vocab: int) -> Table:
-        """Return what a graph needs to draft by itself, for a target's head of so many rows."""
+    def table(self, spelled: Tensor) -> Table:
+        """Return what a graph needs to draft by itself; see `Table.spelled`."""
         device, kept = self.kept_target.device, self.kept_target
         forth = torch.tensor([self._forth[token] for token in kept.tolist()], device=device)
-        column_of = torch.full((vocab,), -1, dtype=torch.int32, device=device)
+        column_of = torch.full((len(spelled),), -1, dtype=torch.int32, device=device)
         column_of[kept] = torch.arange(len(kept), dtype=torch.int32, device=device)
         among = None if self.head is not None else self.keep[:, None]
         if self.column is not None:
@@ -71,7 +69,8 @@ class SharedTokens:
                 ids[column].append(name)
             most = max(map(len, ids))
             among = torch.tensor([i + [-1] * (most - len(i)) for i in ids], device=device)
-        return Table(self.head, among, forth, kept[:, None].contiguous(), column_of, self._block)
+        runs = kept[:, None].contiguous()
+        return Table(self.head, among, forth, runs, column_of, spelled, self._block)
 
     def shared_logits(self, logits: Tensor) -> Tensor:
         """Return logits over `kept_target` out of what the drafter gave, shape `(rows, kept)`."""

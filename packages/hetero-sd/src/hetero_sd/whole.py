@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -10,12 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ahead import Foresight
 from .chance import Chance
 from .devices import on
 from .drafting import Table
 from .drafts import Certain, Weighed
-from .graphs import DRAFT_LINE, DRAFT_WIDTHS, LAST, MOST, WIDTHS, Answer, GraphRunner, pinned
-from .kernels.judge import COLUMNS, DENSE, Law, Warp, pick_rules
+from .graphs import (
+    DRAFT_LINE,
+    DRAFT_WIDTHS,
+    IDS,
+    LAST,
+    LATER,
+    MOST,
+    PLACES,
+    WIDTHS,
+    Answer,
+    GraphRunner,
+    pinned,
+)
+from .kernels.judge import COLUMNS, DENSE, Law, Line, Warp, pick_rules
 from .kernels.judge.reference import combine
 from .processors import Processors
 
@@ -29,6 +43,20 @@ _LIMIT = _PLACES + MOST + 1
 _ACCEPTED, _FOLLOWING, _TOTAL = range(_LIMIT + 1, _LIMIT + 4)
 _COLUMNS = _TOTAL + 1
 _LINE = _COLUMNS + MOST
+_BOARD = Line(
+    last=LAST,
+    ids=IDS,
+    places=PLACES,
+    later=LATER,
+    pending=_PENDING,
+    target_places=_PLACES,
+    limit=_LIMIT,
+    accepted=_ACCEPTED,
+    following=_FOLLOWING,
+    columns=_COLUMNS,
+    width=MOST + 1,
+)
+_AHEAD = 0  # Instead of a width: of a draft that begins with what the device has found itself.
 _WEIGHED = 16  # Tokens that a law of the host's may have.
 
 
@@ -40,7 +68,7 @@ class Settled:
         proposed: Target ids proposed.
         accepted: How many of them are accepted.
         following: The token after these.
-        fed: Ids that the drafter was fed, and holds.
+        fed: Ids that the drafter was fed, and holds: those of its draft that were accepted too.
     """
 
     proposed: list[list[int]]
@@ -53,6 +81,8 @@ class GraphRound:
     """Rounds on one device: drafts, verification and judgement as graphs, with one wait.
 
     Of plain rounds that follow each other, each begins before the result of the last one is read.
+    So does a draft, by what the device takes it to be fed; the host, which knows, has it done again
+    where that was wrong, with the same noise: what is drafted, judged and written stays the same.
     Noise is made on the device from a key and the number of the round; see `kernels.judge`.
 
     Args:
@@ -60,6 +90,9 @@ class GraphRound:
         drafter: Runner of the drafter, on the same device.
         tables: What each method that a device can draft by itself drafts among.
         processors: What is done to the target's logits; all by scores alone.
+
+    Attributes:
+        foresight: Whether drafts begin before the host has read the last round.
     """
 
     def __init__(
@@ -85,6 +118,11 @@ class GraphRound:
         # Of plain rounds one may be begun while the last one's answer is not read yet.
         self._answer, *self._answers = (Answer(rows, _LINE, device) for _ in range(3))
         self._flying: Answer | None = None  # Of a plain round that was begun ahead.
+        self.foresight = Foresight()
+        self._begun: tuple[str, int] | None = None  # Method and steps of a draft begun ahead,
+        self._seen: tuple[str, int, list[list[int]]] | None = None  # and of what one would be fed.
+        self._ends = drafter.capacity - 1, target.capacity - 1
+        self._took: dict[tuple[str, int], float] = {}  # Seconds of a draft.
         self._next, self._origin, self._state = whole(rows), whole(rows, MOST), whole(2)
         self._certain = Law.certain(device)
         self._scores: dict[str, tuple[Tensor, Tensor]] = {}
@@ -103,13 +141,13 @@ class GraphRound:
 
     def begin(self, chance: Chance) -> None:
         """Take the key of a generation's noise from its source of randomness."""
-        self._flying = None
+        self.land()
         if not self._process.greedy:
             self._state.copy_(torch.tensor([chance.key(), 0]))
 
     def land(self) -> None:
-        """Forget a round that was begun ahead."""
-        self._flying = None
+        """Forget what was begun ahead."""
+        self._flying = self._begun = self._seen = None
 
     def play(
         self,
@@ -126,23 +164,29 @@ class GraphRound:
             method: How to draft.
             pending: The one id of each row that the target has not seen.
             feeds: Ids that the drafter has not seen; none where nothing is drafted.
-            limits: How many proposals of each row count; 0 where nothing is drafted.
+            limits: How many proposals of each row may count; 0 where nothing is drafted.
             lookahead: Drafter tokens to draft, 0 to 15.
             ahead: Whether the next round will be plain too, as this one is: it begins before the
                 result of this one is read, which the device goes on from by itself.
         """
+        begun, self._begun = self._begun, None
         with on(self._target.device):
-            if lookahead or self._flying is None:
-                self._say(pending, feeds, limits)
-                if lookahead:
+            if lookahead:
+                foreseen = self._foreseen(method, pending, feeds, limits, lookahead)
+                if not foreseen or begun != (method, lookahead):
+                    self._say(pending, feeds, limits)
                     width = min(max(map(len, feeds)), MOST + 1)
                     self._draft(method, next(w for w in DRAFT_WIDTHS if w >= width), lookahead)
-                else:
-                    self._board.copy_(self._host, non_blocking=True)
-                flying = self._fly(method if lookahead else "plain", lookahead)
+                self._flying, flying = None, self._fly(method, lookahead)
+                if self.foresight.pays(self._took.get((method, lookahead), 0.0)):
+                    self._draft_graphs[method, _AHEAD, lookahead].replay()
+                    self._begun = method, lookahead
             else:
-                flying = self._flying
-            self._flying = self._fly("plain", 0) if ahead and not lookahead else None
+                if self._flying is None:
+                    self._say(pending, feeds, limits)
+                    self._board.copy_(self._host, non_blocking=True)
+                    self._flying = self._fly("plain", 0)
+                flying, self._flying = self._flying, self._fly("plain", 0) if ahead else None
         return lambda: self._settled(flying.read(), method, feeds, lookahead)
 
     def judge(
@@ -154,6 +198,7 @@ class GraphRound:
             pending: As for `play`.
             drafts: Of each row, with at most 15 proposals.
         """
+        self.land()
         proposals = [draft.tokens for draft in drafts]
         width = max(map(len, proposals))
         count = next(w for w in WIDTHS if w > width) - 1
@@ -167,6 +212,37 @@ class GraphRound:
             flying = self._fly("weighed" if weighed else "told" if count else "plain", count)
         answer = flying.read()
         return [self._verdict(answer[slot], row) for row, slot in enumerate(self._target.slots)]
+
+    def _foreseen(
+        self,
+        method: str,
+        pending: Sequence[int],
+        feeds: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        lookahead: int,
+    ) -> bool:
+        """Return whether the device took a round to begin as it does; see `play`."""
+        seen, self._seen = self._seen, None
+        if seen is None:
+            return False
+        hit = seen[:2] == (method, lookahead) and all(
+            self._row_foreseen(seen[2][slot], row, pending[row], list(feeds[row]), limits[row])
+            for row, slot in enumerate(self._target.slots)
+        )
+        self.foresight.see(hit)
+        return hit
+
+    def _row_foreseen(
+        self, line: list[int], row: int, pending: int, feed: list[int], limit: int
+    ) -> bool:
+        held = self._drafter.lengths[row], self._target.lengths[row]
+        if (line[_PENDING], line[_PLACES], line[_LIMIT]) != (pending, held[1], limit):
+            return False
+        if not feed:  # Nothing counts that is drafted.
+            return limit == 0
+        count = line[LAST] + 1
+        fits = count <= DRAFT_WIDTHS[0] and line[PLACES] == held[0]
+        return fits and line[IDS : IDS + count] == feed
 
     def _say(
         self,
@@ -234,6 +310,8 @@ class GraphRound:
         feeds: Sequence[Sequence[int]],
         lookahead: int,
     ) -> Settled:
+        self.foresight.read()
+        self._seen = (method, lookahead, answer) if lookahead else None
         drafter = self._drafter
         result = Settled([], [], [], [])
         wide = lookahead and max(map(len, feeds)) > MOST + 1
@@ -246,9 +324,10 @@ class GraphRound:
             held: list[int] = []
             if lookahead and feeds[row]:
                 forth = self._forth[method]
-                columns = line[_COLUMNS : _COLUMNS + lookahead - 1]
+                began = drafter.lengths[row] + (1 if wide else len(feeds[row]))
+                drafter.lengths[row] = line[PLACES]
+                columns = line[_COLUMNS : _COLUMNS + line[PLACES] - began]
                 held = [*feeds[row], *[forth[column] for column in columns]]
-                drafter.lengths[row] += (1 if wide else len(feeds[row])) + len(columns)
             result.fed.append(held)
         return result
 
@@ -257,16 +336,20 @@ class GraphRound:
         if key not in self._draft_graphs:  # All widths at once, and none in a later text.
             last = self._lines[:, LAST].copy()
             self._lines[:, LAST] = 0  # A place that each width has.
-            for other in DRAFT_WIDTHS if self._drafter.device.type == "cuda" else (width,):
+            on_gpu = self._drafter.device.type == "cuda"
+            for other in (*DRAFT_WIDTHS, _AHEAD) if on_gpu else (width, _AHEAD):
                 self._draft_graphs[method, other, lookahead], _ = self._drafter.capture(
                     partial(self._run_draft, method, other, lookahead)
                 )
+            if on_gpu:
+                self._took[method, lookahead] = _seconds_of(self._draft_graphs[key])
             self._lines[:, LAST] = last
         self._draft_graphs[key].replay()
 
     def _run_draft(self, method: str, width: int, lookahead: int) -> None:
         drafter, table = self._drafter, self._tables[method]
-        self._board.copy_(self._host, non_blocking=True)
+        if width != _AHEAD:
+            self._board.copy_(self._host, non_blocking=True)
 
         def choose(step: int, state: Tensor) -> Tensor:
             logits = drafter.body.raw_logits(state, table.head)
@@ -284,7 +367,7 @@ class GraphRound:
             self._rules.pick(logits, among, table.forth, column, self._next, draws, left)
             return self._next
 
-        drafter.go_on(self._board, width, lookahead, choose)
+        drafter.go_on(self._board, width or DRAFT_WIDTHS[0], lookahead, choose)
 
     def _laws(self, method: str) -> tuple[Tensor, Tensor]:
         """Return scores and their logarithmic sums for each step of a draft."""
@@ -331,8 +414,11 @@ class GraphRound:
         if method == "plain":  # What the next round needs to know, if it is plain too.
             board[:, _PLACES] += 1
             board[:, _PENDING] = board[:, _FOLLOWING]
-        else:
-            self._answer.put(board)
+            return
+        if table is not None:
+            known = table.forth, table.runs, table.spelled
+            self._rules.advance(board, _BOARD, *known, lookahead, self._ends)
+        self._answer.put(board)
 
     def _law(self, method: str, tokens: Tensor, vocab: int) -> Law:
         """Return the law of what was drafted; where it is spread over runs, compute it."""
@@ -349,6 +435,14 @@ class GraphRound:
         laid = table.runs, self._origin[:, : tokens.shape[1]], self._board[:, _TOTAL]
         self._rules.spread(scores, norms, self._columns, *laid, law, mass)
         return Law(DENSE, law, mass, table.forth)
+
+
+def _seconds_of(graph: Any) -> float:
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    graph.replay()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
 
 
 class _Weights:

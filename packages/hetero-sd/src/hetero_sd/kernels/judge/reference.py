@@ -95,6 +95,36 @@ class Cut(NamedTuple):
         return z.masked_fill(~((z > value) | ((z == value) & later)), float("-inf"))
 
 
+class Line(NamedTuple):
+    """Where things stand in a row's line of the board that host and device share.
+
+    Attributes:
+        last: Place of the last id that the drafter is fed.
+        ids: Ids that it is fed.
+        places: Their places in its cache.
+        later: Places of the ids that it writes behind them.
+        pending: The target's one id that it has not seen.
+        target_places: Places of this one and of the proposals in its cache.
+        limit: How many proposals may count.
+        accepted: How many proposals were accepted.
+        following: The token after them.
+        columns: Columns picked.
+        width: How many ids, places and target places there are, each; of later ones one less.
+    """
+
+    last: int
+    ids: int
+    places: int
+    later: int
+    pending: int
+    target_places: int
+    limit: int
+    accepted: int
+    following: int
+    columns: int
+    width: int
+
+
 def combine(logits: Tensor, among: Tensor | None) -> Tensor:
     """Return logits of columns, each of one id or of the sum of some ids' probabilities.
 
@@ -307,3 +337,60 @@ def judge(
         after = (weights / noise).argmax(dim=1)
     accepted.copy_(torch.where(broken, -1, taken))
     following.copy_(after)
+
+
+def advance(
+    board: Int[Tensor, "rows numbers"],
+    line: Line,
+    forth: Int[Tensor, " columns"],
+    runs: Int[Tensor, "columns longest"],
+    spelled: Int[Tensor, "vocab pieces"],
+    steps: int,
+    ends: tuple[int, int],
+) -> None:
+    """Write what the next round begins with, should nobody know better.
+
+    The drafter keeps the columns whose runs were accepted to the end, and is fed what it has not
+    seen: the last column, where none was refused, and the ids of each target token after these.
+
+    Args:
+        board: What the round that was judged began with, and what came of it.
+        line: Where it stands.
+        forth: The drafter id that each column goes on with.
+        runs: Target tokens of each column, padded with −1; each has at least one.
+        spelled: Drafter ids of each target token, padded with −1.
+        steps: Columns picked in each row.
+        ends: The last place of the drafter's cache, and of the target's.
+    """
+    rows, width = len(board), line.width
+    columns = board[:, line.columns : line.columns + steps]
+    accepted = board[:, line.accepted].clamp(min=0)
+    following = board[:, line.following].clamp(0, len(spelled) - 1)
+    run = runs[columns]
+    length = (run >= 0).sum(dim=2)
+    reach = length.cumsum(dim=1)
+    kept = (reach <= accepted[:, None]).sum(dim=1)
+    left = accepted - torch.where(
+        torch.arange(steps, device=board.device) < kept[:, None], length, 0
+    ).sum(dim=1)
+    row, lane = torch.arange(rows, device=board.device), torch.arange(width, device=board.device)
+    begun = run[row, kept.clamp(max=steps - 1)]
+    begun = torch.where(lane[: run.shape[2]] < left[:, None], begun, -1)
+    ids = torch.where(begun[:, :, None] >= 0, spelled[begun.clamp(min=0)].long(), -1)
+    last = torch.where(kept == steps, forth[columns[:, -1]], -1)
+    ids = torch.cat([last[:, None], ids.flatten(1), spelled[following].long()], dim=1)
+    real = ids >= 0
+    place = torch.where(real, real.cumsum(dim=1) - 1, width).clamp(max=width)  # The rest behind.
+    fed = board.new_zeros(rows, width + 1).scatter_(1, place, ids)[:, :width]
+    count = real.sum(dim=1).clamp(1, width)
+    held = board[:, line.places] + board[:, line.last] + 1 + kept.clamp(max=steps - 1)
+    board[:, line.last] = count - 1
+    board[:, line.ids : line.ids + width] = fed
+    for at, start, end, size in (
+        (line.places, held, ends[0], width),
+        (line.later, held + count, ends[0], width - 1),
+        (line.target_places, board[:, line.target_places] + 1 + accepted, ends[1], width),
+    ):
+        board[:, at : at + size] = (start[:, None] + lane[:size]).clamp(max=end)
+    board[:, line.pending] = following
+    board[:, line.limit] = (board[:, line.limit] - 1 - accepted).clamp(min=0)
