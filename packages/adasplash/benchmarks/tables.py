@@ -1,13 +1,8 @@
-"""Write the tables of the README from the stored results.
-
-Run as `python packages/adasplash/benchmarks/tables.py`, after results have been put into
-`benchmarks/results`. A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is
-between them is replaced. A test compares the README with what this gives.
-"""
+"""The tables of the README and the pages, from the stored results; `pages.py` writes them."""
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +10,7 @@ from typing import Any
 from fourfold_common import Results
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[3]
 METRICS = ("forward", "forward + backward")
 THEIRS = "adasplash 0.2.2"
 NAMES = {
@@ -46,6 +41,10 @@ def times(value: float) -> str:
     return "" if value != value else f"{value:.2f} x"
 
 
+def both(forward: float, backward: float) -> str:
+    return "" if forward != forward else f"{ms(forward)} / {ms(backward)}"
+
+
 def table(head: str, rows: Iterable[list[str]]) -> str:
     """Return a table whose columns are text where `head` begins with `<`, else right-aligned."""
     names = head.split(" | ")
@@ -54,28 +53,60 @@ def table(head: str, rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def densities(asked: float, file: str = "attention_h200.json") -> str:
+def densities(asked: float) -> str:
     """Return our speed beside cuDNN's by length at one of the densities that were asked for."""
     rows = []
     for length in (2**i for i in range(10, 18)):
         cells, some = [f"{length:,}"], False
         for dim in (64, 128):
-            shape = {"length": length, "dim_head": dim, "causal": True}
-            soft = cases(file, **shape)
-            ours = cases(file, **shape, asked=asked)
-            ours = [c for c in ours if c["provider"] == "adasplash"]
-            if asked < 1 and not ours:  # these inputs allow no lower density than another's
-                ours = [] if asked > 0.05 else lowest(soft)
-            density = {c["parameters"]["density"] for c in ours}
-            cells.append(f"{density.pop():.3f}" if density else "")
-            for metric in METRICS:
-                own = pick(ours, "adasplash", metric)
-                cells.append(times(pick(soft, "SDPA cuDNN", metric) / own))
-            some |= bool(ours)
+            its = beside(asked, "attention_h200.json", length=length, dim_head=dim, causal=True)
+            cells, some = cells + its, some or bool(its[0])
         if some:
             rows.append(cells)
     return table("tokens | density, head size 64 | forward | with backward | "
                  "density, 128 | forward | with backward", rows)  # fmt: skip
+
+
+def summary() -> str:
+    """Return our speed beside cuDNN's, causal, at head size 64, both ways in one cell."""
+    rows = []
+    for length in (2**i for i in range(12, 18)):
+        cells = [f"{length:,}"]
+        for asked in (0.05, 0.1, 0.25, 1.0):
+            shape = {"length": length, "dim_head": 64, "causal": True}
+            density, *its = beside(asked, "attention_h200.json", **shape)
+            cells.append(f"{' / '.join(its)} at {density}" if density else "")
+        rows.append(cells)
+    return table("tokens | density about 0.05 | 0.1 | 0.25 | 1", rows)
+
+
+def beside(asked: float, file: str, **shape: object) -> list[str]:
+    """Return the density of a case, and how many times as fast as cuDNN we are, both ways."""
+    soft, ours = cases(file, **shape), cases(file, **shape, asked=asked)
+    ours = [c for c in ours if c["provider"] == "adasplash"]
+    if asked <= 0.05 and not ours:  # these inputs allow no lower density than another's
+        ours = lowest(soft)
+    density = {c["parameters"]["density"] for c in ours}
+    ratios = [
+        times(pick(soft, "SDPA cuDNN", metric) / pick(ours, "adasplash", metric))
+        for metric in METRICS
+    ]
+    return [f"{density.pop():.3f}" if density else "", *ratios]
+
+
+def others() -> str:
+    """Return our speed beside cuDNN's without a causal mask, and on other inputs."""
+    rows = []
+    for name, file, causal in (
+        ("not causal", "attention_h200.json", False),
+        ("local heads", "attention_local_h200.json", True),
+    ):
+        for length in (8192, 32768):
+            for asked in (0.05, 0.1, 0.25, 1.0):
+                its = beside(asked, file, length=length, dim_head=64, causal=causal)
+                if its[0]:
+                    rows.append([name, f"{length:,}", *its])
+    return table("<inputs | tokens | density | forward | with backward", rows)
 
 
 def lowest(found: list[Case]) -> list[Case]:
@@ -87,15 +118,12 @@ def lowest(found: list[Case]) -> list[Case]:
 
 def options() -> str:
     """Return the times of options beside softmax attention with the same option."""
-    names = list(
-        dict.fromkeys(c["parameters"]["option"] for c in cases("options_before_h200.json"))
-    )
+    files = {64: "options_h200.json", 128: "options_before_h200.json"}
     rows = []
-    for name in names:
+    for name in dict.fromkeys(c["parameters"]["option"] for c in cases(files[64])):
         cells = [NAMES.get(name, name)]
-        for dim in (64, 128):
-            found = cases("options_h200.json", option=name, dim=dim)
-            found = found or cases("options_before_h200.json", option=name, dim=dim)
+        for dim, file in files.items():
+            found = cases(file, option=name, dim=dim)
             peers = {c["provider"] for c in found} - {"adasplash", "FlexAttention"}
             best = [min((pick(found, p, metric) for p in peers), default=float("nan"))
                     for metric in METRICS]  # fmt: skip
@@ -103,7 +131,7 @@ def options() -> str:
             cells.append(f"{density.pop():.3f}" if density else "")
             for pair in ([pick(found, "adasplash", m) for m in METRICS], best,
                          [pick(found, "FlexAttention", m) for m in METRICS]):  # fmt: skip
-                cells.append(" / ".join(map(ms, pair)) if pair[0] == pair[0] else "")
+                cells.append(both(*pair))
         rows.append(cells)
     return table("<option | density, size 64 | adasplash | torch | FlexAttention | "
                  "density, 128 | adasplash | torch | FlexAttention", rows)  # fmt: skip
@@ -189,6 +217,114 @@ def errors() -> str:
                  "output or one gradient | cases", rows)  # fmt: skip
 
 
+def kernels() -> str:
+    """Return the time of every kernel, and of cuDNN, at 8,192 tokens of 32 heads of 64."""
+    columns = {
+        gain: cases("kernels_h200.json", what="plain", length=8192, dim_head=64, causal=True,
+                    gain=gain)
+        for gain in (1.127, 0.747, 0.549, 0.0)
+    }  # fmt: skip
+    rows = []
+    for label, provider, metric in (
+        ("screening", "adasplash", "screen"), ("list of blocks", "adasplash", "list"),
+        ("threshold", "adasplash", "threshold"), ("output", "adasplash", "output"),
+        ("delta and dQ", "adasplash", "queries"), ("dK and dV", "adasplash", "keys"),
+        ("forward", "adasplash", "forward"), ("with backward", "adasplash", "forward + backward"),
+        ("cuDNN, forward", "SDPA cuDNN", "forward"),
+        ("cuDNN, with backward", "SDPA cuDNN", "forward + backward"),
+    ):  # fmt: skip
+        found = (pick(column, provider, metric) for column in columns.values())
+        rows.append([label, *(f"{x:.3f}" for x in found)])
+    at = [f"{found[0]['parameters']['density']:.3f}" for found in columns.values()]
+    return table(f"<kernel | density {' | '.join(at)}", rows)
+
+
+def masks() -> str:
+    """Return the times of key masks and a window at 8,192 tokens of 32 heads of 64."""
+    names = {
+        "plain": "no mask", "ones": "hides nothing", "left tenth hidden": "hides the first tenth",
+        "right quarter hidden": "hides the last quarter", "holes": "holes everywhere",
+        "window of 1,024": "window of 1,024 keys",
+    }  # fmt: skip
+    rows = []
+    for what, label in names.items():
+        found = cases("kernels_h200.json", what=what, length=8192, dim_head=64, causal=True,
+                      gain=4.0)  # fmt: skip
+        density = found[0]["parameters"]["density"]
+        rows.append([label, f"{density:.3f}",
+                     *(ms(pick(found, "adasplash", metric)) for metric in METRICS)])  # fmt: skip
+    return table("<mask | density | forward | with backward", rows)
+
+
+def gpt2() -> str:
+    """Return losses and steps of the two GPT-2 models."""
+    rows = []
+    for provider, label in (("softmax", "softmax (SDPA)"), ("entmax", "alpha 1.5")):
+        found = cases("gpt2_h200.json")
+        moving = pick(found, provider, "step while alpha moves")
+        rows.append([label, f"{pick(found, provider, 'validation loss'):.3f} nats",
+                     f"{pick(found, provider, 'step'):.3f} s",
+                     f"{moving:.3f} s" if moving == moving else ""])  # fmt: skip
+    return table("<attention | validation loss | step | while alpha moves", rows)
+
+
+def encoder() -> str:
+    """Return what became of the encoder at every length."""
+    rows = []
+    for length in (512, 2048, 8192):
+        for provider in ("softmax", "alpha 1.5", "alpha 2"):
+            found = [c for c in cases("encoder_h100.json", length=length)
+                     if c["provider"] == provider]  # fmt: skip
+            moving = pick(found, provider, "step while alpha moves")
+            peak = next(c["peak_mib"] for c in found if c["metric"] == "step")
+            empty = [c["median"] for c in found if c["metric"] == "empty 64x64 blocks"]
+            rows.append([
+                f"{length:,}", provider, f"{pick(found, provider, 'accuracy'):.3f}",
+                f"{pick(found, provider, 'nDCG@10'):.3f}",
+                f"{1e3 * pick(found, provider, 'step'):.0f} ms",
+                f"{1e3 * moving:.0f} ms" if moving == moving else "", f"{peak:,.0f} MiB",
+                f"{100 * sum(empty) / len(empty):.0f} %" if empty else "",
+            ])  # fmt: skip
+    return table("tokens | <attention | accuracy | nDCG@10 | step | while alpha moves | "
+                 "peak memory | empty blocks", rows)  # fmt: skip
+
+
+def empty() -> str:
+    """Return the share of empty blocks by layer of the trained models."""
+    rows = []
+    found = cases("gpt2_h200.json", length=4096)
+    shares = [100 * c["median"] for c in found if c["metric"] == "empty 64x64 blocks"]
+    rows.append(["GPT-2, 90 M, from scratch", "4,096",
+                 f"{min(shares):.0f} to {max(shares):.0f} %", ""])  # fmt: skip
+    for length in (512, 2048, 8192):
+        cells = ["all-MiniLM-L6-v2, fine-tuned", f"{length:,}"]
+        for provider in ("alpha 1.5", "alpha 2"):
+            layers = [
+                f"{100 * c['median']:.0f}" for c in cases("encoder_h100.json", length=length)
+                if (c["provider"], c["metric"]) == (provider, "empty 64x64 blocks")
+            ]  # fmt: skip
+            cells.append(f"{', '.join(layers)} %")
+        rows.append(cells)
+    return table("<model | tokens | <empty blocks at alpha 1.5, by layer | <at alpha 2", rows)
+
+
+def demo_models() -> dict[str, Any]:
+    """Return what is stored of the training of the demo's two models."""
+    assets = ROOT / "packages/adasplash/src/adasplash/demo/assets/training.json"
+    return json.loads(assets.read_text(encoding="utf-8"))["models"]
+
+
+def demo() -> str:
+    """Return how the demo's two models came out of their training."""
+    models = demo_models()
+    rows = [
+        [label, f"{models[name]['validation_loss_nats']:.3f}",
+         f"{models[name]['seconds_per_step']:.3f}"]
+        for name, label in (("entmax", "1.5-entmax"), ("softmax", "softmax (SDPA)"))
+    ]  # fmt: skip
+    return table("<attention | validation loss, nats per token | seconds per step", rows)
+
+
 def beside_cudnn(metric: str, **case: object) -> float:
     """Return how many times as fast as cuDNN's our attention is, with the last kernels."""
     found = cases("kernels_h200.json", what="plain", **case)
@@ -241,17 +377,8 @@ def goals() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "low density": lambda: densities(0.05),
     "density 0.1": lambda: densities(0.1),
-    "density 1": lambda: densities(1.0, "attention_last_h200.json"),
-    "goals": goals, "errors": errors, "options": options, "upstream": upstream, "dense": dense,
-    "decode": decode,
+    "density 1": lambda: densities(1.0),
+    "other inputs": others, "summary": summary, "goals": goals, "kernels": kernels,
+    "masks": masks, "errors": errors, "options": options, "upstream": upstream, "dense": dense,
+    "decode": decode, "demo": demo, "gpt2": gpt2, "encoder": encoder, "empty": empty,
 }  # fmt: skip
-_MARKED = re.compile(r"(<!-- table: (.+?) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
-
-
-def filled(text: str) -> str:
-    """Return a page with its tables written anew."""
-    return _MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
-
-
-if __name__ == "__main__":
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")

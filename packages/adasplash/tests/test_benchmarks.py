@@ -1,6 +1,8 @@
 """The benchmarks run from end to end on the CPU, and their checks can fail."""
 
+import importlib
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -193,10 +195,56 @@ def test_decoding_is_checked_and_timed(tmp_path):
     assert 0 < by_noise[0.1] <= 1
 
 
-def test_the_readme_shows_what_is_stored(monkeypatch):
-    script = load("tables")
-    text = script.README.read_text(encoding="utf-8")
-    assert {found[1] for found in script._MARKED.findall(text)} == set(script.TABLES)
-    assert script.filled(text) == text
-    monkeypatch.setattr(script, "cases", lambda *_, **__: [])
-    assert script.densities(0.1).count("\n") == 1  # nothing stored, nothing shown
+@pytest.fixture
+def pages(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("pages")
+
+
+def test_the_pages_show_what_is_stored(pages, monkeypatch):
+    tables, sentences = (importlib.import_module(name) for name in ("tables", "sentences"))
+    texts = {page: page.read_text(encoding="utf-8") for page in pages.PAGES}
+    shown = [found[1] for text in texts.values() for found in pages.MARKED.findall(text)]
+    assert sorted(shown) == sorted(tables.TABLES)
+    together = "\n".join(texts.values())
+    for sentence, _ in sentences.SENTENCES:
+        assert sentences.pattern_of(sentence).search(together), sentence
+    for page, text in texts.items():
+        assert pages.filled(text) == text, page
+    monkeypatch.setattr(tables, "cases", lambda *_, **__: [])
+    assert tables.densities(0.1).count("\n") == 1  # nothing stored, nothing shown
+
+
+def test_figures_of_sentences_are_written_over_line_breaks(pages, monkeypatch):
+    sentences = importlib.import_module("sentences")
+    monkeypatch.setattr(sentences, "SENTENCES", [("takes {} ms, of {}.", lambda: ["2.5", "7"])])
+    assert sentences.said("It\ntakes 1,000.1\nms, of 8.") == "It\ntakes 2.5\nms, of 7."
+    assert sentences.said("It takes no ms, of 8.") == "It takes no ms, of 8."
+
+
+# Figures of settings, goals, names and versions; all others are measured.
+SETTINGS = (
+    r"alpha\s\d\.\d+|\d\.\d-entmax|adasplash 0\.2\.2|package, 0\.2\.2|torch 2\.11|Triton 3\.6"
+    r"|entmax 1\.3|goal.{0,20}\b\d+(\.\d+)?|density of (about )?0\.\d+|At about 0\.1"
+    r"|from 1\.01 to 1\.5|2\.6 M|256 MiB at most"
+)
+
+
+@pytest.mark.parametrize(
+    ("page", "begin", "end"),
+    [
+        ("packages/adasplash/benchmarks/README.md", "# Measurements", "the end"),
+        ("packages/adasplash/README.md", "## Limits", "## Differences"),
+        ("docs/adasplash/index.md", "## What to expect", "## Limits"),
+    ],
+)
+def test_no_figure_stands_outside_of_what_is_written_from_results(pages, page, begin, end):
+    sentences = importlib.import_module("sentences")
+    text = (pages.ROOT / page).read_text(encoding="utf-8")
+    text = text[text.index(begin) :].split(end)[0]
+    text = pages.MARKED.sub("", text)
+    for sentence, _ in sentences.SENTENCES:
+        text = sentences.pattern_of(sentence).sub("", text)
+    text = re.sub(SETTINGS, "", text.replace("\n", " "))
+    left = re.findall(r".{30}\d+\.\d+.{20}|.{30}\d (?:ms|s|MiB|x)\b", text)
+    assert not left

@@ -111,9 +111,31 @@ def test_alpha_of_every_head(backend):
         found = adasplash_decode(q, k, v, lengths, alpha=given, backend=backend)
         assert relative_error(found, want) < 1e-5
     with pytest.raises(
-        ValueError, match=r"`alpha` must have shape \[\], \[4\] or \[2, 4\]; got \[3\]"
+        ValueError, match=r"`alpha` must have shape \(\), \(4,\) or \(2, 4\); got \(3,\)"
     ):
         adasplash_decode(q, k, v, lengths, alpha=alpha[:3])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("left", [0, 20, 500, -1])
+def test_a_window_is_that_of_attention(backend, left):
+    q, k, v, lengths = inputs([130, 64, 97], 4, 2, 2, 16, 16, 130)
+    pages_k, pages_v, table = paged(k, v, 32)
+    mask = torch.ones(3, 130, dtype=torch.bool, device=DEVICE)
+    mask[0, 100::3] = False
+    wide = torch.nn.functional.pad(mask, (0, 30), value=True)
+    options = {"window": (left, 0), "backend": backend}
+    stats = page_stats(pages_k)
+    found = [
+        adasplash_decode(q, k, v, lengths, key_padding_mask=mask, **options),
+        adasplash_decode(q, pages_k, pages_v, lengths, table, stats, key_padding_mask=wide,
+                         **options),
+    ]  # fmt: skip
+    for i, length in enumerate(lengths.tolist()):
+        one = (x[i : i + 1] for x in (q, k[:, :, :length], v[:, :, :length]))
+        want = adasplash(*one, window=(left, -1), backend="reference",
+                         key_padding_mask=mask[i : i + 1, :length])  # fmt: skip
+        assert all(relative_error(x[i : i + 1], want.double()) < 2e-6 for x in found)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

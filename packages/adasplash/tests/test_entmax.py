@@ -213,13 +213,13 @@ def test_operators_follow_the_rules_of_torch():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: entmax(torch.arange(3)), TypeError, "`x` must be floating point"),
+        (lambda: entmax(torch.arange(3)), TypeError, "`x` must be a floating point"),
         (lambda: entmax(torch.randn(3), dim=1), ValueError, "`dim` must be between -1 and 0"),
         (lambda: entmax(torch.randn(2, 0)), ValueError, "at least one element"),
         (lambda: entmax(torch.randn(3), 0.9), ValueError, "`alpha` must be at least 1; got 0.9"),
         (lambda: entmax(torch.randn(3), torch.tensor([2.5])), ValueError, "from 1 to 2"),
         (lambda: entmax(torch.randn(2, 3), torch.ones(2)), ValueError, "must broadcast to"),
-        (lambda: entmax(torch.randn(3), mask=torch.ones(3)), TypeError, "`mask` must be bool"),
+        (lambda: entmax(torch.randn(3), mask=torch.ones(3)), TypeError, "`mask` must be a bool"),
     ],
 )
 def test_errors(call, error, message, own_checks):

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from adasplash import adasplash, entmax15
+from adasplash import (
+    Entmax,
+    EntmaxAttention,
+    EntmaxLoss,
+    adasplash,
+    adasplash_decode,
+    entmax,
+    entmax15,
+)
 
 pytestmark = pytest.mark.usefixtures("own_checks")
 
@@ -76,14 +84,14 @@ def test_the_kernels_need_a_gpu_or_the_interpreter(monkeypatch):
         adasplash(*_inputs(), backend="triton")
 
 
-def test_the_kernels_do_not_compute_float64():
+def test_the_kernels_do_not_compute_float64(device):
     with pytest.raises(ValueError, match=r"the kernels do not compute torch.float64"):
-        adasplash(*(x.double() for x in _inputs()), backend="triton")
+        adasplash(*(x.to(device).double() for x in _inputs()), backend="triton")
 
 
-def test_the_kernels_do_not_compute_softmax():
+def test_the_kernels_do_not_compute_softmax(device):
     with pytest.raises(ValueError, match=r"the kernels compute no softmax, `alpha` 1; use 'ref"):
-        adasplash(*_inputs(), alpha=1.0, backend="triton")
+        adasplash(*(x.to(device) for x in _inputs()), alpha=1.0, backend="triton")
 
 
 def test_packed_bounds_must_fit():
@@ -102,7 +110,7 @@ def test_packed_bounds_must_fit():
 
 
 def test_entmax_names_what_is_wrong():
-    with pytest.raises(TypeError, match=r"`x` must be floating point; got torch.int64"):
+    with pytest.raises(TypeError, match=r"`x` must be a floating point tensor; got torch.int64"):
         entmax15(torch.arange(3))
     with pytest.raises(ValueError, match=r"`dim` must be between -1 and 0; got 1"):
         entmax15(torch.randn(3), dim=1)
@@ -117,10 +125,71 @@ def test_entmax_names_what_is_wrong():
         ({"alpha": None}, TypeError, "`alpha` must be a number; got None"),
         ({"scale": "a"}, TypeError, "`scale` must be a number; got 'a'"),
         ({"softcap": "x"}, TypeError, "`softcap` must be a number; got 'x'"),
+        ({"alpha": True}, TypeError, "`alpha` must be a number; got True"),
+        ({"scale": torch.ones(2)}, TypeError, r"`scale` must be a number; got a tensor .*\(2,\)"),
+        ({"dropout_p": torch.tensor(0.1)}, TypeError, "`dropout_p` must be a number; got a ten"),
+        ({"is_causal": "no"}, TypeError, "`is_causal` must be True or False; got 'no'"),
+        ({"max_seqlen_k": 3}, ValueError, "`max_seqlen_q` and `max_seqlen_k` need `cu_seqlens_q`"),
+        ({"varlen": [6, 6]}, TypeError, "`varlen` must be a tensor; got list"),
+        ({"varlen": torch.ones(2)}, TypeError, "`varlen` must hold integers; got torch.float32"),
+        ({"cu_seqlens_q": [0, 6]}, TypeError, "`cu_seqlens_q` must be a tensor; got list"),
+        ({"attn_bias": 0.1}, TypeError, "`attn_bias` must be a tensor; got float"),
+        ({"alibi_slopes": [1.0]}, TypeError, "`alibi_slopes` must be a tensor; got list"),
+        ({"key_padding_mask": [True]}, TypeError, "`key_padding_mask` must be a tensor; got list"),
         ({"window": 3}, ValueError, "`window` must be two whole numbers.*got 3"),
         ({"window": (1.5, 0)}, ValueError, r"`window` must be two whole numbers.*got \(1.5, 0\)"),
     ],
 )
-def test_options_of_a_wrong_type(options, error, message, own_checks):
+def test_options_of_a_wrong_type(options, error, message):
     with pytest.raises(error, match=message):
         adasplash(*_inputs(), **options)
+
+
+def test_what_is_no_tensor_is_named():
+    q, k, v = _inputs()
+    with pytest.raises(TypeError, match="`k` must be a tensor; got ndarray"):
+        adasplash(q, k.numpy(), v)
+    with pytest.raises(TypeError, match="`x` must be a floating point tensor; got list"):
+        entmax([1.0, 2.0])
+    with pytest.raises(TypeError, match=r"`mask` must be a bool tensor.* got list"):
+        entmax(q, mask=[True])
+    with pytest.raises(ValueError, match=r"`mask` must broadcast to .*got \(3,\)"):
+        entmax(q, mask=torch.ones(3, dtype=torch.bool))
+    for alpha in ("1.5", None):
+        with pytest.raises(TypeError, match="`alpha` must be a number; got"):
+            entmax(q, alpha)
+    with pytest.raises(TypeError, match="`dim` must be a whole number; got 'x'"):
+        entmax(q, 1.5, "x")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"cache_seqlens": [6, 6]}, TypeError, "`cache_seqlens` must be a tensor; got list"),
+        ({"cache_seqlens": torch.ones(2)}, TypeError, "`cache_seqlens` must hold integers"),
+        ({"q": torch.ones(2, 4, 8)}, ValueError, r"`q` must have 4 dim.*got shape \(2, 4, 8\)"),
+        ({"v_cache": torch.ones(2, 2, 6, 8).half()}, TypeError, "`v_cache` must be torch.float32"),
+        ({"alpha": "1.5"}, TypeError, "`alpha` must be a number; got '1.5'"),
+        ({"alpha": 1.0}, ValueError, "`alpha` must be above 1, up to 2; got 1.0"),
+        ({"window": 3}, ValueError, "`window` must be two whole numbers.*got 3"),
+        ({"page_stats": (1, 2)}, TypeError, "`page_stats` must be what .*; got tuple"),
+        ({"block_table": torch.ones(2, 1)}, TypeError, "`block_table` must hold integers"),
+    ],
+)
+def test_decoding_names_what_is_wrong(options, error, message):
+    q, k, v = _inputs()
+    given = {"q": q[:, :, -1:], "k_cache": k, "v_cache": v, "cache_seqlens": torch.tensor([6, 6])}
+    with pytest.raises(error, match=message):
+        adasplash_decode(**given | options)
+
+
+def test_layers_refuse_what_they_could_not_run():
+    for make in (
+        lambda: Entmax(0.5),
+        lambda: EntmaxLoss(0.5),
+        lambda: EntmaxAttention(8, 2, alpha=3.0),
+    ):
+        with pytest.raises(ValueError, match=r"`alpha` must be .*; got (0.5|3.0)"):
+            make()
+    with pytest.raises(ValueError, match=r"`reduction` must be .*; got 'x'"):
+        EntmaxLoss(reduction="x")

@@ -125,6 +125,24 @@ def _flattened(honest):
     return law
 
 
+@pytest.mark.parametrize("method", ["tli", "slem", "slrs", "c-slrs"])
+def test_what_was_prepared_is_not_captured_again(pair, monkeypatch, method):
+    from hetero_sd.graphs import GraphRunner
+
+    captured, capture = [], GraphRunner.capture
+    monkeypatch.setattr(
+        GraphRunner, "capture", lambda *args: captured.append(args) or capture(*args)
+    )
+    dec = HeteroSpeculativeDecoder(*pair, method=method, lookahead=3)
+    text = "a dog ran over the hill and the mat. " * 3
+    for options in ({}, {"do_sample": True, "top_k": 0, "top_p": 0.9}):
+        dec.prepare(2, length=256, **options)
+        count = len(captured)
+        assert count > 0
+        dec.generate([text, text], max_new_tokens=60, eos_token_id=[], **options)
+        assert len(captured) == count
+
+
 def test_whole_drafts_are_accepted_where_the_drafter_is_the_target(pair):
     """Graphs of few proposals are captured in a round of many, all of which are accepted."""
     target, _, tokenizer, _ = pair

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .kernels.checks import check_number
 from .kernels.entmax import entmax
 from .kernels.entmax.reference import wide
 
@@ -35,8 +36,8 @@ def entmax_loss(
         target: Right class of every row.
         alpha: 1 (cross entropy) to 2 (sparsemax loss), or above.
         ignore_index: Rows with this target count for nothing.
-        reduction: "mean" over the rows that count, "sum", or "none", which keeps the shape of
-            `target`, with 0 for ignored rows.
+        reduction: "mean" over the rows that count, NaN where none does, "sum", or "none", which
+            keeps the shape of `target`, with 0 for ignored rows.
 
     Raises:
         TypeError: `target` does not hold integers.
@@ -45,16 +46,13 @@ def entmax_loss(
 
     Source: Blondel, Martins, Niculae (2020), "Learning with Fenchel-Young losses".
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"`reduction` must be 'mean', 'sum' or 'none'; got {reduction!r}.")
-    if not alpha >= 1:
-        raise ValueError(f"`alpha` must be at least 1; got {alpha}.")
+    _check_settings(alpha, reduction)
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"`target` must hold numbers of classes, integers; got {target.dtype}.")
     if target.shape != x.shape[:-1]:
         raise ValueError(
-            f"`target` must have shape {tuple(x.shape[:-1])}, that of `x` without its classes; "
-            f"got {tuple(target.shape)}."
+            f"`target` must have shape {tuple(x.shape[:-1])}, that of `x` without its last axis, "
+            f"the classes; got {tuple(target.shape)}."
         )
     counts = target != ignore_index
     classes = x.shape[-1]
@@ -71,35 +69,55 @@ def entmax_loss(
         wider = rows.to(wide(rows.dtype))
         losses = (wider.logsumexp(-1) - wider.gather(-1, chosen)[:, 0]).to(x.dtype)
     else:
-        losses = _FenchelYoung.apply(rows, chosen, float(alpha))
+        losses = _FenchelYoung.apply(rows, chosen, float(alpha))[0]
     losses = losses.reshape(target.shape).masked_fill(~counts, 0.0)
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / counts.sum()
 
 
+def _check_settings(alpha: float, reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"`reduction` must be 'mean', 'sum' or 'none'; got {reduction!r}.")
+    check_number("alpha", alpha)
+    if not alpha >= 1:
+        raise ValueError(f"`alpha` must be at least 1; got {alpha}.")
+
+
 class _FenchelYoung(torch.autograd.Function):
-    """The gradient needs no derivative of the weights: they maximise the loss."""
+    """The loss of rows, and their weights: these maximise it, so it needs no derivative of them."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, chosen: Tensor, alpha: float) -> Tensor:
+    def forward(rows: Tensor, chosen: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         p = entmax(rows, alpha)
-        ctx.alpha = alpha
-        ctx.save_for_backward(rows, chosen, p)
         score, weight = rows.to(wide(rows.dtype)), p.to(wide(rows.dtype))
         # Differences of scores are small where the scores are not.
         gap = score - score.gather(-1, chosen)
         inner = torch.where(weight > 0, weight * gap, 0.0 * weight).sum(-1)
         entropy = (1 - weight.pow(alpha).sum(-1)) / (alpha * (alpha - 1))
-        return (inner + entropy).to(rows.dtype)
+        return (inner + entropy).to(rows.dtype), p
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        rows, chosen, ctx.alpha = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(rows, chosen, output[1])
+        ctx.save_for_forward(chosen, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         rows, chosen, p = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient will be differentiated
             p = entmax(rows, ctx.alpha)
         one = torch.zeros_like(p).scatter(-1, chosen, 1.0)
         return (p - one) * grad[:, None], None, None
+
+    @staticmethod
+    def jvp(ctx: Any, rows: Tensor, *_: None) -> tuple[Tensor, None]:
+        chosen, p = ctx.saved_tensors
+        return (p * rows).sum(-1) - rows.gather(-1, chosen)[:, 0], None
 
 
 class EntmaxLoss(nn.Module):
@@ -115,6 +133,7 @@ class EntmaxLoss(nn.Module):
         self, alpha: float = 1.5, ignore_index: int = -100, reduction: Reduction = "mean"
     ) -> None:
         super().__init__()
+        _check_settings(alpha, reduction)
         self.alpha, self.ignore_index, self.reduction = alpha, ignore_index, reduction
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .kernels.attention import adasplash
+from .kernels.attention.checks import check_alpha
+from .kernels.checks import check_number
 from .kernels.entmax import entmax
 
 
@@ -18,10 +20,17 @@ class Entmax(nn.Module):
     Args:
         alpha: At least 1.
         dim: Dimension to normalise over.
+
+    Raises:
+        TypeError: `alpha` is no number.
+        ValueError: `alpha` is below 1.
     """
 
     def __init__(self, alpha: float = 1.5, dim: int = -1) -> None:
         super().__init__()
+        check_number("alpha", alpha)
+        if not alpha >= 1:
+            raise ValueError(f"`alpha` must be at least 1; got {alpha}.")
         self.alpha, self.dim = alpha, dim
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -106,7 +115,7 @@ class EntmaxAttention(nn.Module):
         bias: Whether the projections have a bias.
 
     Raises:
-        ValueError: The numbers of heads do not divide.
+        ValueError: The numbers of heads do not divide, or `alpha` is out of range.
     """
 
     alpha: float | AlphaParam
@@ -129,6 +138,8 @@ class EntmaxAttention(nn.Module):
             raise ValueError(f"`n_heads_kv` must divide `n_heads` {n_heads}; got {kv}.")
         if isinstance(alpha, str) and alpha != "learned":
             raise ValueError(f"`alpha` must be a number or 'learned'; got {alpha!r}.")
+        if not isinstance(alpha, str):
+            check_alpha(alpha, (1, n_heads))
         self.n_heads, self.n_heads_kv, self.is_causal = n_heads, kv, is_causal
         self.alpha = AlphaParam(n_heads) if isinstance(alpha, str) else alpha
         size = dim // n_heads

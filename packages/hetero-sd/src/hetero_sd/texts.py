@@ -55,14 +55,13 @@ class Text:
             drafted: Drafter ids.
             tokens: Target ids of the same text.
         """
-        ours, theirs = self.target.table, self.drafter.table
         ends, size = {}, 0
         for count, token in enumerate(tokens):
-            size += len(ours[token] or b"")
+            size += len(self.target.spell([token]))
             ends[size] = count + 1
         found, size = [], 0
         for index in drafted:
-            size += len(theirs[index] or b"")
+            size += len(self.drafter.spell([index]))
             found.append(ends.get(size, 0))
         later = len(tokens) + 1
         for place in reversed(range(len(found))):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._bytes import ByteEncoder, canonical, token_bytes, tokenizer_kind, tokenizer_state
+from .checks import check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,10 @@ class VocabReport:
             rows.append(f"| {entry.name.replace('_', ' ')} | {value} |")
         return "\n".join(["| | |", "| --- | --- |", *rows])
 
+    def __str__(self) -> str:
+        """Return the same."""
+        return self.to_markdown()
+
 
 _SAMPLE = (
     "The quick brown fox jumps over the lazy dog. It was 7:45 on 31 December 2026,\n"
@@ -194,14 +199,14 @@ _SAMPLE = (
 
 
 def inspect_vocab(
-    target_tokenizer: Any, drafter_tokenizer: Any, corpus: Iterable[str] | None = None
+    target_tokenizer: Any, drafter_tokenizer: Any, corpus: str | Iterable[str] | None = None
 ) -> VocabReport:
     """Return how well two tokenizers go together.
 
     Args:
         target_tokenizer: A fast tokenizer.
         drafter_tokenizer: A fast tokenizer.
-        corpus: Texts like those to be generated; a short sample of our own if missing.
+        corpus: Text like that to be generated, or several; a short sample of our own if missing.
 
     Raises:
         TypeError: A tokenizer has no backend of the `tokenizers` library.
@@ -209,6 +214,9 @@ def inspect_vocab(
 
     Source: own.
     """
+    for name, tokenizer in (("target", target_tokenizer), ("drafter", drafter_tokenizer)):
+        check_tokenizer(name, tokenizer)
+    corpus = [corpus] if isinstance(corpus, str) else corpus
     texts = [_SAMPLE] if corpus is None else [text for text in corpus if text]
     if not texts:
         raise ValueError("`corpus` must hold at least one text that is not empty; got none.")
@@ -234,15 +242,13 @@ def inspect_vocab(
             lossy.append(f"the {name}'s tokenizer changes {len(changed)} of {len(texts)} texts")
     drafter_coverage = sum(i in kept for i in theirs) / max(len(theirs), 1)
     target_coverage = sum(i in targets for i in ours) / max(len(ours), 1)
+    share = f"{target_coverage:.0%} of the target's running tokens are shared"
     if not targets:
         suggestion = "slem: no token is shared"
     elif target_coverage < 0.5:
-        suggestion = f"slem: only {target_coverage:.0%} of the target's running tokens are shared"
+        suggestion = f"slrs for sampling, slem for greedy decoding: only {share}"
     else:
-        suggestion = (
-            f"tli for sampling, slem for greedy decoding: {target_coverage:.0%} of the target's "
-            "running tokens are shared"
-        )
+        suggestion = f"tli for sampling and on a GPU, slem for greedy decoding on a CPU: {share}"
     return VocabReport(
         target_size=len(mapping.target_bytes),
         drafter_size=len(mapping.drafter_bytes),

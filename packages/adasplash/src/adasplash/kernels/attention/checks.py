@@ -3,10 +3,12 @@
 import math
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import check_number, check_tensor
 from .reference import Options
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -23,7 +25,10 @@ def check_tensors(
     q, k, v = shapes
     for name, shape, dtype, device in zip("qkv", shapes, dtypes, devices, strict=True):
         if len(shape) != 4:
-            raise ValueError(f"`{name}` must have 4 dimensions; got shape {tuple(shape)}.")
+            raise ValueError(
+                f"`{name}` must have 4 dimensions, `[batch, heads, seq, dim]`, or 3 with "
+                f"`cu_seqlens_q`; got shape {tuple(shape)}."
+            )
         if dtype not in DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"`{name}` must be one of {allowed}; got {dtype}.")
@@ -58,6 +63,9 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
     bounds_q, bounds_k = options.bounds_q, options.bounds_k
     if bounds_q is None:
         raise ValueError("`cu_seqlens_k` needs `cu_seqlens_q`; got None.")
+    bounds_k = bounds_q if bounds_k is None else bounds_k
+    check_tensor("cu_seqlens_q", bounds_q, whole=True)
+    check_tensor("cu_seqlens_k", bounds_k, whole=True)
     for name, given in (("key_padding_mask", options.key_mask), ("attn_bias", options.bias)):
         if given is not None:
             raise ValueError(f"`{name}` cannot go with `cu_seqlens_q`; leave one of them out.")
@@ -66,7 +74,6 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
             raise ValueError(
                 f"`{name}` must have 3 dimensions with `cu_seqlens_q`; got shape {tuple(x.shape)}."
             )
-    bounds_k = bounds_q if bounds_k is None else bounds_k
     for name, bounds, x in (("q", bounds_q, q), ("k", bounds_k, k)):
         if bounds.ndim != 1 or len(bounds) < 2:
             raise ValueError(
@@ -93,10 +100,36 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
         )
 
 
-def check_number(name: str, x: object) -> None:
-    """Refuse what is not a number."""
-    if not torch.compiler.is_compiling() and not hasattr(x, "__float__"):
-        raise TypeError(f"`{name}` must be a number; got {x!r}.")
+def check_alpha(alpha: Any, heads: tuple[int, ...], *, softmax: bool = True) -> None:
+    """Refuse an alpha that is out of range, or does not fit `batch` and `heads`.
+
+    Values on a GPU are not looked at: that would wait for the device. No trace can either.
+    """
+    if not isinstance(alpha, Tensor):
+        check_number("alpha", alpha)
+        if not (alpha >= 1 if softmax else alpha > 1) or not alpha <= 2:
+            allowed = "between 1 and 2" if softmax else "above 1, up to 2"
+            raise ValueError(f"`alpha` must be {allowed}; got {alpha}.")
+        return
+    if tuple(alpha.shape) not in ((), heads[1:], heads):
+        raise ValueError(
+            f"`alpha` must have shape (), {heads[1:]} or {heads}; got {tuple(alpha.shape)}."
+        )
+    visible = alpha.device.type == "cpu" and not torch.compiler.is_compiling()
+    if visible and not bool(((alpha > 1) & (alpha <= 2)).all()):
+        raise ValueError(f"`alpha` must be above 1 and at most 2; got {alpha.tolist()}.")
+
+
+def check_window(window: object) -> None:
+    """Refuse what is not a pair of whole numbers."""
+    if window is not None and not (
+        isinstance(window, tuple | list)
+        and len(window) == 2
+        and all(isinstance(side, int) and side >= -1 for side in window)
+    ):
+        raise ValueError(
+            f"`window` must be two whole numbers, at least 0, or -1 for all; got {window!r}."
+        )
 
 
 def check_options(q: Tensor, k: Tensor, alpha: float | Tensor, options: Options) -> None:
@@ -104,23 +137,13 @@ def check_options(q: Tensor, k: Tensor, alpha: float | Tensor, options: Options)
     mask, window, softcap = options.key_mask, options.window, options.softcap
     slopes, bias, scale, dropout = options.slopes, options.bias, options.scale, options.dropout
     heads = tuple(q.shape[:2])
-    check_number("alpha", alpha)
-    check_number("softcap", 1.0 if softcap is None else softcap)
-    check_number("dropout_p", dropout)
-    if isinstance(alpha, Tensor):
-        if tuple(alpha.shape) not in ((), heads[1:], heads):
-            raise ValueError(
-                f"`alpha` must have shape (), {heads[1:]} or {heads}; got {tuple(alpha.shape)}."
-            )
-        # Values on a GPU are not looked at: that would wait for the device. No trace can either.
-        visible = alpha.device.type == "cpu" and not torch.compiler.is_compiling()
-        if visible and not bool(((alpha > 1) & (alpha <= 2)).all()):
-            raise ValueError(f"`alpha` must be above 1 and at most 2; got {alpha.tolist()}.")
-    elif not 1 <= alpha <= 2:
-        raise ValueError(f"`alpha` must be between 1 and 2; got {alpha}.")
+    check_alpha(alpha, heads)
+    for name, x in (("softcap", 1.0 if softcap is None else softcap), ("dropout_p", dropout)):
+        check_number(name, x)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"`scale` must be finite; got {scale}.")
     if mask is not None:
+        check_tensor("key_padding_mask", mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"`key_padding_mask` must be bool, True for keys; got {mask.dtype}.")
         if mask.shape != (q.shape[0], k.shape[2]):
@@ -130,21 +153,19 @@ def check_options(q: Tensor, k: Tensor, alpha: float | Tensor, options: Options)
             )
         if mask.device != q.device:
             raise ValueError(f"`key_padding_mask` must be on {q.device}; got {mask.device}.")
-    if window is not None and not (
-        isinstance(window, tuple | list)
-        and len(window) == 2
-        and all(isinstance(side, int) and side >= -1 for side in window)
-    ):
-        raise ValueError(
-            f"`window` must be two whole numbers, at least 0, or -1 for all; got {window!r}."
-        )
-    if slopes is not None and tuple(slopes.shape) not in (heads[1:], heads):
-        raise ValueError(
-            f"`alibi_slopes` must have shape {heads[1:]} or {heads}; got {tuple(slopes.shape)}."
-        )
+    check_window(window)
+    if slopes is not None:
+        check_tensor("alibi_slopes", slopes)
+        if tuple(slopes.shape) not in (heads[1:], heads):
+            raise ValueError(
+                f"`alibi_slopes` must have shape {heads[1:]} or {heads}; got {tuple(slopes.shape)}."
+            )
     if bias is not None:
+        check_tensor("attn_bias", bias)
         if not bias.is_floating_point():
-            raise TypeError(f"`attn_bias` must be floating point; got {bias.dtype}.")
+            raise TypeError(
+                f"`attn_bias` must be floating point, -inf where a key is hidden; got {bias.dtype}."
+            )
         shape = (*heads, q.shape[2], k.shape[2])
         sizes = zip(reversed(bias.shape), reversed(shape), strict=False)
         if bias.ndim > 4 or any(size not in (1, full) for size, full in sizes):

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fourfold_common import triton_status
 
+from ..checks import check_number, check_tensor
 from . import reference
 from .checks import (
     KERNEL_DTYPES,
-    check_number,
     check_once,
     check_options,
     check_packed,
@@ -153,8 +153,12 @@ def adasplash(
         raise ValueError(
             f"`return_aux` needs an `alpha` above 1, softmax has no threshold; got {alpha}."
         )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"`is_causal` must be True or False; got {is_causal!r}.")
     if scale is not None:
-        check_number("scale", scale)
+        check_number("scale", scale, tensor=True)
     options = reference.Options(
         scale=max(1, q.shape[-1]) ** -0.5 if scale is None else float(scale), is_causal=is_causal,
         key_mask=key_padding_mask, window=window, softcap=softcap, slopes=alibi_slopes,
@@ -177,6 +181,8 @@ def adasplash(
         else:
             its_q, its_k, its_v = (x.transpose(0, 1)[None] for x in (q, k, v))
             output = _attend(its_q, its_k, its_v, alpha, options, backend)[0].transpose(0, 1)
+    elif max_seqlen_q is not None or max_seqlen_k is not None:
+        raise ValueError("`max_seqlen_q` and `max_seqlen_k` need `cu_seqlens_q`; got None.")
     elif varlen is not None:
         options = options._replace(key_mask=_shown(q, k, varlen, key_padding_mask))
         row_mask = _within(q, varlen)
@@ -377,6 +383,7 @@ def _within(x: Tensor, lengths: Tensor) -> Tensor:
 
 def _shown(q: Tensor, k: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor:
     """Return the key padding mask of sequences of some lengths."""
+    check_tensor("varlen", lengths, whole=True)
     if q.ndim != 4 or k.ndim != 4 or q.shape[2] != k.shape[2]:
         raise ValueError(
             "`varlen` needs as many queries as keys, `[batch, heads, seq, dim_head]`; got "

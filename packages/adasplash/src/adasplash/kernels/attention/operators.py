@@ -51,7 +51,9 @@ def attend(
     learned = (x is not None and x.requires_grad for x in (q, k, v, alpha, *terms[:2]))
     output: Tensor
     if not direct:
-        output, _, _ = _forward(q, k, v, key_mask, alpha, *settings, *terms)
+        transformed = torch._C._are_functorch_transforms_active()
+        run = _Transformed.apply if transformed else _forward
+        output, _, _ = run(q, k, v, key_mask, alpha, *settings, *terms)
     elif torch.is_grad_enabled() and any(learned):
         output = _Eager.apply(q, k, v, key_mask, alpha, *terms[:2], settings, terms)
     else:
@@ -181,7 +183,8 @@ def _gradients(backward: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
     saved = ctx.saved_tensors  # once: checkpointing recomputes them
     main, given = saved[:7], saved[7:]
     bias_grad = given[1] is not None and given[1].requires_grad
-    made = backward(grad, *main, bias_grad, *ctx.settings, *given, *ctx.numbers)
+    with torch.no_grad():
+        made = backward(grad, *main, bias_grad, *ctx.settings, *given, *ctx.numbers)
     if torch.is_grad_enabled():  # the graph goes on: somebody may differentiate twice
         made = _NoSecond.apply(len(made), *made, grad, *main[:3], main[4], *given[:2])
     dq, dk, dv, *others = made
@@ -226,9 +229,15 @@ def _n_scores(q: Any, k: Any, rest: Any) -> int:
 class _NoSecond(torch.autograd.Function):
     """Gradients that refuse to be differentiated, and say why."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, made: int, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(made: int, *inputs: Any) -> tuple[Tensor, ...]:
         return tuple(x.view_as(x) for x in inputs[:made])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep nothing."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -237,8 +246,30 @@ class _NoSecond(torch.autograd.Function):
         )
 
 
+def _refuse_forward_mode(ctx: Any, *tangents: Any) -> Any:
+    raise NotImplementedError(
+        "the kernels of `adasplash` have no forward-mode derivatives; use `backend='reference'`."
+    )
+
+
+class _Transformed(torch.autograd.Function):
+    """The operator under `torch.func`, which does not take the formula registered above."""
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_differentiate)
+    jvp = staticmethod(_refuse_forward_mode)
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        made: tuple[Tensor, Tensor, Tensor] = _forward(*inputs)
+        return made
+
+
 class _Eager(torch.autograd.Function):
     """The operator without the dispatcher."""
+
+    jvp = staticmethod(_refuse_forward_mode)
 
     @staticmethod
     def forward(

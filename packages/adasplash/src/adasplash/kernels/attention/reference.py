@@ -64,17 +64,33 @@ def attention(q: Tensor, k: Tensor, v: Tensor, alpha: float | Tensor, options: O
             weights = weights.masked_fill(~keep, 0.0) / (1.0 - options.dropout)
         return weights @ values
 
+    seq = q.shape[2]
+    # What is exported for any length is one tile.
+    starts = range(0, seq, TILE) if isinstance(seq, int) else [0]
+    recomputed = _is_recomputed()
     outputs = []
-    for start in range(0, q.shape[2], TILE):
-        rows = torch.arange(start, min(start + TILE, q.shape[2]), device=q.device)
-        part = slice(start, start + len(rows))
-        output = checkpoint(
-            attend, rows, q[:, :, part].to(keys.dtype), keys, values, alpha, options.slopes,
-            None if bias is None else bias[:, :, part],
-            use_reentrant=False, preserve_rng_state=False,
+    for start in starts:
+        stop = min(start + TILE, seq) if isinstance(seq, int) else seq
+        inputs = (
+            torch.arange(start, stop, device=q.device), q[:, :, start:stop].to(keys.dtype), keys,
+            values, alpha, options.slopes, None if bias is None else bias[:, :, start:stop],
         )  # fmt: skip
+        output = (
+            checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+            if recomputed
+            else attend(*inputs)
+        )
         outputs.append(output.to(q.dtype))
     return torch.cat(outputs, 2)
+
+
+def _is_recomputed() -> bool:
+    """Return whether a backward computes tiles again; exports and transforms cannot."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_exporting()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def widen(
@@ -198,13 +214,28 @@ def _power(x: Tensor, power: float | Tensor) -> Tensor:
 class _Weights(torch.autograd.Function):
     """The map with its Jacobian `diag(u) - u u^T / sum(u)`, where `u = p ** (2 - alpha)`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, alpha: float | Tensor) -> Tensor:
-        p = excess(scores, alpha)[0].pow(1.0 / (alpha - 1.0))
-        is_tensor = isinstance(alpha, Tensor)
-        ctx.save_for_backward(p, alpha if is_tensor else None)
-        ctx.number = None if is_tensor else alpha
-        return p
+    def forward(scores: Tensor, alpha: float | Tensor) -> Tensor:
+        return excess(scores, alpha)[0].pow(1.0 / (alpha - 1.0))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float | Tensor], output: Tensor) -> None:
+        alpha = inputs[1] if isinstance(inputs[1], Tensor) else None
+        ctx.save_for_backward(output, alpha)
+        ctx.save_for_forward(output, alpha)
+        ctx.number = inputs[1] if alpha is None else None
+
+    @staticmethod
+    def jvp(ctx: Any, scores: Tensor | None, alpha: Tensor | None) -> Tensor:
+        p, degree = ctx.saved_tensors
+        if scores is None or alpha is not None:
+            raise NotImplementedError("attention has no forward-mode derivative of `alpha`.")
+        u = _power(p, 2.0 - (ctx.number if degree is None else degree))
+        total = u.sum(-1, keepdim=True)
+        mean = (u * scores).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
+        return u * (scores - mean)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:

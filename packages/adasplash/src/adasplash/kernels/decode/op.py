@@ -8,8 +8,10 @@ from torch import Tensor
 
 from fourfold_common import triton_status
 
+from ..attention.checks import DTYPES, check_alpha, check_window
 from ..attention.op import adasplash
 from ..attention.operators import unheard
+from ..checks import check_number, check_tensor
 
 _BLOCK = 64  # keys of a block where the cache has no pages
 
@@ -40,10 +42,13 @@ def page_stats(
             means for a cache of more than 64 places.
 
     Raises:
-        ValueError: `page_size` does not divide the places.
+        ValueError: `page_size` does not divide the places, or `k_cache` has other dimensions.
 
     Source: own.
     """
+    check_tensor("k_cache", k_cache)
+    if k_cache.ndim != 4:
+        raise ValueError(f"`k_cache` must have 4 dimensions; got shape {tuple(k_cache.shape)}.")
     places = k_cache.shape[2]
     size = (places if places <= _BLOCK else _BLOCK) if page_size is None else page_size
     if size < 1 or places % size:
@@ -62,6 +67,7 @@ def adasplash_decode(
     *,
     alpha: float | Tensor = 1.5,
     scale: float | None = None,
+    window: tuple[int, int] | None = None,
     key_padding_mask: Bool[Tensor, "batch seq_k"] | None = None,
     backend: Literal["auto", "triton", "reference"] = "auto",
 ) -> Float[Tensor, "batch heads seq_q dim_value"]:
@@ -83,18 +89,40 @@ def adasplash_decode(
         alpha: Above 1, up to 2; or a tensor of shape `[]`, `[heads]` or `[batch, heads]` with such
             values.
         scale: Factor of the scores; `dim_head ** -0.5` if None.
+        window: How many keys to the left of its own place a token sees, and to the right, where
+            there are none; -1 for all. Keys outside are not read.
         key_padding_mask: True for keys to attend to, `[batch, places]`, by their place in the
             sequence. Hidden keys are not read. A sequence without a visible
             key gives zeros.
         backend: `"auto"` runs the kernels on CUDA tensors and plain PyTorch elsewhere.
 
     Raises:
+        TypeError: A dtype is not supported, or dtypes differ.
         ValueError: Shapes or an option do not fit, or the backend cannot run here.
 
     Source: own; upper bounds of pages as in Quest (arXiv 2406.10774), but used to skip exactly.
     """
-    _check(q, k_cache, v_cache, cache_seqlens, block_table, page_stats, alpha, backend)
+    _check(q, k_cache, v_cache, cache_seqlens, block_table, page_stats, alpha, scale, window,
+           backend)  # fmt: skip
     _check_mask(key_padding_mask, q, k_cache, block_table)
+    if window is not None and window[0] >= 0:
+        new = q.shape[2]
+        if new > 1:  # every token has a window of its own
+            each = [
+                adasplash_decode(
+                    q[:, :, i : i + 1], k_cache, v_cache, cache_seqlens - (new - 1 - i),
+                    block_table, page_stats, alpha=alpha, scale=scale, window=window,
+                    key_padding_mask=key_padding_mask, backend=backend,
+                )
+                for i in range(new)
+            ]  # fmt: skip
+            return torch.cat(each, 2)
+        places = k_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
+        near = torch.arange(places, device=q.device) >= (
+            cache_seqlens.to(q.device)[:, None] - 1 - window[0]
+        )
+        seen = key_padding_mask
+        key_padding_mask = near if seen is None else near & seen[:, :places]
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     lengths = cache_seqlens.to(q.device, torch.int32)
     able = _able(q)
@@ -242,6 +270,7 @@ def _reference(
 def _check_mask(mask: Tensor | None, q: Tensor, k: Tensor, table: Tensor | None) -> None:
     if mask is None:
         return
+    check_tensor("key_padding_mask", mask)
     places = k.shape[2] * (1 if table is None else table.shape[1])
     if mask.dtype != torch.bool or mask.ndim != 2 or len(mask) != len(q):
         raise ValueError(
@@ -255,26 +284,16 @@ def _check_mask(mask: Tensor | None, q: Tensor, k: Tensor, table: Tensor | None)
         )
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    table: Tensor | None,
-    stats: PageStats | None,
-    alpha: float | Tensor,
-    backend: str,
-) -> None:
-    if backend not in ("auto", "triton", "reference"):
-        raise ValueError(f"`backend` must be 'auto', 'triton' or 'reference'; got {backend!r}.")
-    if isinstance(alpha, Tensor):
-        if tuple(alpha.shape) not in ((), (q.shape[1],), tuple(q.shape[:2])):
-            raise ValueError(
-                f"`alpha` must have shape [], [{q.shape[1]}] or {list(q.shape[:2])}; got "
-                f"{list(alpha.shape)}."
-            )
-    elif not 1 < alpha <= 2:
-        raise ValueError(f"`alpha` must be above 1, up to 2; got {alpha}.")
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k_cache", k), ("v_cache", v)):
+        check_tensor(name, x)
+        if x.ndim != 4:
+            raise ValueError(f"`{name}` must have 4 dimensions; got shape {tuple(x.shape)}.")
+        if x.dtype not in DTYPES or x.dtype != q.dtype:
+            allowed = "floating point" if x is q else f"{q.dtype} as `q` is"
+            raise TypeError(f"`{name}` must be {allowed}; got {x.dtype}.")
+        if x.device != q.device:
+            raise ValueError(f"`{name}` must be on {q.device} as `q` is; got {x.device}.")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"`k_cache` must have a number of heads that divides {q.shape[1]}, the heads of `q`; "
@@ -285,10 +304,30 @@ def _check(
             "`q`, `k_cache` and `v_cache` must fit together; got "
             f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
         )
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        raise ValueError(f"`q` and `v_cache` must have a last size up to 256; got {v.shape[-1]}.")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"`k_cache` and `v_cache` must be {q.dtype} as `q` is; got {k.dtype}.")
+    widest = max(q.shape[-1], v.shape[-1])
+    if widest > 256:
+        raise ValueError(f"`q` and `v_cache` must have a last size up to 256; got {widest}.")
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    table: Tensor | None,
+    stats: PageStats | None,
+    alpha: float | Tensor,
+    scale: float | None,
+    window: tuple[int, int] | None,
+    backend: str,
+) -> None:
+    if backend not in ("auto", "triton", "reference"):
+        raise ValueError(f"`backend` must be 'auto', 'triton' or 'reference'; got {backend!r}.")
+    _check_tensors(q, k, v)
+    check_alpha(alpha, tuple(q.shape[:2]), softmax=False)
+    check_number("scale", 1.0 if scale is None else scale, tensor=True)
+    check_window(window)
+    check_tensor("cache_seqlens", lengths, whole=True)
     if lengths.shape != q.shape[:1]:
         raise ValueError(
             f"`cache_seqlens` must have shape {tuple(q.shape[:1])}; got {tuple(lengths.shape)}."
@@ -299,6 +338,7 @@ def _check(
             raise ValueError(f"`k_cache` must hold {len(q)} slabs as `q` does; got {len(k)}.")
         size = _BLOCK if count > _BLOCK else count
     else:
+        check_tensor("block_table", table, whole=True)
         if table.ndim != 2 or len(table) != len(q):
             raise ValueError(
                 f"`block_table` must have {len(q)} rows, one per sequence; got "
@@ -315,6 +355,9 @@ def _check(
                 f"{lengths.tolist()}."
             )
     if stats is not None:
+        if not isinstance(stats, PageStats):
+            got = type(stats).__name__
+            raise TypeError(f"`page_stats` must be what `page_stats(k_cache)` gives; got {got}.")
         want = (len(k), k.shape[1], -(-k.shape[2] // size), k.shape[3])
         if tuple(stats.low.shape) != want or tuple(stats.high.shape) != want:
             raise ValueError(f"`page_stats` must have shape {want}; got {tuple(stats.low.shape)}.")

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..checks import check_number
 from . import reference
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -90,7 +91,8 @@ def entmax(
         wide = wide.expand(x.shape) if wide.ndim == 0 else wide.broadcast_to(_one(x.shape, dim))
         each = wide.movedim(dim, -1)[..., 0].reshape(-1).contiguous()
         alpha = 0.0
-    p, tau = _forward(rows.contiguous(), each, float(alpha))
+    run = _forward if torch.compiler.is_compiling() else _Map.apply
+    p, tau = run(rows.contiguous(), each, float(alpha))
     output: Tensor = p.reshape(last.shape).movedim(-1, dim)
     if not return_aux:
         return output
@@ -142,17 +144,29 @@ def _one(shape: torch.Size, dim: int) -> list[int]:
 
 
 def _check(x: Tensor, alpha: float | Tensor, dim: int, mask: Tensor | None) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"`x` must be floating point; got {x.dtype}.")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"`x` must be a floating point tensor; got {got}.")
+    if not isinstance(dim, int):
+        raise TypeError(f"`dim` must be a whole number; got {dim!r}.")
     if x.ndim == 0:
         raise ValueError("`x` must have at least one dimension; got a scalar.")
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"`dim` must be between {-x.ndim} and {x.ndim - 1}; got {dim}.")
     if x.shape[dim] == 0:
         raise ValueError(f"`x` must have at least one element along `dim` {dim}; got none.")
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"`mask` must be bool, True for what takes part; got {mask.dtype}.")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"`mask` must be a bool tensor, True for what takes part; got {got}.")
+        pairs = zip(reversed(mask.shape), reversed(x.shape), strict=False)
+        if mask.ndim > x.ndim or any(size not in (1, full) for size, full in pairs):
+            raise ValueError(
+                f"`mask` must broadcast to {tuple(x.shape)}, the shape of `x`; got "
+                f"{tuple(mask.shape)}."
+            )
     if not isinstance(alpha, Tensor):
+        check_number("alpha", alpha)
         if not alpha >= 1:
             raise ValueError(f"`alpha` must be at least 1; got {alpha}.")
         return
@@ -229,5 +243,30 @@ def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor | Non
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Map(torch.autograd.Function):
+    """The operator for `torch.func` and forward mode, which do not take the formula above."""
+
+    generate_vmap_rule = True
+    backward = staticmethod(_differentiate)
+
+    @staticmethod
+    def forward(rows: Tensor, each: Tensor | None, alpha: float) -> tuple[Tensor, Tensor]:
+        made: tuple[Tensor, Tensor] = _forward(rows, each, alpha)
+        return made
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, inputs, output)
+        ctx.save_for_forward(output[0], inputs[1])
+
+    @staticmethod
+    def jvp(ctx: Any, rows: Tensor | None, each: Tensor | None, _: None) -> tuple[Tensor, None]:
+        p, alpha = ctx.saved_tensors
+        moved = torch.zeros_like(p) if rows is None else rows
+        change = reference.tangent(p, moved, ctx.alpha if alpha is None else alpha, each)
+        return change.to(p.dtype), None
+
 
 __all__ = ["EntmaxAux", "entmax", "entmax15", "sparsemax"]

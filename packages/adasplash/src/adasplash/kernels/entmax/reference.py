@@ -26,6 +26,8 @@ of c that stays exact near alpha = 1 are our own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,6 +77,23 @@ def backward_alpha(p: Tensor, grad: Tensor, alpha: Tensor) -> Tensor:
     """Return the gradient of alpha, one number for each row, differentiable in all arguments."""
     p, grad, each = _broadcast(p, grad, alpha)
     u = _slope(p, each)
+    return ((grad - _mean(u, grad)) * _curve(p, u, each)).sum(-1)
+
+
+def tangent(p: Tensor, x: Tensor, alpha: float | Tensor, moved: Tensor | None) -> Tensor:
+    """Return how the weights change where the scores change by `x` and every alpha by `moved`."""
+    change = backward(p, x, alpha)  # the Jacobian is symmetric
+    if moved is None:
+        return change
+    p, _, each = _broadcast(p, x, alpha)
+    u = _slope(p, each)
+    curve, total = _curve(p, u, each), u.sum(-1, keepdim=True)
+    curve = curve - u * curve.sum(-1, keepdim=True) / torch.where(total == 0, 1.0, total)
+    return change + curve * moved[:, None]
+
+
+def _curve(p: Tensor, u: Tensor, each: Any) -> Tensor:
+    """Return the derivative of the weights by alpha but for what moves the threshold."""
     e = each - 1
     safe = torch.where(p > 0, p, 1.0)
     log = safe.log()
@@ -87,8 +106,7 @@ def backward_alpha(p: Tensor, grad: Tensor, alpha: Tensor) -> Tensor:
     phi = (1.0 + phi) / 2
     e_far = torch.where(near, 1.0, e)
     far = (p - u - e_far * p * log) / e_far**2
-    curve = torch.where(near, -p * log**2 * phi, far)
-    return ((grad - _mean(u, grad)) * curve).sum(-1)
+    return torch.where(near, -p * log**2 * phi, far)
 
 
 def weigh(x: Tensor, alpha: float | Tensor) -> Tensor:
