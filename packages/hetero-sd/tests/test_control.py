@@ -5,6 +5,7 @@ import itertools
 import random
 
 import pytest
+import torch
 
 from hetero_sd import HeteroSpeculativeDecoder, requests, rounds
 from hetero_sd.control import LADDER, PLAIN, Arm, Bandit, Outcome
@@ -265,7 +266,11 @@ def test_what_was_prepared_is_ready(tokenizers, models, monkeypatch, method, loo
     settings = {"method": method, "lookahead": lookahead, "backend": "cudagraph"}
     fresh, dec = (HeteroSpeculativeDecoder(*parts, **settings) for _ in range(2))
     options = {"do_sample": True, "top_k": 0}
+    with pytest.raises(ValueError, match="`rows` must be 1 or more; got 0"):
+        dec.prepare(0)
+    state = torch.get_rng_state()
     assert dec.prepare(2, **options) > 0
+    assert torch.equal(torch.get_rng_state(), state)
     policy = dec._policies[False, 2]
     if method == "auto":
         assert policy._ready == {Arm(name, 3) for name in ("tli", "slrs", "slem")}

@@ -38,7 +38,7 @@ from .runners import Runner, make_runner
 from .runs import TokenRuns
 from .shared import SharedTokens, find_head
 from .texts import ExactText, LastTokenRuns, Text
-from .vocab import map_vocabularies, same_vocabularies
+from .vocab import SAMPLE, map_vocabularies, same_vocabularies
 from .warming import Tour
 from .whole import Runners
 
@@ -347,12 +347,14 @@ class HeteroSpeculativeDecoder:
             **options: Those of the generations to come, such as `do_sample` and `top_p`.
 
         Raises:
-            ValueError: As for `generate`.
+            ValueError: `rows` is below 1, or as for `generate`.
         """
+        if rows < 1:
+            raise ValueError(f"`rows` must be 1 or more; got {rows}.")
         begun = time.perf_counter()
-        prompt = (self.target_eos[:1] or [0]) * _PROMPT
+        prompt = self.target_tokenizer(SAMPLE)["input_ids"][:_PROMPT]
         limit = getattr(self.target.config, "max_position_embeddings", None) or length
-        room = max(min(length, limit) - _PROMPT, 1)
+        room = max(min(length, limit) - len(prompt), 1)
         given = {**options, "max_new_tokens": room, "eos_token_id": []}
         prepared = self._prepare([prompt] * rows, given)
         greedy = not prepared.config.do_sample
@@ -360,7 +362,8 @@ class HeteroSpeculativeDecoder:
         methods = self._methods_to_try(greedy) if self.lookahead != 0 else []
         steps = LADDER[2] if self.lookahead == "auto" else int(self.lookahead)
         tour = Tour([Arm(method, steps) for method in methods], policy)
-        course: Any = self._rounds(prepared, None, None, tour).run()
+        chance = torch.Generator(self._place).manual_seed(0)  # The caller's is left alone.
+        course: Any = self._rounds(prepared, None, chance, tour).run()
         for _ in course:
             if tour.over:
                 break
