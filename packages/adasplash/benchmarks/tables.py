@@ -1,15 +1,8 @@
-"""Write the figures of the README and the pages from the stored results.
-
-Run as `python packages/adasplash/benchmarks/tables.py`, after results have been put into
-`benchmarks/results`. A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is
-between them is replaced. Figures in sentences are those of `sentences.py`. A test compares the
-pages with what this gives.
-"""
+"""The tables of the README and the pages, from the stored results; `pages.py` writes them."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,12 +11,6 @@ from fourfold_common import Results
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[3]
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "docs/adasplash/index.md",
-    ROOT / "packages/adasplash/README.md",
-    ROOT / "packages/adasplash/benchmarks/README.md",
-]
 METRICS = ("forward", "forward + backward")
 THEIRS = "adasplash 0.2.2"
 NAMES = {
@@ -395,16 +382,3 @@ TABLES: dict[str, Callable[[], str]] = {
     "masks": masks, "errors": errors, "options": options, "upstream": upstream, "dense": dense,
     "decode": decode, "demo": demo, "gpt2": gpt2, "encoder": encoder, "empty": empty,
 }  # fmt: skip
-MARKED = re.compile(r"(<!-- table: (.+?) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
-
-
-def filled(text: str) -> str:
-    """Return a page with its tables written anew."""
-    return MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
-
-
-if __name__ == "__main__":
-    from sentences import said
-
-    for page in PAGES:
-        page.write_text(said(filled(page.read_text(encoding="utf-8"))), encoding="utf-8")

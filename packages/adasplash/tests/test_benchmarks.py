@@ -196,26 +196,26 @@ def test_decoding_is_checked_and_timed(tmp_path):
 
 
 @pytest.fixture
-def tables(monkeypatch):
+def pages(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
-    return importlib.import_module("tables")
+    return importlib.import_module("pages")
 
 
-def test_the_pages_show_what_is_stored(tables, monkeypatch):
-    sentences = importlib.import_module("sentences")
-    pages = {page: page.read_text(encoding="utf-8") for page in tables.PAGES}
-    shown = [found[1] for text in pages.values() for found in tables.MARKED.findall(text)]
+def test_the_pages_show_what_is_stored(pages, monkeypatch):
+    tables, sentences = (importlib.import_module(name) for name in ("tables", "sentences"))
+    texts = {page: page.read_text(encoding="utf-8") for page in pages.PAGES}
+    shown = [found[1] for text in texts.values() for found in pages.MARKED.findall(text)]
     assert sorted(shown) == sorted(tables.TABLES)
-    together = "\n".join(pages.values())
+    together = "\n".join(texts.values())
     for sentence, _ in sentences.SENTENCES:
         assert sentences.pattern_of(sentence).search(together), sentence
-    for page, text in pages.items():
-        assert sentences.said(tables.filled(text)) == text, page
+    for page, text in texts.items():
+        assert pages.filled(text) == text, page
     monkeypatch.setattr(tables, "cases", lambda *_, **__: [])
     assert tables.densities(0.1).count("\n") == 1  # nothing stored, nothing shown
 
 
-def test_figures_of_sentences_are_written_over_line_breaks(tables, monkeypatch):
+def test_figures_of_sentences_are_written_over_line_breaks(pages, monkeypatch):
     sentences = importlib.import_module("sentences")
     monkeypatch.setattr(sentences, "SENTENCES", [("takes {} ms, of {}.", lambda: ["2.5", "7"])])
     assert sentences.said("It\ntakes 1,000.1\nms, of 8.") == "It\ntakes 2.5\nms, of 7."
@@ -238,11 +238,11 @@ SETTINGS = (
         ("docs/adasplash/index.md", "## What to expect", "## Limits"),
     ],
 )
-def test_no_figure_stands_outside_of_what_is_written_from_results(tables, page, begin, end):
+def test_no_figure_stands_outside_of_what_is_written_from_results(pages, page, begin, end):
     sentences = importlib.import_module("sentences")
-    text = (tables.ROOT / page).read_text(encoding="utf-8")
+    text = (pages.ROOT / page).read_text(encoding="utf-8")
     text = text[text.index(begin) :].split(end)[0]
-    text = tables.MARKED.sub("", text)
+    text = pages.MARKED.sub("", text)
     for sentence, _ in sentences.SENTENCES:
         text = sentences.pattern_of(sentence).sub("", text)
     text = re.sub(SETTINGS, "", text.replace("\n", " "))

@@ -31,11 +31,11 @@ def _inputs(case):
     """Leaves q, k, v, the mask, alpha and the output's gradient of a case, whole."""
     options = dict(CASES[case])
     torch.manual_seed(3)
-    q, k, v = random_inputs(2, 4, 2, 16 * RANKS, 16 * RANKS, 16, 24)
-    mask = torch.rand(2, 16 * RANKS) > 0.3 if options.pop("mask", False) else None
+    q, k, v = random_inputs(1, 4, 2, 16 * RANKS, 16 * RANKS, 16, 24)
+    mask = torch.rand(1, 16 * RANKS) > 0.3 if options.pop("mask", False) else None
     alpha = options.pop("alpha", 1.5)
     alpha = torch.tensor(alpha, requires_grad=True) if isinstance(alpha, list) else alpha
-    grad = torch.randn(2, 4, 16 * RANKS, 24)
+    grad = torch.randn(1, 4, 16 * RANKS, 24)
     return [x.requires_grad_() for x in (q, k, v)], mask, alpha, grad, options
 
 

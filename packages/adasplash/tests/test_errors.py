@@ -84,14 +84,14 @@ def test_the_kernels_need_a_gpu_or_the_interpreter(monkeypatch):
         adasplash(*_inputs(), backend="triton")
 
 
-def test_the_kernels_do_not_compute_float64():
+def test_the_kernels_do_not_compute_float64(device):
     with pytest.raises(ValueError, match=r"the kernels do not compute torch.float64"):
-        adasplash(*(x.double() for x in _inputs()), backend="triton")
+        adasplash(*(x.to(device).double() for x in _inputs()), backend="triton")
 
 
-def test_the_kernels_do_not_compute_softmax():
+def test_the_kernels_do_not_compute_softmax(device):
     with pytest.raises(ValueError, match=r"the kernels compute no softmax, `alpha` 1; use 'ref"):
-        adasplash(*_inputs(), alpha=1.0, backend="triton")
+        adasplash(*(x.to(device) for x in _inputs()), alpha=1.0, backend="triton")
 
 
 def test_packed_bounds_must_fit():

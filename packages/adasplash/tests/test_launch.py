@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from adasplash import adasplash
 from adasplash.kernels import launch as module
+from adasplash.kernels.attention import tiles
 from adasplash.testing import oracle_weights, random_inputs, relative_error
 
 
@@ -83,6 +85,34 @@ def test_what_is_missing_is_compiled_together_and_launched_in_order(monkeypatch)
         fail()
     module.launch(known, 9, (), 1, 2, **constants)  # at once, outside
     assert len(known.direct) == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "copied"),
+    [
+        (lambda: torch.randn(2, 3, 5, 16), False),
+        (lambda: torch.randn(2, 5, 3, 16).transpose(1, 2), False),
+        (lambda: torch.randn(2, 3, 5, 32)[..., 4:20], False),
+        (lambda: torch.randn(2, 3, 5, 32)[..., 1:17], True),  # begins between two units
+        (lambda: torch.randn(2, 3, 5, 10), True),
+        (lambda: torch.randn(1, 1, 1, 10)[:, :, :, :7], False),  # strides that are never used
+        (lambda: torch.randn(2, 3, 16, 5).mT, True),
+        (lambda: torch.randn(2, 1, 5, 16).expand(2, 3, 5, 16), True),
+    ],
+)
+def test_a_descriptor_holds_what_triton_would_put_in_it(make, copied):
+    for _ in range(2):  # the second time from what is known
+        x = make()
+        held = tiles.aligned(x)
+        assert (held is not x) == copied
+        assert torch.equal(held, x)
+        found = tiles.describe(held, 32)
+        strides = [s if n > 1 else 64 for s, n in zip(held.stride(), held.shape, strict=True)]
+        block = [1, 1, 32, tiles.padded(x.shape[-1])]
+        want = TensorDescriptor(held, list(held.shape), [*strides[:-1], 1], block)
+        assert found.base is held
+        assert vars(found).keys() == vars(want).keys()
+        assert all(getattr(found, n) == getattr(want, n) for n in vars(want) if n != "base")
 
 
 @pytest.mark.gpu

@@ -81,8 +81,7 @@ def test_alpha_per_head_equals_the_heads_one_by_one():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("alpha", [1.01, 1.2, 2.0])
 def test_kernels_equal_the_reference_for_any_alpha(alpha, dtype, device):
-    length = 150 if dtype is torch.float32 else 400
-    q, k, v = clustered_inputs(1, 2, length, 16, 0.5, dtype=dtype, device=device)
+    q, k, v = clustered_inputs(1, 2, 150, 16, 0.5, dtype=dtype, device=device)
     grad = torch.randn(v.shape, generator=torch.Generator(device).manual_seed(1), device=device)
     grad = grad.to(dtype)
     alphas = torch.tensor([alpha, 1.6], device=device)
@@ -154,7 +153,7 @@ def test_a_window_hides_what_is_far(window):
 @pytest.mark.parametrize("window", [(40, 0), (3, 70), (-1, 5), (60, -1)])
 @pytest.mark.parametrize("shape", [(70, 130), (130, 70)])
 def test_windows_in_the_kernels_equal_the_reference(window, shape, device):
-    q, k, v = random_inputs(1, 2, 1, *shape, 16, device=device)
+    q, k, v = random_inputs(1, 1, 1, *shape, 16, device=device)
     grad = torch.randn_like(q)
     found = []
     for backend in ("triton", "reference"):

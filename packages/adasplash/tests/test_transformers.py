@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from adasplash import adasplash, load_alpha, register_with_transformers, set_alpha
+from adasplash import (
+    adasplash,
+    load_alpha,
+    register_with_transformers,
+    set_alpha,
+    watch,
+    watch_sparsity,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -142,14 +149,13 @@ def test_logits_equal_those_of_dense_attention_in_float64(name, side):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right", "none"])
 def test_alpha_1_is_softmax_by_torch_alone(name, side, monkeypatch):
-    from adasplash import integration
 
     def refuse(*_, **__):
         raise AssertionError("softmax needs no kernels of ours")
 
     model = set_softmax(_build(name))
     inputs, shown = _inputs(name, side)
-    monkeypatch.setattr(integration, "adasplash", refuse)
+    monkeypatch.setattr(watch, "adasplash", refuse)
     with torch.no_grad():
         found = model(**inputs).logits
         tokens = None
@@ -477,8 +483,6 @@ def test_training_gives_every_weight_a_gradient(model):
 def test_training_with_attention_dropout_runs_in_the_kernels(kind, device, monkeypatch):
     from functools import partial
 
-    from adasplash import integration
-
     register_with_transformers()
     if kind == "GPT2":
         config = transformers.GPT2Config(
@@ -500,7 +504,7 @@ def test_training_with_attention_dropout_runs_in_the_kernels(kind, device, monke
     mask[1, 9:] = 0
     found = []
     for backend, seed in (("triton", 0), ("reference", 0), ("reference", 1)):
-        monkeypatch.setattr(integration, "adasplash", partial(adasplash, backend=backend))
+        monkeypatch.setattr(watch, "adasplash", partial(adasplash, backend=backend))
         model.zero_grad()
         torch.manual_seed(seed)
         model(ids, attention_mask=mask, labels=ids).loss.backward()
@@ -550,3 +554,25 @@ def test_the_layer_decides_whether_it_is_causal():
         assert weights is None
         want = adasplash(x, x, x, is_causal=causal, scale=0.5).transpose(1, 2)
         assert torch.equal(output, want)
+
+
+def test_the_sparsity_of_every_layer_can_be_watched(model):
+    ids = torch.arange(3, 33)[None].repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    set_alpha(model, 1.0, where=lambda layer: layer.layer_idx == 1)
+    with watch_sparsity(model) as layers:
+        model(ids, attention_mask=mask)
+        with pytest.raises(RuntimeError, match="watches a model already"), watch_sparsity(model):
+            pass
+    assert list(layers) == ["model.layers.0.self_attn"]  # softmax has no threshold
+    (aux,) = layers.values()
+    assert aux.tau.shape == aux.support_size.shape == (2, 4, 30)
+    assert aux.support_size[1, :, 0].eq(1).all()
+    assert aux.support_size[0, :, :7].eq(0).all()
+    assert aux.block_density.eq(1).all()
+    model(ids[:, :5])
+    assert aux is layers["model.layers.0.self_attn"]  # nobody watches any more
+    with watch_sparsity(model) as layers:
+        model(ids[:, :5], position_ids=torch.tensor([[0, 1, 0, 1, 2]] * 2), use_cache=False)
+    assert layers["model.layers.0.self_attn"].tau.shape == (10, 4)  # packed

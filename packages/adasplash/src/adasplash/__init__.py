@@ -22,6 +22,7 @@ from .kernels.decode import PageStats, adasplash_decode, page_stats
 from .kernels.entmax import EntmaxAux, entmax, entmax15, sparsemax
 from .losses import Entmax15Loss, EntmaxLoss, SparsemaxLoss, entmax_loss
 from .modules import AlphaParam, AlphaSchedule, Entmax, EntmaxAttention
+from .watch import watch_sparsity
 
 __all__ = [
     "AlphaParam",
@@ -55,4 +56,5 @@ __all__ = [
     "triton_entmax_v1",
     "triton_entmax_v2",
     "triton_sparsemax",
+    "watch_sparsity",
 ]

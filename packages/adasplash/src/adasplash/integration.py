@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .kernels.attention import adasplash
 from .kernels.decode import adasplash_decode
 from .modules import AlphaParam
+from .watch import watched
 
 NAME = "adasplash"
 _ALPHA = "entmax_alpha"  # attribute of a layer and of its config, and part of its weights' names
@@ -224,7 +224,7 @@ def attention_forward(
                      "max_seqlen_k": "max_length_k"}  # fmt: skip
             given = {name: kwargs.get(theirs) for name, theirs in names.items()}
             options |= {name: x for name, x in given.items() if x is not None}
-        output = adasplash(q, k, v, cu_seqlens_q=bounds, **options)
+        output = watched(module, q, k, v, cu_seqlens_q=bounds, **options)
         return output.unflatten(0, query.shape[::2][:2]).contiguous(), None
     if attention_mask is not None and attention_mask.ndim == 2:
         # What lies behind the mask is not filled yet.
@@ -255,7 +255,8 @@ def attention_forward(
         options.pop("window", None)
     else:
         options["key_padding_mask"] = attention_mask
-    return adasplash(query, key, value, **options).transpose(1, 2).contiguous(), None
+    output = watched(module, query, key, value, **options)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _softmax(

@@ -237,6 +237,7 @@ class HeteroSpeculativeDecoder:
 
     @cached_property
     def _spelled_each(self) -> Tensor:
+        """The drafter ids that each target token is taken for until the host has looked."""
         encoder = None if self._same else self._text.drafter
         return spell_each(self.mapping, encoder, self._sizes[0]).to(self._drafter_place)
 
@@ -254,8 +255,8 @@ class HeteroSpeculativeDecoder:
     def _table(self, name: str) -> Table | None:
         """Return what a device needs to draft by itself; None where the host is needed."""
         if name in ("tli", "standard"):
-            return self._shared.table(self._spelled_each)
-        return self._runs.table(self._spelled_each) if name == "slrs" else None
+            return self._shared.table(self._sizes[0])
+        return self._runs.table() if name == "slrs" else None
 
     def _methods_to_try(self, greedy: bool) -> list[str]:
         if self.method != "auto":
@@ -548,7 +549,14 @@ class HeteroSpeculativeDecoder:
             together = target.device == drafter.device
             if together and request.processors.by_score:
                 names = *sorted(methods), self._block
-                whole = self._kept.round(target, drafter, names, self._table, request.processors)
+                whole = self._kept.round(
+                    target,
+                    drafter,
+                    names,
+                    self._table,
+                    request.processors,
+                    lambda: self._spelled_each,
+                )
                 whole.begin(request.chance)
 
             def at_end() -> None:

@@ -541,8 +541,8 @@ def bench(topic: str, output: Path, shape: str | None, device: str) -> None:
 
     Results are checked before anything is timed.
 
-    `decode`, `prefill`, `train` and `hw` take random weights of a shape; `quant` and `cache` the
-    shipped model.
+    `decode`, `prefill`, `train` and `hw` take random weights of a shape (410m, for `hw` 160m, if it
+    is left out; `tiny` is for trying them out), `quant` and `cache` the shipped model.
     """
     quiet()
     from fourfold_common import Results

@@ -177,56 +177,36 @@ def train(
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     decisive = asdict(settings) | {"text": zlib.crc32(text), "trained weights": trained}
     first = _resume(model, optimizer, output, decisive) if resume else 0
-    main = accelerator.is_main_process
-    if main:
-        output.mkdir(parents=True, exist_ok=True)
-        _cut_log(output / _LOG, first)
-    bar = tqdm(
-        total=settings.steps, initial=first, desc="training", unit="step",
-        disable=not (progress and main),
-    )  # fmt: skip
     last = settings.steps if stop_after is None else min(settings.steps, stop_after)
-    clock, counted = time.perf_counter(), 0
+    main = accelerator.is_main_process
+    report = _Report(output, settings, first, main, progress)
     for step in range(first, last):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * settings.schedule(step)
         torch.manual_seed((settings.seed * 1_000_003 + step) * 1009 + accelerator.process_index)
         loss = _step(accelerator, model, optimizer, tokens, settings, step)
-        counted += settings.batch * settings.context
-        bar.update()
-        saving = step + 1 < settings.steps and ((step + 1) % save_every == 0 or step + 1 == last)
-        if saving or (step + 1) % log_every == 0 or step + 1 == last:
+        report.advance()
+        done = step + 1
+        saving = done < settings.steps and (done % save_every == 0 or done == last)
+        if saving or done % log_every == 0 or done == last:
             value = accelerator.reduce(loss, "mean").item()
             if not math.isfinite(value):
                 raise ValueError(
-                    f"the loss is {value} at step {step + 1}; lower `lr` and resume from the last "
+                    f"the loss is {value} at step {done}; lower `lr` and resume from the last "
                     "checkpoint."
                 )
-            speed = counted / (time.perf_counter() - clock)
-            lr = settings.lr * settings.schedule(step)
-            bar.set_postfix_str(f"{speed:,.0f} tok/s, loss {value:.3f}, lr {lr:.1e}")
-            line = {
-                "step": step + 1,
-                "tokens": (step + 1) * settings.batch * settings.context,
-                "loss": value,
-                "lr": lr,
-                "tokens_per_second": speed,
-            }
-            if main:
-                with open(output / _LOG, "a", encoding="utf-8") as log:
-                    log.write(json.dumps(line) + "\n")
-            clock, counted = time.perf_counter(), 0
+            report.write(done, value)
         if saving:
             # Every process takes part in gathering, one writes.
             state = {
                 "model": get_model_state_dict(model, options=_WHOLE),
                 "optimizer": get_optimizer_state_dict(model, optimizer, options=_WHOLE),
-                "step": step + 1,
+                "step": done,
                 "settings": decisive,
             }
             if main:
                 _save(state, output)
-    bar.close()
+    report.close()
     if compiled:
         for layer in model.model.layers:  # what comes next has shapes of its own
             layer._compiled_call_impl = None
@@ -238,6 +218,54 @@ def train(
             _write_result(model, kind, weights, output, tokenizer)
     accelerator.wait_for_everyone()
     return model
+
+
+class _Report:
+    """The log and the bar of a run, kept by its first process.
+
+    Args:
+        output: Folder of the log; made if missing.
+        settings: The run's.
+        first: Steps that were done before; later lines of the log are dropped.
+        main: Whether this is the first process.
+        progress: Whether to show the bar.
+    """
+
+    def __init__(
+        self, output: Path, settings: TrainSettings, first: int, main: bool, progress: bool
+    ) -> None:
+        self._path, self._settings, self._main = output / _LOG, settings, main
+        if main:
+            output.mkdir(parents=True, exist_ok=True)
+            _cut_log(self._path, first)
+        self._bar = tqdm(
+            total=settings.steps, initial=first, desc="training", unit="step",
+            disable=not (progress and main),
+        )  # fmt: skip
+        self._clock, self._steps = time.perf_counter(), 0
+
+    def advance(self) -> None:
+        """Count a step."""
+        self._steps += 1
+        self._bar.update()
+
+    def write(self, step: int, loss: float) -> None:
+        """Write a line about the steps since the last one."""
+        size = self._settings.batch * self._settings.context
+        now = time.perf_counter()
+        speed = self._steps * size / (now - self._clock)
+        self._clock, self._steps = now, 0
+        lr = self._settings.lr * self._settings.schedule(step - 1)
+        self._bar.set_postfix_str(f"{speed:,.0f} tok/s, loss {loss:.3f}, lr {lr:.1e}")
+        line = {"step": step, "tokens": step * size, "loss": loss, "lr": lr,
+                "tokens_per_second": speed}  # fmt: skip
+        if self._main:
+            with open(self._path, "a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
 
 
 def _prepared(model: Any, accelerator: Accelerator, compiled: bool, sharded: bool) -> Any:

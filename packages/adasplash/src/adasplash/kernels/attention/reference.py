@@ -65,9 +65,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, alpha: float | Tensor, options: O
         return weights @ values
 
     seq = q.shape[2]
-    # What is exported for any length is one tile; transforms of functions do not know checkpoints.
+    # What is exported for any length is one tile.
     starts = range(0, seq, TILE) if isinstance(seq, int) else [0]
-    held = torch._C._are_functorch_transforms_active()
+    recomputed = _is_recomputed()
     outputs = []
     for start in starts:
         stop = min(start + TILE, seq) if isinstance(seq, int) else seq
@@ -76,12 +76,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, alpha: float | Tensor, options: O
             values, alpha, options.slopes, None if bias is None else bias[:, :, start:stop],
         )  # fmt: skip
         output = (
-            attend(*inputs)
-            if held
-            else checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+            if recomputed
+            else attend(*inputs)
         )
         outputs.append(output.to(q.dtype))
     return torch.cat(outputs, 2)
+
+
+def _is_recomputed() -> bool:
+    """Return whether a backward computes tiles again; exports and transforms cannot."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_exporting()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def widen(

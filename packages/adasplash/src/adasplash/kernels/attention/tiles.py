@@ -13,7 +13,7 @@ the interpreter would no longer find the helpers that they call.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, no_type_check
 
 import torch
@@ -33,6 +33,7 @@ SIZES = ["first_place", "stride_mask", "left", "right", "heads", "group", "seq_q
 # The caller's own, at any address.
 UNALIGNED = ["mask_ptr", "alpha_ptr", "slopes_ptr", "bias_ptr", "bounds_q_ptr", "bounds_k_ptr",
              "seed_ptr"]  # fmt: skip
+EARLY = False  # whether kernels are placed while the one before ends, where that is known
 TINY = 1e-30  # stands for a scale of 0, by which the -inf of hidden keys cannot be multiplied
 
 
@@ -92,20 +93,38 @@ def _tiles(dtype: torch.dtype, dim: int) -> Tiles:
 def aligned(x: torch.Tensor) -> torch.Tensor:
     """Return `x` itself if a descriptor can hold it, else a copy whose rows are 16-byte aligned."""
     unit = 16 // x.element_size()
-    strides = zip(x.stride()[:-1], x.shape[:-1], strict=True)
-    steady = all(stride > 0 and stride % unit == 0 for stride, size in strides if size > 1)
-    if x.stride(-1) == 1 and steady and x.data_ptr() % 16 == 0:
+    if x.data_ptr() % 16 == 0 and _steady(x.shape, x.stride(), unit):
         return x
     width = -(-x.shape[-1] // unit) * unit
     copy = x.new_empty(*x.shape[:-1], width)[..., : x.shape[-1]]
     return copy.copy_(x)
 
 
+@lru_cache(4096)
+def _steady(shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> bool:
+    """Return whether rows are whole units apart, and the numbers of a row side by side."""
+    rest = zip(strides[:-1], shape[:-1], strict=True)
+    return strides[-1] == 1 and all(n > 0 and n % unit == 0 for n, size in rest if size > 1)
+
+
 def describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """Return a descriptor of `rows` rows at a time of an aligned `[batch, heads, seq, dim]`."""
+    fields = _fields(x.shape, x.stride(), x.dtype, rows)
+    descriptor = object.__new__(TensorDescriptor)  # what it would check has been checked once
+    descriptor.__dict__ = {**fields, "base": x}
+    return descriptor
+
+
+@lru_cache(4096)
+def _fields(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, rows: int
+) -> dict[str, Any]:
+    """Return what a descriptor holds beside the tensor."""
     # The stride of an axis of size 1 is never used, but it must be a legal one.
-    strides = [s if n > 1 else 64 for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, padded(x.shape[-1])])
+    legal = [s if n > 1 else 64 for s, n in zip(strides[:-1], shape[:-1], strict=True)]
+    base = torch.empty(1, dtype=dtype)
+    descriptor = TensorDescriptor(base, list(shape), [*legal, 1], [1, 1, rows, padded(shape[-1])])
+    return {name: x for name, x in vars(descriptor).items() if name != "base"}
 
 
 def n_slots(seq: int, block: int, n_seq: int) -> int:
@@ -237,11 +256,32 @@ def _plan(
         "HAS_WINDOW": window is not None,
         "HALF": half,
         "FORM": form,
+        "EARLY": EARLY and device is not None and _knows_early(device),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_D": padded(dim_head),
     }
     return tiles, sizes, switches, (device, dtype, dim_head, dim_value)
+
+
+@cache
+def _knows_early(device: int) -> bool:
+    """Return whether a kernel can be placed while the one before it ends."""
+    able = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    return able and hasattr(tl.extra.cuda, "gdc_wait")
+
+
+@triton.jit
+@no_type_check
+def take_over(EARLY: tl.constexpr):
+    """Wait for what the kernel before writes; the next one may be placed from now on.
+
+    EARLY: launches do not wait for the end of the kernel before, so its last programs and the
+    first ones of the next share the device. All of ours begin with this.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

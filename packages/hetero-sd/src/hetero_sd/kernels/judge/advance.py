@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import Line
+from .reference import PARTS, Line
 
 
 @triton.jit
@@ -35,6 +35,7 @@ def _advance_kernel(
     spelled_ptr,
     stride,
     steps,
+    most,
     vocab,
     drafter_end,
     target_end,
@@ -44,14 +45,17 @@ def _advance_kernel(
     LATER: tl.constexpr,
     PENDING: tl.constexpr,
     TARGET_PLACES: tl.constexpr,
+    TOKENS: tl.constexpr,
     LIMIT: tl.constexpr,
     ACCEPTED: tl.constexpr,
     FOLLOWING: tl.constexpr,
     COLUMNS: tl.constexpr,
+    REACH: tl.constexpr,
     WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
     LONGEST: tl.constexpr,
     DEPTHS: tl.constexpr,
+    PARTS: tl.constexpr,
     PIECES: tl.constexpr,
 ):
     """Write one row's line."""
@@ -65,30 +69,34 @@ def _advance_kernel(
     step, depth, lane = tl.arange(0, STEPS), tl.arange(0, DEPTHS), tl.arange(0, WIDTH)
     real = step < steps
     column = tl.load(board + COLUMNS + step, mask=real, other=0)
-    token = tl.load(
-        runs_ptr + column[:, None] * LONGEST + depth[None, :],
-        mask=real[:, None] & (depth < LONGEST)[None, :],
-        other=-1,
-    )
-    length = tl.sum((token >= 0).to(tl.int64), axis=1)
-    kept = tl.sum((real & (tl.cumsum(length, axis=0) <= accepted)).to(tl.int64), axis=0)
-    left = accepted - tl.sum(tl.where(step < kept, length, 0), axis=0)
+    last = accepted * 0 - 1
+    if LONGEST == 0:
+        reach = tl.load(board + REACH + step, mask=real, other=0)
+    else:
+        token = tl.load(
+            runs_ptr + column[:, None] * LONGEST + depth[None, :],
+            mask=real[:, None] & (depth < LONGEST)[None, :],
+            other=-1,
+        )
+        reach = tl.cumsum(tl.sum((token >= 0).to(tl.int64), axis=1), axis=0)
+        last = tl.load(forth_ptr + tl.sum(tl.where(step == steps - 1, column, 0), axis=0))
+    whole = real & (reach <= accepted)
+    kept = tl.sum(whole.to(tl.int64), axis=0)
+    done = tl.max(tl.where(whole, reach, 0), axis=0)
 
     ids, count = lane.to(tl.int64) * 0, accepted * 0
-    last = tl.sum(tl.where(step == steps - 1, column, 0), axis=0)
-    ids, count = _lay(ids, count, lane, tl.load(forth_ptr + last), kept == steps, WIDTH)
-    if LONGEST > 1:
-        begun = tl.sum(tl.where(step == kept, column, 0), axis=0)
-        for place in tl.static_range(LONGEST - 1):
-            part = tl.maximum(tl.load(runs_ptr + begun * LONGEST + place), 0)
-            for piece in tl.static_range(PIECES):
-                found = tl.load(spelled_ptr + part * PIECES + piece).to(tl.int64)
-                ids, count = _lay(ids, count, lane, found, place < left, WIDTH)
+    ids, count = _lay(ids, count, lane, last, kept == steps, WIDTH)
+    for place in tl.static_range(PARTS):
+        begun = done + place < accepted
+        part = tl.load(board + TOKENS + done + place, mask=begun, other=0)
+        for piece in tl.static_range(PIECES):
+            found = tl.load(spelled_ptr + part * PIECES + piece).to(tl.int64)
+            ids, count = _lay(ids, count, lane, found, begun, WIDTH)
     for piece in tl.static_range(PIECES):
         found = tl.load(spelled_ptr + following * PIECES + piece).to(tl.int64)
         ids, count = _lay(ids, count, lane, found, found >= 0, WIDTH)
 
-    count = tl.maximum(count, 1)
+    count = tl.minimum(tl.maximum(count, 1), most)
     held = start + tl.minimum(kept, steps - 1)
     tl.store(board + LAST, count - 1)
     tl.store(board + IDS + lane, ids)
@@ -103,14 +111,15 @@ def _advance_kernel(
 def launch_advance(
     board: Tensor,
     line: Line,
-    forth: Tensor,
-    runs: Tensor,
+    known: tuple[Tensor, Tensor] | None,
     spelled: Tensor,
     steps: int,
+    most: int,
     ends: tuple[int, int],
 ) -> None:
     """See `reference.advance`."""
-    longest = runs.shape[1]
+    forth, runs = known or (spelled, spelled)
+    longest = 0 if known is None else runs.shape[1]
     _advance_kernel[(len(board),)](
         board,
         forth,
@@ -118,12 +127,14 @@ def launch_advance(
         spelled,
         board.stride(0),
         steps,
+        most,
         len(spelled),
         *ends,
         **{name.upper(): value for name, value in line._asdict().items()},
         STEPS=max(triton.next_power_of_2(steps), 2),
         LONGEST=longest,
         DEPTHS=max(triton.next_power_of_2(longest), 2),
+        PARTS=PARTS if longest == 0 else min(longest - 1, PARTS),
         PIECES=spelled.shape[1],
         num_warps=1,
     )

@@ -14,6 +14,7 @@ from ...acceptance import settle
 from .noise import COINS, DRAFT, FOLLOWING, exponential, uniform
 
 CERTAIN, COLUMNS, DENSE = 0, 1, 2
+PARTS = 3  # Tokens accepted beyond what a drafter keeps, for `advance`; more are left out.
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,12 @@ class Line(NamedTuple):
         later: Places of the ids that it writes behind them.
         pending: The target's one id that it has not seen.
         target_places: Places of this one and of the proposals in its cache.
-        limit: How many proposals may count.
+        tokens: Proposals.
+        limit: How many of them may count.
         accepted: How many proposals were accepted.
         following: The token after them.
         columns: Columns picked.
+        reach: After how many proposals each is accepted, where the host says it.
         width: How many ids, places and target places there are, each; of later ones one less.
     """
 
@@ -118,10 +121,12 @@ class Line(NamedTuple):
     later: int
     pending: int
     target_places: int
+    tokens: int
     limit: int
     accepted: int
     following: int
     columns: int
+    reach: int
     width: int
 
 
@@ -342,10 +347,10 @@ def judge(
 def advance(
     board: Int[Tensor, "rows numbers"],
     line: Line,
-    forth: Int[Tensor, " columns"],
-    runs: Int[Tensor, "columns longest"],
+    known: tuple[Tensor, Tensor] | None,
     spelled: Int[Tensor, "vocab pieces"],
     steps: int,
+    most: int,
     ends: tuple[int, int],
 ) -> None:
     """Write what the next round begins with, should nobody know better.
@@ -356,33 +361,36 @@ def advance(
     Args:
         board: What the round that was judged began with, and what came of it.
         line: Where it stands.
-        forth: The drafter id that each column goes on with.
-        runs: Target tokens of each column, padded with −1; each has at least one.
+        known: The drafter id that each column goes on with, and its target tokens, padded with −1,
+            of which each has at least one; if missing, the line has `reach` for as many ids as are
+            in the cache, and then what is never reached.
         spelled: Drafter ids of each target token, padded with −1.
         steps: Columns picked in each row.
+        most: Ids that the drafter can be fed; those beyond are left out.
         ends: The last place of the drafter's cache, and of the target's.
     """
     rows, width = len(board), line.width
     columns = board[:, line.columns : line.columns + steps]
     accepted = board[:, line.accepted].clamp(min=0)
     following = board[:, line.following].clamp(0, len(spelled) - 1)
-    run = runs[columns]
-    length = (run >= 0).sum(dim=2)
-    reach = length.cumsum(dim=1)
+    if known is None:
+        reach, last = board[:, line.reach : line.reach + steps], columns[:, -1] * 0 - 1
+    else:
+        forth, runs = known
+        reach, last = (runs[columns] >= 0).sum(dim=2).cumsum(dim=1), forth[columns[:, -1]]
     kept = (reach <= accepted[:, None]).sum(dim=1)
-    left = accepted - torch.where(
-        torch.arange(steps, device=board.device) < kept[:, None], length, 0
-    ).sum(dim=1)
-    row, lane = torch.arange(rows, device=board.device), torch.arange(width, device=board.device)
-    begun = run[row, kept.clamp(max=steps - 1)]
-    begun = torch.where(lane[: run.shape[2]] < left[:, None], begun, -1)
-    ids = torch.where(begun[:, :, None] >= 0, spelled[begun.clamp(min=0)].long(), -1)
-    last = torch.where(kept == steps, forth[columns[:, -1]], -1)
-    ids = torch.cat([last[:, None], ids.flatten(1), spelled[following].long()], dim=1)
+    done = torch.where(reach <= accepted[:, None], reach, 0).amax(dim=1)
+    lane = torch.arange(width, device=board.device)
+    tokens = board[:, line.tokens : line.tokens + width - 1]
+    stop = torch.minimum(accepted, done + PARTS)
+    there = (lane[:-1] >= done[:, None]) & (lane[:-1] < stop[:, None])
+    begun = spelled[torch.where(there, tokens, 0)].long().masked_fill(~there[:, :, None], -1)
+    last = torch.where(kept == steps, last, -1)
+    ids = torch.cat([last[:, None], begun.flatten(1), spelled[following].long()], dim=1)
     real = ids >= 0
     place = torch.where(real, real.cumsum(dim=1) - 1, width).clamp(max=width)  # The rest behind.
     fed = board.new_zeros(rows, width + 1).scatter_(1, place, ids)[:, :width]
-    count = real.sum(dim=1).clamp(1, width)
+    count = real.sum(dim=1).clamp(1, most)
     held = board[:, line.places] + board[:, line.last] + 1 + kept.clamp(max=steps - 1)
     board[:, line.last] = count - 1
     board[:, line.ids : line.ids + width] = fed
