@@ -49,6 +49,11 @@ _BACKENDS = ("auto", "eager", "cudagraph")
 _PROMPT = 24  # Ids of a prompt that goes in one pass, as most do, and by no graph.
 
 
+def _rows_captured(rows: int) -> int:
+    """Return the rows of the graphs that serve so many: few sizes are captured for many batches."""
+    return 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
+
+
 class HeteroSpeculativeDecoder:
     """Generates what the target alone would, with fewer of its forward passes.
 
@@ -569,7 +574,9 @@ class HeteroSpeculativeDecoder:
 
     def _runner(self, model: Any, rows: int, length: int) -> Runner:
         if self._graphs:
-            return self._kept.take(model, rows, length + MARGIN)
+            runner = self._kept.take(model, _rows_captured(rows), length + MARGIN)
+            runner.select(range(rows))
+            return runner
         return make_runner(model, rows, self.backend)
 
     def _context(self, chat: list[int]) -> Context:
