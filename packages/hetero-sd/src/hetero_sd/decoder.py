@@ -67,8 +67,8 @@ class HeteroSpeculativeDecoder:
         target_tokenizer: The target's fast tokenizer.
         drafter_tokenizer: The drafter's fast tokenizer.
         method: How to draft. `"tli"` uses the tokens that both vocabularies hold, and suits
-            sampling; `"slem"` drafts text and turns it into target tokens, and suits greedy
-            decoding; `"slrs"` uses the drafter's whole vocabulary with exact probabilities;
+            sampling and GPUs; `"slem"` drafts text and turns it into target tokens, and suits
+            greedy decoding on a CPU; `"slrs"` uses the drafter's whole vocabulary with exact probabilities;
             `"c-slrs"` weighs the drafter's last token among its best; `"slrs-plain"` lets a drafter
             of bytes or characters spell; `"standard"` needs one vocabulary, and so `"tli"` then is
             the same. `"auto"` measures which is fastest, plain decoding among them.
