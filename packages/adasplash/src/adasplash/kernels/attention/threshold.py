@@ -25,7 +25,7 @@ from ..launch import interpreted, launch
 from .scores import factor_of, load_part, scores, sequence_of, terms_of
 from .screen import key_range
 from .solver import MAX_PASSES, NEAR, TOLERANCE, approach, further, hand_over, improve
-from .tiles import SIZES, UNALIGNED, Problem, excess, partial_sums, take_over
+from .tiles import SIZES, UNALIGNED, Problem, excess, partial_sums
 
 if TYPE_CHECKING:
     from .screen import Candidates
@@ -61,7 +61,7 @@ def _threshold_kernel(
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
     tolerance, near, max_passes,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HALF: tl.constexpr, FORM: tl.constexpr, EARLY: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr,
     QUICK: tl.constexpr, SATURATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,6 @@ def _threshold_kernel(
     QUICK: it is a step away from the last sums, and the slope that the sum of p has there goes
     beside it, but for a factor of -2.
     """
-    take_over(EARLY)
     PARTS: tl.constexpr = 4 if QUICK else 1
     place = tl.program_id(0)
     plane, tile = place // n_tiles, n_tiles - 1 - place % n_tiles
