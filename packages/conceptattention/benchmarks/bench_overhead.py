@@ -9,8 +9,8 @@ of passes one after the other, launched without waiting as pipelines do; its tim
 number. Before timing, the model's output must be the same bits under each contender, and the
 kernels' maps those of torch. Shapes that end in "-cfg" are guided steps as pipelines make them, two
 rows of which the conditional one is observed. With `--compiled` the plain model and the observed
-one follow once more with their blocks under torch.compile, which promises no same bits: the largest
-difference of the outputs is in the rows.
+one follow once more with their blocks under torch.compile, one after the other and the plain one at
+both ends; it promises no same bits: the largest difference of the outputs is in the rows.
 """
 
 import argparse
@@ -279,8 +279,9 @@ def measure_compiled(name, concepts, runs, passes, device, built):
     ways = contenders(pipe, arguments["encoder_hidden_states"].shape[-1], concepts, device)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     rows, base = [], None
+    order = [key for key in (PLAIN, "torch", "triton") if key in ways]
     with torch.no_grad():
-        for key in [key for key in (PLAIN, "torch", "triton") if key in ways]:
+        for key in [*order, PLAIN]:  # the plain model last once more: what drift there was
             torch.compiler.reset()
             with ways[key]() as watched:  # compiled inside, as users must
                 model.compile_repeated_blocks()
@@ -303,15 +304,16 @@ def measure_compiled(name, concepts, runs, passes, device, built):
             for block in model.modules():
                 block._compiled_call_impl = None
             middle = statistics.median(values)
+            again = ", again" if key == PLAIN and base else ""
             base = base or (middle, out)
             rows.append({
-                "shape": name, "contender": f"{key}, compiled", "concepts": concepts,
+                "shape": name, "contender": f"{key}, compiled{again}", "concepts": concepts,
                 "median_ms": middle, "quartiles_ms": quartiles(values), "runs": runs,
                 "overhead_percent": 100 * (middle / base[0] - 1), "passes": passes,
                 "first_pass_s": first, "output_difference": float((out - base[1]).abs().max()),
             })  # fmt: skip
             print(
-                f"{name:24} r={concepts:2} {rows[-1]['contender']:16} {middle:8.2f} ms "
+                f"{name:24} r={concepts:2} {rows[-1]['contender']:22} {middle:8.2f} ms "
                 f"{rows[-1]['overhead_percent']:+7.2f} %  first pass {first:.1f} s  "
                 f"difference {rows[-1]['output_difference']:.1e}",
                 flush=True,
@@ -412,14 +414,20 @@ def main():
                 name, int(concepts), given.runs, given.passes, given.device, built=built,
                 details=place == 0,
             )  # fmt: skip
+            save(rows, given.output)
             if given.compiled:
                 rows += measure_compiled(
                     name, int(concepts), given.runs, given.passes, given.device, built
                 )
-            if given.output is not None:
-                given.output.parent.mkdir(parents=True, exist_ok=True)
-                report = {"environment": environment_report(), "rows": rows}
-                given.output.write_text(json.dumps(report, indent=1, default=str))
+                save(rows, given.output)
+
+
+def save(rows, path):
+    """Write the rows so far with the environment, if there is a file for them."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        report = {"environment": environment_report(), "rows": rows}
+        path.write_text(json.dumps(report, indent=1, default=str))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,44 @@ def test_generate_writes_picture_and_maps(small, tmp_path):
     picture = Image.open(tmp_path / "image.png")
     assert Image.open(tmp_path / "maps.png").size[0] == 3 * 192
     assert picture.size == (64, 64)
+    overlay = np.asarray(Image.open(tmp_path / "overlays" / "fish.png"))
+    assert (overlay == np.asarray(maps["fish"].overlay(picture))).all()
+
+
+def test_guidance_changes_the_picture(small, tmp_path):
+    found = []
+    for guidance in ((), ("--guidance", "1"), ("--guidance", "9")):
+        result = run(
+            "generate", "--prompt", "a fish on water", "--concepts", "fish, water", "--steps", "2",
+            "--output", str(tmp_path), *guidance,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        found.append(np.asarray(Image.open(tmp_path / "image.png")))
+    assert (found[1] != found[2]).any()
+    three = run(
+        "generate", "--prompt", "a fish on water", "--concepts", "fish, water", "--steps", "2",
+        "--output", str(tmp_path), "--guidance", "3",
+    )  # fmt: skip
+    assert three.exit_code == 0
+    assert (np.asarray(Image.open(tmp_path / "image.png")) == found[0]).all()
+
+
+def test_guidance_is_given_as_the_model_was_trained(demo_pipe):
+    from conceptattention.cli_options import guided
+    from conceptattention.testing import tiny_cogvideox, tiny_flux
+
+    assert guided(tiny_flux(guidance=True), 3.5) == {"guidance_scale": 3.5}
+    assert guided(tiny_cogvideox(), 6.0) == {"guidance_scale": 6.0}
+    assert guided(demo_pipe, 3.0) == {"true_cfg_scale": 3.0, "negative_prompt": ""}
+    assert guided(demo_pipe, 1.0) == guided(demo_pipe, None) == {}
+
+
+def test_weights_are_offloaded_from_a_gpu_alone():
+    result = run(
+        "generate", "--prompt", "a", "--concepts", "a, b", "--offload", "model", "--device", "cpu"
+    )
+    assert result.exit_code == 2
+    assert "`--offload` needs a CUDA device; `--device` is 'cpu'" in result.output
 
 
 def test_segment_reports_shares(small, tmp_path):

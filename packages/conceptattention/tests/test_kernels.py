@@ -145,3 +145,23 @@ def test_the_embedded_model_gives_the_same_maps_on_a_gpu(dtype, bound):
     assert torch.equal(*seen)
     for plain, fast in zip(*maps, strict=True):
         assert (plain - fast).norm() <= bound * plain.norm()
+
+
+@pytest.mark.gpu
+def test_compiled_blocks_give_the_same_maps_on_a_gpu():
+    from conceptattention import ConceptAttention
+    from conceptattention.demo.model import load_pipeline
+
+    pipe = load_pipeline().to("cuda")
+    maps = []
+    for compiled in (False, True):
+        with ConceptAttention(pipe, ["bee", "grass", "clouds"], kernels="triton") as observer:
+            if compiled:
+                pipe.transformer.compile_repeated_blocks()
+            pipe(
+                "a bee on grass", num_inference_steps=3, generator=torch.Generator().manual_seed(0)
+            )
+        found = observer.heatmaps()
+        assert min(found.coverage.values()) == 1
+        maps.append(found.raw)
+    assert (maps[0] - maps[1]).norm() <= 1e-3 * maps[0].norm()

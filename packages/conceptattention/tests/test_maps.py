@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import io
 
 import numpy as np
 import pytest
@@ -260,6 +261,17 @@ def test_mp4_without_its_extra(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"needs imageio and imageio-ffmpeg, the extra"):
         maps["cat"].to_video(tmp_path / "cat.mp4", [Image.new("RGB", (6, 4))])
     assert not (tmp_path / "cat.mp4").exists()
+
+
+def test_maps_show_what_they_are_not_their_numbers():
+    maps = make()
+    assert repr(maps).startswith("ConceptMaps(('cat', 'grass', 'sky'), batch 2, 4 x 6, ")
+    assert repr(maps["cat"]) == "ConceptMap('cat', 2 x 4 x 6)"
+    assert list(maps) == list(maps.names())
+    assert "cat" in maps
+    assert "dog" not in maps
+    for shown, size in ((maps["cat"], (256, 171)), (maps, (3 * 192, 128 + 16))):
+        assert Image.open(io.BytesIO(shown._repr_png_())).size == size
 
 
 def test_plot_names_every_concept():

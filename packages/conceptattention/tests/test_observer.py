@@ -2,6 +2,7 @@ import copy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -418,7 +419,7 @@ def test_segment_stops_early_and_averages_samples(flux):
     assert hooks(flux) == 0
 
 
-@pytest.mark.parametrize("kind", ["tensor", "picture"])
+@pytest.mark.parametrize("kind", ["tensor", "picture", "array"])
 def test_segment_maps_cover_the_whole_picture(flux, kind, monkeypatch):
     """Sizes that are no whole number of patches are scaled, not cut: maps keep their place."""
     from PIL import Image
@@ -429,6 +430,8 @@ def test_segment_maps_cover_the_whole_picture(flux, kind, monkeypatch):
     if kind == "tensor":
         given = torch.zeros(1, 3, 19, 38)
         given[..., 34:] = 1
+    if kind == "array":
+        given = np.asarray(picture)
     seen = []
     adapter = type(ConceptAttention(flux, ["cat"]).adapter)
     encode = adapter.encode_image
@@ -478,6 +481,9 @@ def test_segment_errors(flux):
             segment(flux, **{"image": image, "concepts": CONCEPTS, **kwargs})
     with pytest.raises(TypeError, match="`image` must be a PIL picture"):
         segment(flux, 3, CONCEPTS)
+    for call in (lambda: segment(None, image, CONCEPTS), lambda: ConceptAttention(None, CONCEPTS)):
+        with pytest.raises(ValueError, match="`pipe` must be a diffusers pipeline with a transf"):
+            call()
     assert hooks(flux) == 0
 
 

@@ -205,6 +205,10 @@ def test_custom_generate_hook(pair):
     hook = dec.as_custom_generate()
     made = pair[0].generate(ids, do_sample=False, custom_generate=hook, **options)
     assert made.tolist() == wanted.tolist()
+    output = pair[0].generate(
+        ids, do_sample=False, custom_generate=hook, return_dict_in_generate=True, **options
+    )
+    assert output.sequences.tolist() == wanted.tolist()
     with pytest.raises(ValueError, match="must be called by the decoder's own target"):
         pair[1].generate(ids % 50, custom_generate=hook, attention_mask=mask, max_new_tokens=2)
 

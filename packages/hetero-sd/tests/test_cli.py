@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -92,7 +93,10 @@ def test_generate_prints_json_and_streams(folders):
     streamed = call(*start, "--method", "slem", "--stream")
     assert streamed.exit_code == 0
     assert streamed.stdout.rstrip("\n") == made["texts"][0].rstrip("\n")
-    several = call(*start, "--temperature", 1, "--sequences", 3, "--json")
+    assert "6 tokens" in streamed.stderr
+    read = CliRunner().invoke(main, [*map(str, start), "--prompt", "-"], input="the cat")
+    assert read.stdout == streamed.stdout
+    several = call(*start, "--temperature", 1, "--min-p", 0.1, "--sequences", 3, "--json")
     assert len(json.loads(several.stdout)["texts"]) == 3
 
 
@@ -111,7 +115,7 @@ def test_verify_and_its_verdicts(folders, monkeypatch):
         decoder.Rounds, "_append", lambda self, row, tokens: honest(self, row, [5] * len(tokens))
     )
     wrong = call("verify", *pair, *options[:4], "--draws", 0)
-    assert wrong.exit_code == 2
+    assert wrong.exit_code == 1
     assert "Error: 1 of 1 checks failed" in wrong.stderr
     assert "FAILED tli 2, greedy: 0 of 1 prompts identical" in wrong.stdout
 
@@ -202,6 +206,8 @@ def test_prompt_files(tmp_path):
         (["verify", "--lookaheads", "0"], "'0' is no list of numbers of 1 or more"),
         (["fly"], "No such command 'fly'"),
         (["inspect-vocab", "--target", "/none", "--drafter", "/none"], "does not exist"),
+        (["inspect-vocab", "--target", "a/b/c", "--drafter", "x"], "no name on the hub like owner"),
+        (["generate", "--prompt", "a", "--system", "b"], "--system is for --chat"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(arguments, message):
@@ -213,10 +219,52 @@ def test_mistakes_are_one_line_and_status_2(arguments, message):
 
 
 def test_folder_without_a_model_is_one_line(tmp_path):
-    result = call("generate", "--target", tmp_path, "--drafter", tmp_path, "--prompt", "a")
-    assert result.exit_code == 2
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
+    pair = "--target", tmp_path, "--drafter", tmp_path
+    for command, what in ((["generate", "--prompt", "a"], "model"), (["inspect-vocab"], "token")):
+        result = call(*command, *pair)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"Error: no {what}")
+        assert f"could be read from '{tmp_path}'" in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_chats_take_a_system_message_where_the_target_has_a_template(folders):
+    pair = "--target", folders[0], "--drafter", folders[1]
+    start = "generate", *pair, "--prompt", "the cat", "--chat", "--max-new-tokens", 4
+    refused = call(*start)
+    assert refused.exit_code == 2
+    assert "the target has no chat template" in refused.stderr
+    demo = "generate", "--small-target", *start[5:], "--lookahead", 0
+    texts = [call(*demo, *more).stdout for more in ((), ("--system", "You bark. Woof woof."))]
+    assert texts[0] != texts[1]
+
+
+def test_a_decoder_from_folders(folders):
+    from hetero_sd import HeteroSpeculativeDecoder
+
+    settings = {"dtype": "float32", "device": "cpu", "method": "slem", "lookahead": 2}
+    decoder = HeteroSpeculativeDecoder.from_pretrained(*folders, **settings)
+    pair = "--target", folders[0], "--drafter", folders[1]
+    printed = call("generate", *pair, "--prompt", "the cat", "--max-new-tokens", 6).stdout
+    assert decoder.generate("the cat", max_new_tokens=6).text == printed.rstrip("\n")
+    with pytest.raises(ValueError, match=r"'/none' does not exist"):
+        HeteroSpeculativeDecoder.from_pretrained("/none", folders[1])
+
+
+def test_names_on_the_hub_are_read_from_its_cache(folders, tmp_path):
+    """As its client lays it out; nothing is asked of the network."""
+    for name, folder in zip(("big", "small"), folders, strict=True):
+        home = tmp_path / f"models--owner--{name}"
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text("1" * 40)
+        shutil.copytree(folder, home / "snapshots" / ("1" * 40))
+    command = [sys.executable, "-m", "hetero_sd", "generate", "--prompt", "the cat"]
+    command += ["--target", "owner/big", "--drafter", "owner/small", "--max-new-tokens", "5"]
+    cached = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, env=os.environ | cached, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    local = "--target", folders[0], "--drafter", folders[1], "--max-new-tokens", 5
+    assert run.stdout == call("generate", "--prompt", "the cat", *local).stdout
 
 
 def test_import_is_light():

@@ -245,3 +245,37 @@ def test_a_batch_is_judged_by_its_slowest_row():
     bandit = Bandit(["slem"], dear=False)
     assert world.run(bandit, 30) > 0.97
     assert set(bandit.history) != {PLAIN}, "it must have tried"
+
+
+@pytest.mark.parametrize(("method", "lookahead"), [("auto", "auto"), ("slem", 2), ("tli", 0)])
+def test_what_was_prepared_is_ready(tokenizers, models, monkeypatch, method, lookahead):
+    """Captures take time here as they do on a CUDA device."""
+    from hetero_sd.graphs import GraphRunner
+
+    captured, capture = [], GraphRunner.capture
+
+    def slow(runner, run):
+        captured.append(run)
+        runner.setup_seconds += 1.0
+        return capture(runner, run)
+
+    monkeypatch.setattr(GraphRunner, "capture", slow)
+    kinds = "byte-level", "sentencepiece"
+    parts = [models[k] for k in kinds] + [tokenizers[k] for k in kinds]
+    settings = {"method": method, "lookahead": lookahead, "backend": "cudagraph"}
+    fresh, dec = (HeteroSpeculativeDecoder(*parts, **settings) for _ in range(2))
+    options = {"do_sample": True, "top_k": 0}
+    assert dec.prepare(2, **options) > 0
+    policy = dec._policies[False, 2]
+    if method == "auto":
+        assert policy._ready == {Arm(name, 3) for name in ("tli", "slrs", "slem")}
+        assert not policy.rates()  # It has learnt nothing else.
+    count = len(captured)
+    assert count > 0
+    text = "the cat sat on the mat and ran over a hill. " * 2
+    if lookahead == 0:
+        dec.generate([text, text], max_new_tokens=9, **options)
+        assert len(captured) == count
+    assert (
+        dec.generate(text, max_new_tokens=9).tokens == fresh.generate(text, max_new_tokens=9).tokens
+    )

@@ -258,7 +258,13 @@ def test_bad_settings_are_refused(tokenizers, models, options, message):
         ({}, "give exactly one of `prompts`, `input_ids` and `messages`; got 0"),
         ({"prompts": ""}, "every prompt must have at least one token"),
         ({"prompts": ["a", ""]}, "every prompt must have at least one token"),
-        ({"input_ids": torch.ones(3, dtype=torch.long)}, r"`input_ids` must have shape \(batch"),
+        ({"input_ids": torch.ones(3, dtype=torch.long)}, r"must be integers of shape \(batch"),
+        ({"input_ids": torch.ones(1, 3)}, r"integers of shape .* got float32 of shape \(1"),
+        (
+            {"input_ids": [[1, 2]], "attention_mask": [[1]]},
+            r"`attention_mask` must have the shape of `input_ids`, \(1, 2\); got \(1, 1\)",
+        ),
+        ({"prompts": "a", "attention_mask": [[1]]}, "`attention_mask` belongs to `input_ids`"),
         ({"input_ids": torch.tensor([[99999]])}, r"`input_ids` must be in \[0, \d+\); got 99999"),
         ({"prompts": "a", "max_new_tokens": 0}, "`max_new_tokens` must be 1 or more; got 0"),
         ({"prompts": "a", "max_new_tokens": 999}, "within the target's 256 positions; got 999"),
@@ -282,6 +288,33 @@ def test_bad_requests_are_refused(tokenizers, models, options, message):
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
+def test_prompts_as_generate_of_transformers_takes_them(tokenizers, models):
+    dec = build(tokenizers, models, "byte-level", "characters", method="slem", lookahead=2)
+    texts = ["the cat sat", "a dog ran over the hill"]
+    wanted = dec.generate(texts, max_new_tokens=6).tokens
+    rows = [tokenizers["byte-level"](text).input_ids for text in texts]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    for prompts in ({"input_ids": ids, "attention_mask": mask}, [*texts]):
+        assert dec.generate(prompts, max_new_tokens=6).tokens == wanted
+    assert dec.generate(input_ids=rows, max_new_tokens=6).tokens == wanted
+    assert dec.generate(torch.tensor(rows[:1]), max_new_tokens=6).tokens == wanted[:1]
+    assert "slem" in repr(dec)
+
+
+def test_a_configuration_is_completed_on_a_copy(tokenizers, models, recwarn):
+    from transformers import GenerationConfig
+
+    dec = build(tokenizers, models, "byte-level", "characters", method="slem", lookahead=2)
+    config = GenerationConfig(max_new_tokens=5, stop_strings=["q"])
+    before = config.to_dict()
+    assert len(dec.generate("the cat", generation_config=config).new_tokens) <= 5
+    assert config.to_dict() == before
+    long = dec.generate("the cat", generation_config=GenerationConfig(), eos_token_id=[])
+    assert len(long.new_tokens) == 128
+
+
 def test_models_that_do_not_fit_are_refused(tokenizers, models):
     training = make_model(tokenizers["byte-level"]).train()
     with pytest.raises(ValueError, match=r"`target` must be in evaluation mode; call `target.eval"):
@@ -295,6 +328,10 @@ def test_models_that_do_not_fit_are_refused(tokenizers, models):
             tokenizers["byte-level"],
             tokenizers["byte-level 2"],
         )
+    with pytest.raises(TypeError, match=r"`target` must be a causal .* got str"):
+        HeteroSpeculativeDecoder("name", models["characters"], object(), object())
+    with pytest.raises(TypeError, match="`messages` must be a list of chats"):
+        build(tokenizers, models, "byte-level", "characters").generate(messages="hello")
     with pytest.raises(TypeError, match="`target_tokenizer` must be a fast tokenizer"):
         HeteroSpeculativeDecoder(
             models["byte-level"], models["characters"], object(), tokenizers["characters"]

@@ -49,6 +49,26 @@ def test_rows_of_a_batch_are_what_each_is_alone(pair):
     assert together.tokens == [dec.generate(text, max_new_tokens=30).new_tokens for text in PROMPTS]
 
 
+@pytest.mark.parametrize("method", ["tli", "slem", "slrs", "c-slrs"])
+def test_drafts_that_begin_ahead_change_no_text(pair, method, monkeypatch):
+    from hetero_sd.ahead import Foresight
+
+    texts = []
+    for ahead in (False, True):
+        monkeypatch.setattr(Foresight, "pays", lambda _, seconds, ahead=ahead: ahead)
+        dec = HeteroSpeculativeDecoder(*pair, method=method, lookahead=3)
+        for options in ({}, {"do_sample": True, "temperature": 0.7, "top_k": 0}):
+            for prompts in (PROMPTS, PROMPTS[0]):
+                draws = torch.Generator("cuda").manual_seed(0)
+                made = dec.generate(prompts, max_new_tokens=60, generator=draws, **options)
+                texts.append(made.tokens)
+        kept = dec._kept._rounds.values()
+        foresights = {f for whole in kept for f in (whole.foresight, whole._drafter.foresight)}
+        assert sum(f.foreseen for f in foresights) > 5
+        assert sum(f.missed for f in foresights) > 5
+    assert texts[:4] == texts[4:]
+
+
 @pytest.mark.parametrize(
     ("method", "options", "wrong"),
     [
@@ -103,6 +123,24 @@ def _flattened(honest):
         return found
 
     return law
+
+
+@pytest.mark.parametrize("method", ["tli", "slem", "slrs", "c-slrs"])
+def test_what_was_prepared_is_not_captured_again(pair, monkeypatch, method):
+    from hetero_sd.graphs import GraphRunner
+
+    captured, capture = [], GraphRunner.capture
+    monkeypatch.setattr(
+        GraphRunner, "capture", lambda *args: captured.append(args) or capture(*args)
+    )
+    dec = HeteroSpeculativeDecoder(*pair, method=method, lookahead=3)
+    text = "a dog ran over the hill and the mat. " * 3
+    for options in ({}, {"do_sample": True, "top_k": 0, "top_p": 0.9}):
+        dec.prepare(2, length=256, **options)
+        count = len(captured)
+        assert count > 0
+        dec.generate([text, text], max_new_tokens=60, eos_token_id=[], **options)
+        assert len(captured) == count
 
 
 def test_whole_drafts_are_accepted_where_the_drafter_is_the_target(pair):

@@ -212,6 +212,26 @@ def test_weights_that_are_not_what_they_seem_are_noticed():
     assert why_not_llama(scaled).startswith("its logits differ by")
 
 
+@pytest.mark.parametrize(("change", "reason"), [("one", ""), ("all", "its logits differ by")])
+def test_half_precision_is_judged_by_all_logits(caplog, change, reason):
+    """One that is far off may be rounding; all that are off a little are not."""
+    model = random_model().to(torch.bfloat16)
+    forward = model.forward
+
+    def other(*arguments, **options):
+        out = forward(*arguments, **options)
+        if change == "one":
+            out.logits[0, 0, 0] += 0.2 * out.logits.abs().max()
+        else:
+            out.logits = out.logits + out.logits.std() * torch.randn_like(out.logits) / 4
+        return out
+
+    model.forward = other
+    assert why_not_llama(model).startswith(reason)
+    assert bool(why_not_llama(model)) == bool(reason)
+    assert ("runs by its own forward, slower" in caplog.text) == bool(reason)
+
+
 @torch.no_grad()
 def test_a_sliding_window_is_exact_in_a_batch():
     model = random_model("Mistral", sliding_window=6)

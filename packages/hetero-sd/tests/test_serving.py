@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -27,12 +29,11 @@ TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }}\n{% endfor %}on 
 
 
 @contextmanager
-def running(decoder, *, api_key=None, **options):
+def running(decoder, *, api_key=None, origins=(), **options):
     """A server on a free port; yields its address and its engine."""
     engine = Engine(decoder, **options)
-    config = uvicorn.Config(
-        create_app(engine, name="tiny", api_key=api_key), port=0, log_level="warning"
-    )
+    app = create_app(engine, name="tiny", api_key=api_key, origins=origins)
+    config = uvicorn.Config(app, port=0, log_level="warning")
     server = uvicorn.Server(config)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -277,9 +278,6 @@ def test_a_client_that_leaves_frees_its_rows(decoder, tokenizers, models):
 
 def post(address, data, path="/v1/completions", headers=()):
     """Status and body of the answer to raw bytes."""
-    import urllib.error
-    import urllib.request
-
     request = urllib.request.Request(address + path, data, dict(headers))
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
@@ -293,7 +291,7 @@ BAD = [
     (b"{", 400, "the body is no JSON"),
     (b"\xff\xfe", 400, "the body is no JSON"),
     (b"[]", 400, "the body must be a JSON object; got list"),
-    ({}, 400, "`model`: Field required"),
+    ({}, 400, "`prompt`: Field required"),
     ({"model": "tiny"}, 400, "`prompt`: Field required"),
     ({"model": "big", "prompt": "a"}, 404, "the model 'big' does not exist; this server has"),
     ({"model": "tiny", "prompt": ""}, 400, "`prompt` must hold at least one token"),
@@ -361,6 +359,27 @@ def test_other_routes(client, server):
     status, answer = post(server[0], None, "/v1/nothing")
     assert (status, answer["error"]["message"]) == (404, "GET /v1/nothing: Not Found")
     assert post(server[0], b"{}", "/health")[0] == 405
+    status, made = post(server[0], json.dumps({"prompt": "a", "max_tokens": 2}).encode())
+    assert (status, made["model"]) == (200, "tiny")  # The only one need not be named.
+
+
+def test_figures_for_prometheus(server):
+    with urllib.request.urlopen(f"{server[0]}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    kinds = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE")}
+    assert kinds["hetero_sd_requests_total"] == kinds["hetero_sd_rounds_total"] == "counter"
+    assert kinds["hetero_sd_acceptance"] == "gauge"
+    figures = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+    assert {name.split("{")[0] for name, _ in figures} <= set(kinds)
+    assert all(float(figure) >= 0 for _, figure in figures)
+
+
+@pytest.mark.parametrize(("origins", "allowed"), [((), None), (("http://page",), "http://page")])
+def test_pages_of_named_origins_may_call(decoder, origins, allowed):
+    with running(decoder, origins=origins) as (address, _):
+        asked = urllib.request.Request(f"{address}/health", headers={"Origin": "http://page"})
+        with urllib.request.urlopen(asked) as answer:
+            assert answer.headers.get("Access-Control-Allow-Origin") == allowed
 
 
 def test_a_key_is_asked_for(decoder):

@@ -81,6 +81,24 @@ def test_unfinished_tail_completes_to_whole_characters(text):
 
 @pytest.mark.parametrize("ours", KINDS)
 @pytest.mark.parametrize("theirs", KINDS)
+def test_drafts_go_on_with_the_tokens_that_text_is_written_with(tokenizers, ours, theirs):
+    """And not with byte-fallback tokens, which a drafter hardly knows."""
+    target, drafter = tokenizers[ours], tokenizers[theirs]
+    mapping = map_vocabularies(target, drafter)
+    encoder = ByteEncoder(drafter, mapping.drafter_bytes)
+    assert set(mapping.to_drafter) == set(mapping.to_target.tolist())
+    checked = 0
+    for index in mapping.to_drafter.values():
+        spelled = mapping.drafter_bytes[index]
+        if spelled is not None and len(written := encoder.encode(spelled)) == 1:
+            assert index == written[0]
+            checked += 1
+    assert checked > 10
+    assert mapping.identity(5).to_drafter == {i: i for i in range(5)}
+
+
+@pytest.mark.parametrize("ours", KINDS)
+@pytest.mark.parametrize("theirs", KINDS)
 def test_map_joins_equal_bytes_only_and_misses_none(tokenizers, ours, theirs):
     target, drafter = tokenizers[ours], tokenizers[theirs]
     mapping = map_vocabularies(
@@ -223,8 +241,12 @@ def test_report_on_two_tokenizers(tokenizers):
     assert report.space
     assert report.lossy == ()
     assert 0 < report.target_coverage < 0.5
-    assert report.suggestion.startswith("slem: only")
-    assert "| shared | " in report.to_markdown()
+    assert report.suggestion.startswith("slrs for sampling, slem for greedy decoding: only")
+    assert "| shared | " in str(report)
+    one = " ".join(sentences(30))
+    assert inspect_vocab(tokenizers["byte-level"], tokenizers["sentencepiece"], one) == (
+        inspect_vocab(tokenizers["byte-level"], tokenizers["sentencepiece"], [one])
+    )
     same = inspect_vocab(tokenizers["characters"], tokenizers["characters"], sentences(30))
     assert same.suggestion.startswith("tli for sampling")
     assert same.fertility == same.target_coverage == same.drafter_coverage == 1

@@ -57,7 +57,7 @@ def test_version(run):
 
 
 def test_env_says_what_this_is(run):
-    report = json.loads(run("env", "--json").output)
+    report = json.loads(run("env", "--json").stdout)
     assert report["version"] == __version__
     assert "not the PyPI project" in report["origin"]
     assert report["location"].endswith("mole")
@@ -73,7 +73,7 @@ def test_a_checkpoint_of_the_authors_is_a_model(run, saved, make_mole, tmp_path)
     shutil.copyfile(saved / "tokenizer.json", theirs / "tokenizer.json")
     (tmp_path / "text.txt").write_text("HELLOWORLD" * 9)
     losses = [
-        json.loads(run("eval", folder, tmp_path / "text.txt").output)["nats"]
+        json.loads(run("eval", folder, tmp_path / "text.txt").stdout)["nats"]
         for folder in (saved, theirs)
     ]
     assert losses[0] == losses[1]
@@ -160,6 +160,20 @@ def test_quiet_conversion_shows_no_bar(run, saved, tmp_path):
             "layer numbers between 0 and 2; got [3]",
         ),
         (["upcycle", "{dense}", "{tmp}/t", "--experts", "0"], "must be at least 1; got 0"),
+        (["upcycle", "{dense}", "{dense}"], "`OUTPUT` must be a new folder; "),
+        (["upcycle", "{dense}/config.json", "{tmp}/t"], "folder of a model or a .gguf file; got"),
+        (["upcycle", "{dense}", "{tmp}/t", "--gguf", "no.gguf"], "or a .gguf file; got"),
+        (["convert", "{unfinished}", "{tmp}/t"], "no config.json: its training is not finished"),
+        (["convert", "{saved}", "{tmp}/t", "--device", "tpu"], "`--device` must be 'auto' or"),
+        (
+            ["eval", "{saved}", "{saved}/config.json", "--context", "65"],
+            "`--context` must be at most 64, the model's; got 65",
+        ),
+        (["eval", "{saved}", "{saved}"], "File '{saved}' is a directory"),
+        (
+            ["train", "{saved}/config.json", "--model", "{saved}", "--output", "{odd}"],
+            "Directory '{odd}' is a file",
+        ),
         (
             [
                 "train",
@@ -185,16 +199,19 @@ def test_mistakes_end_in_one_line_and_status_2(
     run, saved, make_config, tmp_path, arguments, message
 ):
     dense, odd = tmp_path / "dense", tmp_path / "odd.json"
-    if any("{dense}" in a for a in arguments):
+    (tmp_path / "unfinished" / "checkpoint").mkdir(parents=True)
+    if any("{dense}" in a or "{odd}" in a for a in arguments):
         DenseForCausalLM(make_config("dense")).save_pretrained(dense)
         odd.write_text(json.dumps(json.loads((dense / "config.json").read_text()) | {
             "hidden_size": 30}))  # fmt: skip
-    filled = [a.format(saved=saved, tmp=tmp_path, dense=dense, odd=odd) for a in arguments]
+    names = {"saved": saved, "tmp": tmp_path, "dense": dense, "odd": odd,
+             "unfinished": tmp_path / "unfinished"}  # fmt: skip
+    filled = [a.format(**names) for a in arguments]
     done = run(*filled)
     assert done.exit_code == 2, done.output
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("Error: ")
-    assert message in line
+    assert message.format(**names) in line
 
 
 def test_upcycle_train_convert_eval(run, saved, make_config, tmp_path):
@@ -265,3 +282,5 @@ def test_loaded_model_is_float32_or_what_is_asked_for(run, saved):
     assert load_lookup(saved, "bfloat16").dtype == torch.bfloat16
     done = run("generate", "ABBA", "--model", saved, "--new-tokens", 2, "--dtype", "bfloat16")
     assert done.exit_code == 0, done.output
+    run("convert", saved, saved.parent / "table")
+    assert load_lookup(saved.parent / "table", "auto").dtype == torch.bfloat16

@@ -116,6 +116,28 @@ def test_a_saved_table_form_is_whole(make_mole, tokens, tmp_path, monkeypatch, l
     assert torch.equal(logits(again, tokens), logits(table, tokens))
 
 
+def test_a_name_on_the_hub_brings_its_table(make_mole, tokens, tmp_path):
+    """A cache of the hub, filled by hand: files by links, as huggingface_hub lays them out."""
+    experts = make_mole().eval()
+    convert(experts, tmp_path / "table", "fp32", progress=False)
+    home = tmp_path / "hub" / "models--someone--model"
+    snapshot = home / "snapshots" / ("0" * 40)
+    for file in filter(Path.is_file, (tmp_path / "table").rglob("*")):
+        place = snapshot / file.relative_to(tmp_path / "table")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(file)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0" * 40)
+    where = {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
+    table = MoleForCausalLM.from_pretrained("someone/model", lut_store="disk", lut_cache=7, **where)
+    assert repr(table.lut) == "CachedStore(7 rows of DiskStore(60 ids, 1,536 bytes, fp32))"
+    torch.testing.assert_close(table.eval()(tokens).logits, experts(tokens).logits)
+    table.save_pretrained(tmp_path / "copy")
+    assert verify(tmp_path / "copy" / "lut").format == "fp32"
+    with pytest.raises(ValueError, match="`push_to_hub` must be a call of its own"):
+        table.save_pretrained(tmp_path / "copy", push_to_hub=True)
+
+
 def test_bfloat16_model_is_converted_in_float32(make_mole, tmp_path):
     model = make_mole().to(torch.bfloat16)
     convert(model, tmp_path / "half", "fp32", progress=False)

@@ -129,6 +129,17 @@ def test_a_run_from_the_beginning_has_a_log_of_its_own(make_mole, text, tmp_path
     assert len((tmp_path / "training_log.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_finished_model_is_not_replaced_unasked(make_mole, text, tmp_path):
+    run(make_mole, text, tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds a finished model"):
+        run(make_mole, text, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    run(make_mole, text, tmp_path, stop_after=2, resume=False)  # once begun, it may be resumed
+    resumed = run(make_mole, text, tmp_path)
+    assert_same(MoleForCausalLM.from_pretrained(tmp_path), resumed, rtol=0, atol=0)
+
+
 def test_a_broken_model_does_not_replace_the_checkpoint(make_mole, text, tmp_path):
     settings = TrainSettings(**(SETTINGS | {"lr": 1e30, "warmup": 1.0, "clip": 1e30}))
     with pytest.raises(ValueError, match="the loss is nan at step 3; lower `lr`"):
@@ -152,7 +163,12 @@ def test_other_settings_do_not_resume(make_mole, text, tmp_path):
     ("changes", "message"),
     [
         ({"context": 500}, "at least one sequence .* got 400 tokens and context 500"),
-        ({"micro_batch": 0}, "micro_batch at least 1; got batch 4, steps 4, micro_batch 0"),
+        ({"micro_batch": 0}, "`micro_batch` must be at least 1 and finite; got 0"),
+        ({"context": 1}, "`context` must be at least 2 and finite; got 1"),
+        ({"lr": -1.0}, "`lr` must be at least 0 and finite; got -1"),
+        ({"expert_lr": float("nan")}, "`expert_lr` must be at least 0 and finite; got nan"),
+        ({"warmup": 2.0}, "`warmup` must be a share of the steps, 0 to 1; got 2"),
+        ({"clip": 0.0}, "`clip` must be more than 0"),
     ],
 )
 def test_bad_settings_are_named(make_mole, text, tmp_path, changes, message):
@@ -249,13 +265,19 @@ def test_two_processes_with_a_share_of_the_weights_each_train_as_one(tmp_path, t
     assert_same(MoleForCausalLM.from_pretrained(folder), one, rtol=1e-3, atol=2e-5)
 
 
+@pytest.fixture(scope="module")
+def trained_on_one_gpu(tmp_path_factory):
+    folder = in_processes(tmp_path_factory.mktemp("one"), "one", 1, gpus=True)
+    return MoleForCausalLM.from_pretrained(folder)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("sharded", ["sharded", ""])
-def test_two_gpus_train_as_one(tmp_path, sharded):
-    one = MoleForCausalLM.from_pretrained(in_processes(tmp_path, "one", 1, gpus=True))
+def test_two_gpus_train_as_one(trained_on_one_gpu, tmp_path, sharded):
     folder = in_processes(tmp_path, "two", 2, sharded=sharded, gpus=True)
-    assert_same(MoleForCausalLM.from_pretrained(folder), one, rtol=1e-3, atol=2e-5)
+    two = MoleForCausalLM.from_pretrained(folder)
+    assert_same(two, trained_on_one_gpu, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.slow

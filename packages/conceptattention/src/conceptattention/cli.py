@@ -12,20 +12,24 @@ from .__about__ import __version__
 from .cli_options import (
     CONCEPTS,
     DEVICE,
+    GUIDANCE,
     HEIGHT,
     LAYERS,
     MODEL,
+    OFFLOAD,
     OUTPUT,
     REDUCE,
     SEEN,
     WIDTH,
+    chosen,
     file_name,
+    guided,
     load,
     numbers,
     open_picture,
     quiet,
     reading,
-    sizes,
+    save_overlays,
     words,
 )
 
@@ -164,6 +168,7 @@ def demo(
 @CONCEPTS
 @OUTPUT
 @click.option("--steps", default=12, show_default=True, type=click.IntRange(1), help="Steps.")
+@GUIDANCE
 @WIDTH
 @HEIGHT
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise, drawn on the CPU.")
@@ -171,18 +176,22 @@ def demo(
 @SEEN
 @REDUCE
 @DEVICE
+@OFFLOAD
 def generate(
-    model: str, prompt: str, concepts: str, output: Path, steps: int, width: int | None,
-    height: int | None, seed: int, layers: Any, seen_steps: Any, reduce: str, device: str,
+    model: str, prompt: str, concepts: str, output: Path, steps: int, guidance: float | None,
+    width: int | None, height: int | None, seed: int, layers: Any, seen_steps: Any, reduce: str,
+    device: str, offload: str,
 ) -> None:  # fmt: skip
     """Generate a picture or a video and the maps of its concepts."""
     import torch
 
     from .observer import ConceptAttention
 
-    pipe = load(model, device)
+    pipe = load(model, device, offload=offload)
     read = reading(model, reduce)
-    given = sizes(width=width, height=height)
+    if model == "demo" and guidance is None:
+        guidance = 3.0
+    given = chosen(width=width, height=height) | guided(pipe, guidance)
     with ConceptAttention(
         pipe, words(concepts), layers=layers, steps=seen_steps, **read
     ) as observer:
@@ -202,6 +211,7 @@ def generate(
         maps.plot(picture).save(output / "maps.png")
         click.echo(output / "image.png")
         click.echo(output / "maps.png")
+        click.echo(save_overlays(maps, picture, output / "overlays"))
     click.echo(maps.save(output / "maps.npz"))
 
 
@@ -231,15 +241,16 @@ def generate(
 @LAYERS
 @REDUCE
 @DEVICE
+@OFFLOAD
 def segment(
     model: str, image: Path, concepts: str, prompt: str, output: Path, noise: float, samples: int,
-    seed: int, layers: Any, reduce: str, device: str,
+    seed: int, layers: Any, reduce: str, device: str, offload: str,
 ) -> None:  # fmt: skip
     """Map concepts in a picture that exists already."""
     from .maps import ConceptMaps
     from .segmentation import segment as run
 
-    pipe = load(model, device)
+    pipe = load(model, device, offload=offload)
     picture = open_picture(image)
     if model == "demo":
         picture = picture.resize((64, 64))
@@ -256,6 +267,7 @@ def segment(
     for name, part in share.items():
         click.echo(f"{name}: strongest in {part:.0%} of the picture")
     click.echo(output / "maps.png")
+    click.echo(save_overlays(maps, picture, output / "overlays"))
     click.echo(maps.save(output / "maps.npz"))
 
 
@@ -272,6 +284,7 @@ def segment(
 @OUTPUT
 @click.option("--steps", default=50, show_default=True, type=click.IntRange(1), help="Steps.")
 @click.option("--frames", type=click.IntRange(1), help="Pixel frames; the model's own by default.")
+@GUIDANCE
 @WIDTH
 @HEIGHT
 @click.option("--fps", default=8.0, show_default=True, help="Frames per second.")
@@ -289,10 +302,12 @@ def segment(
 @SEEN
 @REDUCE
 @DEVICE
+@OFFLOAD
 def video(
     model: str, prompt: str, concepts: str, output: Path, steps: int, frames: int | None,
-    width: int | None, height: int | None, fps: float, ending: str, pictures: bool, seed: int,
-    layers: Any, seen_steps: Any, reduce: str, device: str,
+    guidance: float | None, width: int | None, height: int | None, fps: float, ending: str,
+    pictures: bool, seed: int, layers: Any, seen_steps: Any, reduce: str, device: str,
+    offload: str,
 ) -> None:  # fmt: skip
     """Generate a video and write the maps of its concepts over its frames."""
     import torch
@@ -301,8 +316,8 @@ def video(
     from .observer import ConceptAttention
 
     check_video_format(f"video.{ending}", fps)
-    pipe = load(model, device, video=True)
-    given = sizes(num_frames=frames, width=width, height=height)
+    pipe = load(model, device, offload=offload, video=True)
+    given = chosen(num_frames=frames, width=width, height=height) | guided(pipe, guidance)
     read = reading("", reduce)
     with ConceptAttention(
         pipe, words(concepts), layers=layers, steps=seen_steps, **read

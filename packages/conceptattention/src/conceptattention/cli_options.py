@@ -22,6 +22,19 @@ OUTPUT = click.option(
 DEVICE = click.option(
     "--device", default="auto", show_default=True, help="Such as cuda or cpu, or auto."
 )
+OFFLOAD = click.option(
+    "--offload",
+    type=click.Choice(["none", "model", "sequential"]),
+    default="none",
+    show_default=True,
+    help="Keep weights on the CPU until they are needed: a whole part of the pipeline at a time, "
+    "or a layer, slowly. Needs a GPU and accelerate.",
+)
+GUIDANCE = click.option(
+    "--guidance",
+    type=click.FloatRange(min=0),
+    help="Guidance scale; the model's own by default, of the small model of pictures 3.",
+)
 
 
 def _numbers(context: click.Context, option: click.Parameter, text: str) -> str | list[int]:
@@ -62,17 +75,21 @@ def quiet() -> None:
     diffusers_logging.set_verbosity_error()
 
 
-def load(model: str, device: str, *, video: bool = False) -> Any:
+def load(model: str, device: str, *, offload: str = "none", video: bool = False) -> Any:
     """Return a pipeline on its device: from a folder, the hub, or one of the small ones inside.
 
     Args:
         model: Folder, name on the hub, "demo" or "tiny-video".
         device: As `--device` takes it.
+        offload: As `--offload` takes it.
         video: Let "demo" be the small model of videos.
 
     Raises:
-        ValueError: The device is not there, or `model` is neither a folder nor a name on the hub.
+        ValueError: The device is not there, or none that weights can be offloaded from, or `model`
+            is neither a folder nor a name on the hub.
     """
+    import warnings
+
     import torch
 
     from fourfold_common import pick_device
@@ -82,6 +99,8 @@ def load(model: str, device: str, *, video: bool = False) -> Any:
         place = pick_device(device)[0]
     except ValueError as error:
         raise ValueError(str(error).replace("`request`", "`--device`")) from error
+    if offload != "none" and place.type != "cuda":
+        raise ValueError(f"`--offload` needs a CUDA device; `--device` is {place.type!r}.")
     if model == "demo" and video:
         from .demo.video import load_video_pipeline
 
@@ -102,7 +121,17 @@ def load(model: str, device: str, *, video: bool = False) -> Any:
             f"`--model` must be a folder, a hub name like owner/name, or demo; got {model!r}."
         )
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(place)
+    with warnings.catch_warnings():
+        # The name that every version takes; newer ones advise another.
+        warnings.filterwarnings("ignore", message=".*torch_dtype.*")
+        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=place)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=place)
+    else:
+        pipe.to(place)
+    return pipe
 
 
 def reading(model: str, reduce: str) -> dict[str, Any]:
@@ -116,9 +145,32 @@ def reading(model: str, reduce: str) -> dict[str, Any]:
     return READING
 
 
-def sizes(**given: int | None) -> dict[str, int]:
-    """Return the sizes that were given, as a pipeline takes them."""
-    return {name: size for name, size in given.items() if size is not None}
+def chosen(**given: Any) -> dict[str, Any]:
+    """Return the arguments of a pipeline that were given; it has its own for the others."""
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def guided(pipe: Any, guidance: float | None) -> dict[str, Any]:
+    """Return a guidance scale as the pipeline takes it.
+
+    Models that were not trained on a scale get an empty negative prompt and a second pass.
+    """
+    from inspect import signature
+
+    if guidance is None:
+        return {}
+    trained = getattr(pipe.transformer.config, "guidance_embeds", False)
+    if trained or "true_cfg_scale" not in signature(type(pipe).__call__).parameters:
+        return {"guidance_scale": guidance}
+    return {"true_cfg_scale": guidance, "negative_prompt": ""} if guidance > 1 else {}
+
+
+def save_overlays(maps: Any, picture: Any, folder: Path) -> Path:
+    """Write the picture under the map of each concept, one file per concept; return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in maps.names():
+        maps[name].overlay(picture).save(folder / f"{file_name(name)}.png")
+    return folder
 
 
 def open_picture(path: Path) -> Any:

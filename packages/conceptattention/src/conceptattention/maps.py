@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -44,6 +45,17 @@ class ConceptMap:
     name: str
     values: Tensor
     limits: tuple[float, float]
+
+    def __repr__(self) -> str:
+        """Return the name and the shape."""
+        return f"ConceptMap({self.name!r}, {' x '.join(map(str, self.values.shape))})"
+
+    def _repr_png_(self) -> bytes:
+        """Return the first picture of the batch as notebooks show it."""
+        height, width = self.values.shape[-2:]
+        written = io.BytesIO()
+        self.to_image((256, max(round(256 * height / width), 1))).save(written, "PNG")
+        return written.getvalue()
 
     def unit(self, scale: Literal["joint", "each"] = "joint") -> Float[Tensor, "*batch_and_grid"]:
         """Return the map scaled to [0, 1], over all concepts jointly or by itself.
@@ -256,6 +268,24 @@ class ConceptMaps:
     def __len__(self) -> int:
         """Return the number of concepts."""
         return self.raw.shape[2]
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the concepts, as a dictionary does; of the first image if each has its own."""
+        return iter(self.names())
+
+    def __repr__(self) -> str:
+        """Return what the maps are of, without their numbers."""
+        groups, batch, _, *grid = self.raw.shape
+        return (
+            f"ConceptMaps({self.concepts}, batch {batch}, {' x '.join(map(str, grid))}, "
+            f"space {self.space!r}, {groups} group{'s' * (groups > 1)}, reduce {self.reduce!r})"
+        )
+
+    def _repr_png_(self) -> bytes:
+        """Return the maps of the first picture beside each other as notebooks show them."""
+        written = io.BytesIO()
+        self.plot().save(written, "PNG")
+        return written.getvalue()
 
     def names(self, index: int = 0) -> tuple[str, ...]:
         """Return the concepts of one image of the batch."""

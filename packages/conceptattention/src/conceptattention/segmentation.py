@@ -37,9 +37,9 @@ def segment(
 
     Args:
         pipe: A diffusers pipeline whose transformer belongs to a registered family.
-        image: A PIL picture, a list of them (one size), or a tensor (batch, 3, height, width) in
-            [0, 1]. It is scaled down to whole patches of the pipeline, so that the maps cover all
-            of it.
+        image: A PIL picture, a list of them (one size), an array (height, width, 3) of bytes, or a
+            tensor (batch, 3, height, width) in [0, 1]. It is scaled down to whole patches of the
+            pipeline, so that the maps cover all of it.
         concepts: Words, or one list of words per picture.
         prompt: Caption of the picture, or one per picture; may stay empty.
         t: Noise level, above 0 and at most 1; the paper uses 0.5.
@@ -62,7 +62,7 @@ def segment(
         raise ValueError(f"`samples` must be at least 1; got {samples}.")
     if "steps" in settings:
         raise ValueError("`steps` has no meaning for `segment`, which makes `samples` passes.")
-    adapter = adapter_for(pipe.transformer)
+    adapter = adapter_for(getattr(pipe, "transformer", None) or getattr(pipe, "unet", None))
     if adapter.films:
         raise ValueError(f"`pipe` makes videos ({adapter.family}); `segment` takes pictures alone.")
     pipe = standard(pipe, adapter)
@@ -119,8 +119,11 @@ def _uncached(model: Any) -> Iterator[None]:
 
 def _pixels(pipe: Any, image: Any, patch: int) -> Tensor:
     """Return pictures as a tensor (batch, 3, height, width) in [-1, 1], scaled to whole patches."""
+    import numpy as np
     from PIL import Image
 
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
+        image = Image.fromarray(image)
     if isinstance(image, Image.Image):
         image = [image]
     if isinstance(image, Tensor):
@@ -139,7 +142,7 @@ def _pixels(pipe: Any, image: Any, patch: int) -> Tensor:
         pixels = 2 * torch.from_numpy(pixels).permute(0, 3, 1, 2) - 1
     else:
         raise TypeError(
-            "`image` must be a PIL picture, a list of them or a tensor; "
+            "`image` must be a PIL picture, a list of them, an array of bytes or a tensor; "
             f"got {type(image).__name__}."
         )
     height, width = (side // patch * patch for side in pixels.shape[-2:])

@@ -33,8 +33,13 @@ def check_tokenizer(name: str, tokenizer: Any) -> None:
 
 
 def check_model(name: str, model: Any) -> None:
-    """Raise ValueError where a model is of an unsupported kind, or in training mode."""
-    config = model.config
+    """Raise where a model is none, of an unsupported kind (ValueError), or in training mode."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        raise TypeError(
+            f"`{name}` must be a causal language model of transformers, loaded; got "
+            f"{type(model).__name__}."
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"`{name}` must be decoder-only; got {type(model).__name__}.")
     if getattr(model, "_is_stateful", False):

@@ -157,7 +157,7 @@ class DrafterMemory:
             # What was held agrees with the context up to where that has changed since.
             ids, start = context.ids, self._dropped[row]
             place = max(min(context.kept - start, len(held)), 0)
-            end = min(len(held), len(ids) - start)
+            end = min(len(held), len(ids) - start, self._runner.lengths[row])
             while place < end and held[place] == ids[start + place]:
                 place += 1
             keep.append(min(place, len(ids) - start - 1))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ._bytes import ByteEncoder
+from .ahead import spell_each
 from .chance import Chance
 from .checks import (
     check_choice,
@@ -36,12 +39,14 @@ from .runs import TokenRuns
 from .shared import SharedTokens, find_head
 from .texts import ExactText, LastTokenRuns, Text
 from .vocab import map_vocabularies, same_vocabularies
+from .warming import Tour
 from .whole import Runners
 
 _logger = logging.getLogger(__name__)
 _logger.addHandler(logging.NullHandler())
 
 _BACKENDS = ("auto", "eager", "cudagraph")
+_PROMPT = 24  # Ids of a prompt that goes in one pass, as most do, and by no graph.
 
 
 class HeteroSpeculativeDecoder:
@@ -145,6 +150,44 @@ class HeteroSpeculativeDecoder:
         if method == "slrs-plain":
             _ = self._spelled
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        target: str | os.PathLike[str],
+        drafter: str | os.PathLike[str],
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        **settings: Any,
+    ) -> HeteroSpeculativeDecoder:
+        """Return a decoder of two models that are loaded with their tokenizers.
+
+        Args:
+            target: Folder as `save_pretrained` writes it, GGUF file, or name on the hub.
+            drafter: The same.
+            dtype: Type of the weights; `"auto"` is bfloat16 on CUDA devices, else float32.
+            device: Where both go; `"auto"` is a CUDA device if there is one.
+            **settings: As for `HeteroSpeculativeDecoder`.
+
+        Raises:
+            ValueError: A model cannot be read, type or device are not there, or as for the class.
+        """
+        from .pairs import find_place, load_pair
+
+        places = [find_place(os.fspath(place)) for place in (target, drafter)]
+        return cls(*load_pair(*places, dtype=dtype, device=device).parts, **settings)
+
+    def __repr__(self) -> str:
+        """Return what the decoder is made of."""
+        sides = [
+            f"{name}={type(model).__name__} of {sum(p.numel() for p in model.parameters()):,}"
+            for name, model in (("target", self.target), ("drafter", self.drafter))
+        ]
+        return (
+            f"{type(self).__name__}({', '.join(sides)}, method={self.method!r}, "
+            f"lookahead={self.lookahead!r}, {len(self.mapping.keep):,} shared tokens)"
+        )
+
     def _use_graphs(self) -> bool:
         """Return whether both models run by CUDA graphs; the reason why not is logged."""
         if self.backend == "eager":
@@ -162,8 +205,9 @@ class HeteroSpeculativeDecoder:
             reason = "the vocabularies share nothing"
         if reason and self.backend == "cudagraph":
             raise ValueError(f"`backend='cudagraph'` cannot run: {reason}.")
-        if reason:
-            _logger.debug("no CUDA graphs: %s", reason)
+        if reason:  # On a GPU that costs most of the speed.
+            level = logging.WARNING if self._place.type == "cuda" else logging.DEBUG
+            _logger.log(level, "no CUDA graphs: %s", reason)
         return not reason
 
     # --------------------------------------------------------------------------- methods
@@ -191,6 +235,12 @@ class HeteroSpeculativeDecoder:
 
         return SpelledTokens(self._text, self.mapping, self._sizes[1], self._drafter_place)
 
+    @cached_property
+    def _spelled_each(self) -> Tensor:
+        """The drafter ids that each target token is taken for until the host has looked."""
+        encoder = None if self._same else self._text.drafter
+        return spell_each(self.mapping, encoder, self._sizes[0]).to(self._drafter_place)
+
     def _method(self, name: str) -> Method:
         makers: dict[str, Callable[[], Method]] = {
             "tli": lambda: self._shared,
@@ -214,11 +264,14 @@ class HeteroSpeculativeDecoder:
         if self._same:
             return ["standard"]
         shared = ["tli"] if len(self.mapping.keep) else []
-        # A greedy proposal needs no law: the whole vocabulary by SLEM, or shared tokens, which save
-        # a wait for a GPU; without one they save work only where they are few.
-        if greedy and not self._graphs and 2 * len(self.mapping.keep) > self._sizes[1]:
-            shared = []
-        return ["slem", *shared] if greedy else [*shared, "slrs", "slem"]
+        if not greedy:
+            return [*shared, "slrs", "slem"]
+        # A greedy proposal needs no law. On a GPU shared tokens are drafted while the host still
+        # reads the last round; without one they save work only where they are few.
+        most = 2 * len(self.mapping.keep) > self._sizes[1]
+        if self._graphs and most:
+            return [*shared, "slem"]
+        return ["slem"] if most else ["slem", *shared]
 
     def _policy(self, greedy: bool, rows: int) -> Fixed | Bandit:
         """Return the choice of method and lookahead, which goes on learning between calls.
@@ -240,10 +293,10 @@ class HeteroSpeculativeDecoder:
     # ------------------------------------------------------------------------ generation
     def generate(
         self,
-        prompts: str | Sequence[str] | None = None,
+        prompts: str | Sequence[str] | Tensor | Mapping[str, Any] | None = None,
         *,
-        input_ids: Int[Tensor, "batch length"] | None = None,
-        attention_mask: Int[Tensor, "batch length"] | None = None,
+        input_ids: Int[Tensor, "batch length"] | Sequence[Sequence[int]] | None = None,
+        attention_mask: Int[Tensor, "batch length"] | Sequence[Sequence[int]] | None = None,
         messages: Sequence[Any] | None = None,
         streamer: Any = None,
         generator: torch.Generator | None = None,
@@ -255,9 +308,11 @@ class HeteroSpeculativeDecoder:
         defaults, except that `max_new_tokens` is 128 where no length is given.
 
         Args:
-            prompts: A text or several, tokenised as they stand.
-            input_ids: Target ids instead, shape `(batch, length)`.
-            attention_mask: Which of them are no padding, on either side; all if missing.
+            prompts: A text or several, tokenised as they stand; or ids as transformers' `generate`
+                takes them first, or what its tokenizer returned.
+            input_ids: Target ids instead, shape `(batch, length)`, or lists of them.
+            attention_mask: Which of them are no padding, on either side, of the same shape; all if
+                missing.
             messages: A chat instead, as a list of `{"role": ..., "content": ...}`, or a list of
                 chats. The drafter sees it in its own template, if it has one.
             streamer: Gets the new tokens as `generate` would give them, and only when the bytes
@@ -281,11 +336,43 @@ class HeteroSpeculativeDecoder:
         texts = [self.target_tokenizer.decode(new, skip_special_tokens=True) for new in tokens]
         return Generation(sequences_of(prepared, rows), tokens, texts, rounds.stats)
 
+    def prepare(self, rows: int = 1, *, length: int = 512, **options: Any) -> float:
+        """Get ready what texts would wait for, and return the seconds that it took.
+
+        On a CUDA device these are kernels, and the graphs of each method at one lookahead; else,
+        `"auto"` gets a method ready in the middle of a text, once it would have paid.
+
+        Args:
+            rows: Rows of a batch, 1 or more.
+            length: Ids that a row will hold, its prompt included; longer rows need graphs anew.
+            **options: Those of the generations to come, such as `do_sample` and `top_p`.
+
+        Raises:
+            ValueError: As for `generate`.
+        """
+        begun = time.perf_counter()
+        prompt = (self.target_eos[:1] or [0]) * _PROMPT
+        limit = getattr(self.target.config, "max_position_embeddings", None) or length
+        room = max(min(length, limit) - _PROMPT, 1)
+        given = {**options, "max_new_tokens": room, "eos_token_id": []}
+        prepared = self._prepare([prompt] * rows, given)
+        greedy = not prepared.config.do_sample
+        policy = self._policy(greedy, rows)
+        methods = self._methods_to_try(greedy) if self.lookahead != 0 else []
+        steps = LADDER[2] if self.lookahead == "auto" else int(self.lookahead)
+        tour = Tour([Arm(method, steps) for method in methods], policy)
+        course: Any = self._rounds(prepared, None, None, tour).run()
+        for _ in course:
+            if tour.over:
+                break
+        course.close()
+        return time.perf_counter() - begun
+
     def stream(
         self,
-        prompts: str | None = None,
+        prompts: str | Sequence[str] | Tensor | Mapping[str, Any] | None = None,
         *,
-        input_ids: Int[Tensor, "batch length"] | None = None,
+        input_ids: Int[Tensor, "batch length"] | Sequence[Sequence[int]] | None = None,
         messages: Sequence[Any] | None = None,
         generator: torch.Generator | None = None,
         **options: Any,
@@ -303,8 +390,19 @@ class HeteroSpeculativeDecoder:
             ValueError: As for `generate`, or more than one row.
         """
         rounds, _ = self._start(prompts, input_ids, None, messages, generator, options)
+        return self.pieces(rounds)
+
+    def pieces(self, rounds: Rounds) -> Iterator[str]:
+        """Run what `start` returned and yield its text as `stream` does; `rounds.stats` tells more.
+
+        Args:
+            rounds: A generation of one row.
+
+        Raises:
+            ValueError: There are more rows.
+        """
         if len(rounds.rows) != 1:
-            raise ValueError(f"`stream` writes one row at a time; got {len(rounds.rows)}.")
+            raise ValueError(f"a stream is of one row; got {len(rounds.rows)}.")
         return self._pieces(rounds)
 
     def _pieces(self, rounds: Rounds) -> Iterator[str]:
@@ -330,13 +428,15 @@ class HeteroSpeculativeDecoder:
 
     def as_custom_generate(
         self, *, streamer: Any = None, generator: torch.Generator | None = None
-    ) -> Callable[..., Tensor]:
+    ) -> Callable[..., Any]:
         """Return a function for `target.generate(..., custom_generate=...)`.
 
-        Everything that `generate` prepares is used: ids, masks, processors, criteria, lengths.
+        Everything that `generate` prepares is used: ids, masks, processors, criteria, lengths. It
+        hands neither its `streamer` nor its `tokenizer` on: give the former here, and stop strings
+        as `stopping_criteria=[StopStringCriteria(tokenizer, [...])]`.
 
         Args:
-            streamer: As for `generate`, which does not hand its own on.
+            streamer: As for `generate`.
             generator: As for `generate`.
         """
 
@@ -347,7 +447,7 @@ class HeteroSpeculativeDecoder:
             stopping_criteria: Any = None,
             generation_config: Any = None,
             **model_kwargs: Any,
-        ) -> Tensor:
+        ) -> Any:
             if model is not self.target:
                 raise ValueError("`custom_generate` must be called by the decoder's own target.")
             mask = model_kwargs.get("attention_mask")
@@ -357,17 +457,22 @@ class HeteroSpeculativeDecoder:
             rounds = self._rounds(prepared, None, generator)
             rows = list(rounds.rows)
             run_all(rounds, prepared, streamer, self.mapping.target_bytes)
-            return sequences_of(prepared, rows)
+            sequences = sequences_of(prepared, rows)
+            if not generation_config.return_dict_in_generate:
+                return sequences
+            from transformers.generation import GenerateDecoderOnlyOutput
+
+            return GenerateDecoderOnlyOutput(sequences=sequences)
 
         return decode
 
     # ------------------------------------------------------------------------- requests
     def start(
         self,
-        prompts: str | Sequence[str] | None = None,
+        prompts: str | Sequence[str] | Tensor | Mapping[str, Any] | None = None,
         *,
-        input_ids: Int[Tensor, "batch length"] | None = None,
-        attention_mask: Int[Tensor, "batch length"] | None = None,
+        input_ids: Int[Tensor, "batch length"] | Sequence[Sequence[int]] | None = None,
+        attention_mask: Int[Tensor, "batch length"] | Sequence[Sequence[int]] | None = None,
         messages: Sequence[Any] | None = None,
         generator: torch.Generator | None = None,
         **options: Any,
@@ -391,9 +496,9 @@ class HeteroSpeculativeDecoder:
 
     def _start(
         self,
-        prompts: str | Sequence[str] | None,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
+        prompts: Any,
+        input_ids: Any,
+        attention_mask: Any,
         messages: Sequence[Any] | None,
         generator: torch.Generator | None,
         options: dict[str, Any],
@@ -418,6 +523,7 @@ class HeteroSpeculativeDecoder:
         prepared: Prepared,
         chats: list[list[int]] | None,
         generator: torch.Generator | None,
+        policy: Fixed | Bandit | None = None,
     ) -> Rounds:
         request = read_request(prepared, self._place, Chance(generator))
         greedy = request.processors.greedy
@@ -428,7 +534,7 @@ class HeteroSpeculativeDecoder:
             chat = chats[row.place // repeats] if chats else []
             contexts.append(self._context(chat))
             row.told = len(row.ids) if chat else 0
-        policy = self._policy(greedy, len(rows))
+        policy = policy or self._policy(greedy, len(rows))
         methods = {name: self._method(name) for name in self._methods_to_try(greedy)}
         longest = max(len(row.ids) for row in rows) + request.max_new_tokens
         target = self._runner(self.target, len(rows), longest)
@@ -440,7 +546,14 @@ class HeteroSpeculativeDecoder:
             together = target.device == drafter.device
             if together and request.processors.by_score:
                 names = *sorted(methods), self._block
-                whole = self._kept.round(target, drafter, names, self._table, request.processors)
+                whole = self._kept.round(
+                    target,
+                    drafter,
+                    names,
+                    self._table,
+                    request.processors,
+                    lambda: self._spelled_each,
+                )
                 whole.begin(request.chance)
 
             def at_end() -> None:

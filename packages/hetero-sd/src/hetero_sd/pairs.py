@@ -1,4 +1,4 @@
-"""Models and prompts for the command line: from local folders, or those of this package."""
+"""Models and prompts for the command line: from folders, files or the hub, or this package's."""
 
 from __future__ import annotations
 
@@ -40,51 +40,82 @@ class Pair:
         return self.target, self.drafter, self.target_tokenizer, self.drafter_tokenizer
 
 
-def load_tokenizer(place: Path) -> Any:
-    """Return the tokenizer of a local folder or GGUF file."""
+Place = Path | str  # A folder or a GGUF file; a text is a name on the hub, `owner/name`.
+
+
+def find_place(name: str) -> Place:
+    """Return the folder or file of that name, or the name itself where it may be one on the hub.
+
+    Raises:
+        ValueError: There is no such folder or file, and it is no name like `owner/name`.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    # A folder's name that is no folder is a slip of the pen, not the name of something to download.
+    if name.count("/") != 1 or name[0] in "./~" or name.endswith((".gguf", "/")):
+        raise ValueError(f"{name!r} does not exist, and is no name on the hub like owner/name.")
+    return name
+
+
+def load_tokenizer(place: Place) -> Any:
+    """Return the tokenizer of a folder, GGUF file, or name on the hub.
+
+    Raises:
+        ValueError: It holds none that transformers can read.
+    """
     from transformers import AutoTokenizer
 
     if _is_smollm(place):
         return smollm2.load_tokenizer(place)
-    return AutoTokenizer.from_pretrained(**_where(place))
+    return _read(AutoTokenizer, "tokenizer", place)
 
 
-def _load(place: Path) -> tuple[Any, Any]:
+def load_side(place: Place) -> tuple[Any, Any]:
+    """Return the model in a folder, GGUF file, or on the hub, to evaluate, and its tokenizer.
+
+    Raises:
+        ValueError: It holds none that transformers can read.
+    """
     from transformers import AutoModelForCausalLM
 
     if _is_smollm(place):
         return smollm2.load(place)
-    model = AutoModelForCausalLM.from_pretrained(**_where(place))
+    model = _read(AutoModelForCausalLM, "model", place)
     return model.eval(), load_tokenizer(place)
 
 
-def _is_smollm(place: Path) -> bool:
+def _is_smollm(place: Place) -> bool:
     """Return whether it is a file whose tokenizer transformers would not read as it is."""
-    return place.is_file() and smollm2.is_smollm(place)
+    return isinstance(place, Path) and place.is_file() and smollm2.is_smollm(place)
 
 
-def _where(place: Path) -> dict[str, Any]:
-    """Return the arguments that make `from_pretrained` read a local folder or GGUF file."""
-    if place.is_file():
-        here = {"pretrained_model_name_or_path": place.parent, "gguf_file": place.name}
-    else:
-        here = {"pretrained_model_name_or_path": place}
-    return {**here, "local_files_only": True}
+def _read(kind: Any, what: str, place: Place) -> Any:
+    """Return what transformers reads from a place; its error, with the place, where it cannot."""
+    where: dict[str, Any] = {"pretrained_model_name_or_path": place}
+    if isinstance(place, Path):
+        where["local_files_only"] = True
+        if place.is_file():
+            where |= {"pretrained_model_name_or_path": place.parent, "gguf_file": place.name}
+    try:
+        return kind.from_pretrained(**where)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no {what} could be read from {str(place)!r}: {error}") from error
 
 
 def load_pair(
-    target: Path | None,
-    drafter: Path | None,
+    target: Place | None,
+    drafter: Place | None,
     *,
     dtype: str = "auto",
     device: str = "auto",
     small: bool = False,
     size: int | float | None = None,
 ) -> Pair:
-    """Return a pair from folders or GGUF files, or the package's own where none is given.
+    """Return a pair from folders, GGUF files or the hub, or the package's own where none is given.
 
     Args:
-        target: Folder of the target, as `save_pretrained` writes it, or GGUF file.
+        target: Folder of the target, as `save_pretrained` writes it, GGUF file, or name on the hub.
         drafter: The same of the drafter; it may be given alone.
         dtype: A type, or `"auto"`: bfloat16 on CUDA devices, else float32.
         device: A device, or `"auto"`.
@@ -93,15 +124,12 @@ def load_pair(
             larger one; see `demo.inflate`.
 
     Raises:
-        ValueError: A target is given without a drafter, the type or device is not there, or the
-            target cannot be made that large.
+        ValueError: A target is given without a drafter, a model cannot be read, the type or device
+            is not there, or the target cannot be made that large.
     """
     from fourfold_common import pick_device, pick_dtype
 
-    if drafter is None and target is not None:
-        raise ValueError(
-            "give `--drafter` with `--target`; the demo's drafter knows SmolLM2 alone."
-        )
+    _check_drafter(target, drafter)
     try:
         place, _ = pick_device(device)
     except ValueError as error:
@@ -117,14 +145,14 @@ def load_pair(
 
         name, model, tokenizer, notes = load_target(small)
     else:
-        name, notes = target.resolve().stem if target.is_file() else target.resolve().name, []
-        model, tokenizer = _load(target)
+        name, notes = _title(target), []
+        model, tokenizer = load_side(target)
     if drafter is None:
         from .demo.run import load_model
 
         other, other_tokenizer = load_model("drafter")
     else:
-        other, other_tokenizer = _load(drafter)
+        other, other_tokenizer = load_side(drafter)
     other = _cast(other, place, kind)
     if size is None:
         model = _cast(model, place, kind)
@@ -135,6 +163,35 @@ def load_pair(
         model = inflate(model, factor, layers, dtype=kind, device=place)
         name += f", inflated to {sum(p.numel() for p in model.parameters()) / 1e9:.2f} B"
     return Pair(name, model, other, tokenizer, other_tokenizer, notes)
+
+
+def load_tokenizers(
+    target: Place | None, drafter: Place | None, *, small: bool = False
+) -> tuple[Any, Any]:
+    """Return the tokenizers of a pair alone; see `load_pair`."""
+    from .demo.run import load_model
+
+    _check_drafter(target, drafter)
+    file = None if small else smollm2.find_gguf()
+    if target is not None:
+        ours = load_tokenizer(target)
+    else:
+        ours = load_model("target")[1] if file is None else smollm2.load_tokenizer(file)
+    return ours, load_model("drafter")[1] if drafter is None else load_tokenizer(drafter)
+
+
+def _check_drafter(target: Place | None, drafter: Place | None) -> None:
+    if drafter is None and target is not None:
+        raise ValueError(
+            "give `--drafter` with `--target`; the demo's drafter knows SmolLM2 alone."
+        )
+
+
+def _title(place: Place) -> str:
+    """Return what a model from there is called."""
+    if isinstance(place, str):
+        return place
+    return place.resolve().stem if place.is_file() else place.resolve().name
 
 
 def _cast(model: Any, place: torch.device, kind: torch.dtype) -> Any:

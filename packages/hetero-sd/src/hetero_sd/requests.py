@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +39,9 @@ class Prepared:
 
 
 def prompt_rows(
-    prompts: str | Sequence[str] | None,
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
+    prompts: str | Sequence[str] | Tensor | Mapping[str, Any] | None,
+    input_ids: Tensor | Sequence[Sequence[int]] | None,
+    attention_mask: Tensor | Sequence[Sequence[int]] | None,
     messages: Sequence[Any] | None,
     *,
     tokenizer: Any,
@@ -59,23 +60,30 @@ def prompt_rows(
         drafter_tokenizer: The drafter's, where it needs ids of its own.
 
     Raises:
+        TypeError: Prompts are of no such kind.
         ValueError: Not exactly one kind of prompt, an empty one, or ids out of range.
     """
+    if isinstance(prompts, Mapping) and input_ids is None:  # What a tokenizer returned.
+        input_ids, attention_mask = prompts.get("input_ids"), prompts.get("attention_mask")
+        prompts = None
+    elif isinstance(prompts, Tensor) and input_ids is None:
+        prompts, input_ids = None, prompts
     given = [x is not None for x in (prompts, input_ids, messages)]
     if sum(given) != 1:
         raise ValueError(
             f"give exactly one of `prompts`, `input_ids` and `messages`; got {sum(given)} of them."
         )
+    if attention_mask is not None and input_ids is None:
+        raise ValueError("`attention_mask` belongs to `input_ids`; got it without them.")
     own: list[list[int]] | None = None
     if input_ids is not None:
-        if input_ids.ndim != 2:
-            raise ValueError(
-                f"`input_ids` must have shape (batch, length); got {tuple(input_ids.shape)}."
-            )
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = [ids[held.bool()].tolist() for ids, held in zip(input_ids, mask, strict=True)]
+        rows = _id_rows(input_ids, attention_mask)
     elif messages is not None:
-        chats = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        if isinstance(messages, str):
+            raise TypeError(
+                "`messages` must be a list of chats or of a chat's messages; got a str."
+            )
+        chats = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         rows = [_chat_ids(tokenizer, chat) for chat in chats]
         if getattr(drafter_tokenizer, "chat_template", None):
             own = [_chat_ids(drafter_tokenizer, chat) for chat in chats]
@@ -88,6 +96,29 @@ def prompt_rows(
     if wrong:
         raise ValueError(f"`input_ids` must be in [0, {size}); got {wrong[0]}.")
     return rows, own
+
+
+def _id_rows(
+    input_ids: Tensor | Sequence[Sequence[int]], mask: Tensor | Sequence[Sequence[int]] | None
+) -> list[list[int]]:
+    """Return the ids of each row that are no padding."""
+    if not isinstance(input_ids, Tensor):
+        rows = [list(map(int, row)) for row in input_ids]
+        if mask is None:
+            return rows
+        input_ids = torch.tensor(rows)
+    if input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise ValueError(
+            "`input_ids` must be integers of shape (batch, length); got "
+            f"{str(input_ids.dtype).removeprefix('torch.')} of shape {tuple(input_ids.shape)}."
+        )
+    held = torch.ones_like(input_ids) if mask is None else torch.as_tensor(mask)
+    if held.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}; got "
+            f"{tuple(held.shape)}."
+        )
+    return [ids[kept.bool()].tolist() for ids, kept in zip(input_ids, held, strict=True)]
 
 
 def prepare(
@@ -106,19 +137,16 @@ def prepare(
         ValueError: The length is below 1, or too long for the target.
     """
     options = dict(options)
-    config = options.get("generation_config")
-    lengths = (
-        options.get("max_length"),
-        options.get("max_new_tokens"),
-        getattr(config, "max_length", None),
-        getattr(config, "max_new_tokens", None),
-    )
-    if all(length is None for length in lengths):
-        options["max_new_tokens"] = 128
+    config = copy.deepcopy(options.get("generation_config"))
+    if config is not None:
+        options["generation_config"] = config
+    lengths = "max_length", "max_new_tokens"
+    given = [options.get(name, getattr(config, name, None)) for name in lengths]
+    if given == [None, None]:
+        _set_default(options, "max_new_tokens", 128)
     stop_strings = options.pop("stop_strings", None)
     if stop_strings is None and config is not None and config.stop_strings is not None:
-        stop_strings = config.stop_strings
-        options["stop_strings"] = None
+        stop_strings, config.stop_strings = config.stop_strings, None
     if stop_strings is not None:
         from transformers import StopStringCriteria
 
@@ -140,7 +168,7 @@ def prepare(
     width = max(map(len, rows))
     pad = tokenizer.pad_token_id
     pad = next((i for i in (pad, *ends) if i is not None), 0)
-    options.setdefault("pad_token_id", pad)
+    _set_default(options, "pad_token_id", pad)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     caught: list[Prepared] = []
@@ -164,6 +192,15 @@ def prepare(
         ids.to(device), attention_mask=mask.to(device), custom_generate=catch, **options
     )
     return caught[0]
+
+
+def _set_default(options: dict[str, Any], name: str, value: Any) -> None:
+    """Set what the caller left open, in the configuration where there is one."""
+    config = options.get("generation_config")
+    if config is None:
+        options.setdefault(name, value)
+    elif name not in options and getattr(config, name, None) is None:
+        setattr(config, name, value)
 
 
 def _check_length(target: Any, prompt: int, options: dict[str, Any]) -> None:

@@ -41,15 +41,13 @@ class SharedTokens:
         self._eos = set(eos)
         self._size = target_size
         self._block = block
-        # Distinct target ids that can be drafted, the column of each kept drafter id among them,
-        # and the drafter id to go on with after each.
+        # Distinct target ids that can be drafted; the column of each kept drafter id among them.
         distinct, column = mapping.to_target.unique(return_inverse=True)
         self.column = column.to(device) if len(distinct) < len(column) else None
         self.keep = mapping.keep if self.column is not None else mapping.keep[column.argsort()]
         self.keep = self.keep.to(device)
         self.kept_target = distinct.to(device)
-        pairs = zip(mapping.to_target.tolist(), mapping.keep.tolist(), strict=True)
-        self._forth: dict[int, int] = dict(reversed(list(pairs)))
+        self._forth = mapping.to_drafter
         self.head: Tensor | None = None  # Set by `use_head`, else the whole head is computed.
 
     def use_head(self, weight: Tensor) -> None:

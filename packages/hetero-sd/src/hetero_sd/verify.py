@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +47,8 @@ def verify_pair(
     tokens: int = 32,
     draws: int = 400,
     seed: int = 0,
-) -> list[Check]:
-    """Return what the comparisons with the target alone found.
+) -> Iterator[Check]:
+    """Yield what the comparisons with the target alone find, as they find it.
 
     Greedy output is compared token for token with transformers' `generate`. In half precision,
     where passes of other widths round otherwise, a first difference passes if the target finds both
@@ -65,21 +65,19 @@ def verify_pair(
         draws: Samples for each statistic; 0 for none.
         seed: Seed of the samples.
     """
-    checks = []
     wanted = [_alone(pair.target, ids, tokens) for ids in prompts]
     for method in methods:
         for lookahead in lookaheads:
             dec = HeteroSpeculativeDecoder(*pair.parts, method=method, lookahead=lookahead)
-            checks.append(_greedy(dec, prompts, wanted, tokens))
+            yield _greedy(dec, prompts, wanted, tokens)
         if draws:
-            checks.append(_sampled(dec, prompts[0], draws, seed, "sampled"))
+            yield _sampled(dec, prompts[0], draws, seed, "sampled")
     if draws and "tli" in methods:
         dec = HeteroSpeculativeDecoder(
             *pair.parts, method="tli", lookahead=1, verification="token", backend="eager"
         )
         spoil(dec)
-        checks.append(_sampled(dec, prompts[0], draws, seed, "control"))
-    return checks
+        yield _sampled(dec, prompts[0], draws, seed, "control")
 
 
 def _alone(target: Any, ids: Tensor, tokens: int) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._bytes import ByteEncoder, token_bytes, tokenizer_kind, tokenizer_state
+from .checks import check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class VocabMap:
         keep: Drafter ids that have a target token, ascending. Shape `(kept,)`.
         to_target: The target id of each. Shape `(kept,)`. Several may be equal: their
             probabilities add.
+        to_drafter: The drafter id to go on with after each of these target ids: of several, the one
+            that the drafter's tokenizer writes.
         target_bytes: Bytes of each target id; None for special tokens.
         drafter_bytes: Bytes of each drafter id; None for special tokens.
         special: Drafter id for each special target id that has a counterpart.
@@ -27,6 +30,7 @@ class VocabMap:
 
     keep: Tensor
     to_target: Tensor
+    to_drafter: dict[int, int]
     target_bytes: list[bytes | None]
     drafter_bytes: list[bytes | None]
     special: dict[int, int]
@@ -38,7 +42,7 @@ class VocabMap:
             size: Ids from 0 on that both models have.
         """
         ids = torch.arange(size)
-        return replace(self, keep=ids, to_target=ids)
+        return replace(self, keep=ids, to_target=ids, to_drafter=dict(enumerate(range(size))))
 
 
 def _contents(tokenizer: Any) -> dict[str, int]:
@@ -131,9 +135,15 @@ def map_vocabularies(
         back.setdefault(start[1], start[0])
     kept = sorted((d, t) for d, t in pairs.items() if d < drafter_size and t < target_size)
     keep, to_target = zip(*kept, strict=True) if kept else ((), ())
+    written = _canonical(drafter_tokenizer, drafter_table[:drafter_size])
+    to_drafter: dict[int, int] = {}
+    for index, token in kept:
+        spelled = drafter_table[index]
+        to_drafter.setdefault(token, index if spelled is None else written[spelled])
     return VocabMap(
         torch.tensor(keep, dtype=torch.long),
         torch.tensor(to_target, dtype=torch.long),
+        to_drafter,
         target_table,
         drafter_table,
         {t: d for t, d in back.items() if d < drafter_size},
@@ -190,6 +200,10 @@ class VocabReport:
             rows.append(f"| {entry.name.replace('_', ' ')} | {value} |")
         return "\n".join(["| | |", "| --- | --- |", *rows])
 
+    def __str__(self) -> str:
+        """Return the same."""
+        return self.to_markdown()
+
 
 _SAMPLE = (
     "The quick brown fox jumps over the lazy dog. It was 7:45 on 31 December 2026,\n"
@@ -201,14 +215,14 @@ _SAMPLE = (
 
 
 def inspect_vocab(
-    target_tokenizer: Any, drafter_tokenizer: Any, corpus: Iterable[str] | None = None
+    target_tokenizer: Any, drafter_tokenizer: Any, corpus: str | Iterable[str] | None = None
 ) -> VocabReport:
     """Return how well two tokenizers go together.
 
     Args:
         target_tokenizer: A fast tokenizer.
         drafter_tokenizer: A fast tokenizer.
-        corpus: Texts like those to be generated; a short sample of our own if missing.
+        corpus: Text like that to be generated, or several; a short sample of our own if missing.
 
     Raises:
         TypeError: A tokenizer has no backend of the `tokenizers` library.
@@ -216,6 +230,9 @@ def inspect_vocab(
 
     Source: own.
     """
+    for name, tokenizer in (("target", target_tokenizer), ("drafter", drafter_tokenizer)):
+        check_tokenizer(name, tokenizer)
+    corpus = [corpus] if isinstance(corpus, str) else corpus
     texts = [_SAMPLE] if corpus is None else [text for text in corpus if text]
     if not texts:
         raise ValueError("`corpus` must hold at least one text that is not empty; got none.")
@@ -241,15 +258,13 @@ def inspect_vocab(
             lossy.append(f"the {name}'s tokenizer changes {len(changed)} of {len(texts)} texts")
     drafter_coverage = sum(i in kept for i in theirs) / max(len(theirs), 1)
     target_coverage = sum(i in targets for i in ours) / max(len(ours), 1)
+    share = f"{target_coverage:.0%} of the target's running tokens are shared"
     if not targets:
         suggestion = "slem: no token is shared"
     elif target_coverage < 0.5:
-        suggestion = f"slem: only {target_coverage:.0%} of the target's running tokens are shared"
+        suggestion = f"slrs for sampling, slem for greedy decoding: only {share}"
     else:
-        suggestion = (
-            f"tli for sampling, slem for greedy decoding: {target_coverage:.0%} of the target's "
-            "running tokens are shared"
-        )
+        suggestion = f"tli for sampling and on a GPU, slem for greedy decoding on a CPU: {share}"
     return VocabReport(
         target_size=len(mapping.target_bytes),
         drafter_size=len(mapping.drafter_bytes),

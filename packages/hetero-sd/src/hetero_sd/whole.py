@@ -10,25 +10,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ahead import Foresight
 from .chance import Chance
 from .devices import on
 from .drafting import Table
 from .drafts import Certain, Weighed
-from .graphs import DRAFT_LINE, DRAFT_WIDTHS, LAST, MOST, WIDTHS, Answer, GraphRunner, pinned
-from .kernels.judge import COLUMNS, DENSE, Law, Warp, pick_rules
+from .graphs import (
+    DRAFT_LINE,
+    IDS,
+    LAST,
+    LATER,
+    MOST,
+    PLACES,
+    WIDTHS,
+    Answer,
+    GraphRunner,
+    pinned,
+    seconds_of,
+)
+from .kernels.judge import COLUMNS, DENSE, Law, Line, Warp, pick_rules
 from .kernels.judge.reference import combine
 from .processors import Processors
 
 # A row's line on the board that host and device share, after what the host says of its draft: the
 # target's one id, proposals, their positions and how many count; then what the device says: how
-# many it accepts, the next token, how many there are, and the columns drafted.
+# many it accepts, the next token, how many there are, and the columns drafted. Where the host wrote
+# the proposals, it says what was drafted, and after how many proposals each of it is accepted.
 _PENDING = DRAFT_LINE
 _TOKENS = _PENDING + 1
 _PLACES = _TOKENS + MOST
 _LIMIT = _PLACES + MOST + 1
 _ACCEPTED, _FOLLOWING, _TOTAL = range(_LIMIT + 1, _LIMIT + 4)
 _COLUMNS = _TOTAL + 1
-_LINE = _COLUMNS + MOST
+_REACH = _COLUMNS + MOST
+_LINE = _REACH + MOST
+_BOARD = Line(
+    last=LAST,
+    ids=IDS,
+    places=PLACES,
+    later=LATER,
+    pending=_PENDING,
+    target_places=_PLACES,
+    tokens=_TOKENS,
+    limit=_LIMIT,
+    accepted=_ACCEPTED,
+    following=_FOLLOWING,
+    columns=_COLUMNS,
+    reach=_REACH,
+    width=MOST + 1,
+)
+_AHEAD = 0  # Instead of a width: of a draft that begins with what the device has found itself.
 _WEIGHED = 16  # Tokens that a law of the host's may have.
 
 
@@ -40,7 +71,7 @@ class Settled:
         proposed: Target ids proposed.
         accepted: How many of them are accepted.
         following: The token after these.
-        fed: Ids that the drafter was fed, and holds.
+        fed: Ids that the drafter was fed, and holds: those of its draft that were accepted too.
     """
 
     proposed: list[list[int]]
@@ -53,6 +84,8 @@ class GraphRound:
     """Rounds on one device: drafts, verification and judgement as graphs, with one wait.
 
     Of plain rounds that follow each other, each begins before the result of the last one is read.
+    So does a draft, by what the device takes it to be fed; the host, which knows, has it done again
+    where that was wrong, with the same noise: what is drafted, judged and written stays the same.
     Noise is made on the device from a key and the number of the round; see `kernels.judge`.
 
     Args:
@@ -60,6 +93,10 @@ class GraphRound:
         drafter: Runner of the drafter, on the same device.
         tables: What each method that a device can draft by itself drafts among.
         processors: What is done to the target's logits; all by scores alone.
+        spelled: Drafter ids of each target token; see `ahead.spell_each`.
+
+    Attributes:
+        foresight: Whether drafts begin before the host has read the last round.
     """
 
     def __init__(
@@ -68,8 +105,10 @@ class GraphRound:
         drafter: GraphRunner,
         tables: Mapping[str, Table],
         processors: Processors,
+        spelled: Tensor,
     ) -> None:
         self._target, self._drafter, self._tables = target, drafter, tables
+        self._spelled = spelled
         self._process, self._rules = processors, pick_rules(target.device)
         self._warp = processors.warp
         rows, device = target.rows, target.device
@@ -85,6 +124,11 @@ class GraphRound:
         # Of plain rounds one may be begun while the last one's answer is not read yet.
         self._answer, *self._answers = (Answer(rows, _LINE, device) for _ in range(3))
         self._flying: Answer | None = None  # Of a plain round that was begun ahead.
+        self.foresight = Foresight()
+        self._begun: tuple[str, int] | None = None  # Method and steps of a draft begun ahead,
+        self._seen: tuple[str, int, list[list[int]]] | None = None  # and of what one would be fed.
+        self._ends = drafter.capacity - 1, target.capacity - 1
+        self._took: dict[tuple[str, int], float] = {}  # Seconds of a draft.
         self._next, self._origin, self._state = whole(rows), whole(rows, MOST), whole(2)
         self._certain = Law.certain(device)
         self._scores: dict[str, tuple[Tensor, Tensor]] = {}
@@ -103,13 +147,13 @@ class GraphRound:
 
     def begin(self, chance: Chance) -> None:
         """Take the key of a generation's noise from its source of randomness."""
-        self._flying = None
+        self.land()
         if not self._process.greedy:
             self._state.copy_(torch.tensor([chance.key(), 0]))
 
     def land(self) -> None:
-        """Forget a round that was begun ahead."""
-        self._flying = None
+        """Forget what was begun ahead."""
+        self._flying = self._begun = self._seen = None
 
     def play(
         self,
@@ -126,47 +170,92 @@ class GraphRound:
             method: How to draft.
             pending: The one id of each row that the target has not seen.
             feeds: Ids that the drafter has not seen; none where nothing is drafted.
-            limits: How many proposals of each row count; 0 where nothing is drafted.
+            limits: How many proposals of each row may count; 0 where nothing is drafted.
             lookahead: Drafter tokens to draft, 0 to 15.
-            ahead: Whether the next round will be plain too, as this one is: it begins before the
-                result of this one is read, which the device goes on from by itself.
+            ahead: Whether the next round will be of the same kind: it begins before the result of
+                this one is read, which the device goes on from by itself. For plain rounds it must
+                be, of others the draft alone begins, and a wrong guess costs time.
         """
+        begun, self._begun = self._begun, None
         with on(self._target.device):
-            if lookahead or self._flying is None:
-                self._say(pending, feeds, limits)
-                if lookahead:
+            if lookahead:
+                foreseen = self._foreseen(method, pending, feeds, limits, lookahead)
+                if not foreseen or begun != (method, lookahead):
+                    self._say(pending, feeds, limits)
                     width = min(max(map(len, feeds)), MOST + 1)
-                    self._draft(method, next(w for w in DRAFT_WIDTHS if w >= width), lookahead)
-                else:
-                    self._board.copy_(self._host, non_blocking=True)
-                flying = self._fly(method if lookahead else "plain", lookahead)
+                    widths = self._drafter.draft_widths
+                    self._draft(method, next(w for w in widths if w >= width), lookahead)
+                self._flying, flying = None, self._fly(method, lookahead)
+                if ahead and self.foresight.pays(self._took.get((method, lookahead), 0.0)):
+                    self._draft_graphs[method, _AHEAD, lookahead].replay()
+                    self._begun = method, lookahead
             else:
-                flying = self._flying
-            self._flying = self._fly("plain", 0) if ahead and not lookahead else None
+                if self._flying is None:
+                    self._say(pending, feeds, limits)
+                    self._board.copy_(self._host, non_blocking=True)
+                    self._flying = self._fly("plain", 0)
+                flying, self._flying = self._flying, self._fly("plain", 0) if ahead else None
         return lambda: self._settled(flying.read(), method, feeds, lookahead)
 
     def judge(
-        self, pending: Sequence[int], drafts: Sequence[Certain | Weighed]
+        self, pending: Sequence[int], drafts: Sequence[Certain | Weighed], ahead: bool = False
     ) -> list[tuple[int, int]]:
         """Verify proposals; return how many are accepted, and the next token.
 
         Args:
             pending: As for `play`.
             drafts: Of each row, with at most 15 proposals.
+            ahead: Whether the drafter will draft as it has: it begins before the result is read.
         """
+        self.land()
         proposals = [draft.tokens for draft in drafts]
         width = max(map(len, proposals))
         count = next(w for w in WIDTHS if w > width) - 1
         weighed = count > 0 and any(isinstance(draft, Weighed) for draft in drafts)
         with on(self._target.device):
             self._say(pending, (), list(map(len, proposals)), proposals)
+            reaches = [draft.reach for draft in drafts if draft.reach is not None]
+            known = count > 0 and len(reaches) == len(drafts)
+            if known:
+                self._say_reach(reaches)
             if weighed:
                 self._weights.say(self._target.slots, drafts)
             if not count:
                 self._board.copy_(self._host, non_blocking=True)
             flying = self._fly("weighed" if weighed else "told" if count else "plain", count)
+            if known and ahead and self._drafter.pays:
+                self._drafter.go_on_ahead(self._board)
         answer = flying.read()
+        if known:
+            self._drafter.expect(answer)
         return [self._verdict(answer[slot], row) for row, slot in enumerate(self._target.slots)]
+
+    def _foreseen(
+        self,
+        method: str,
+        pending: Sequence[int],
+        feeds: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        lookahead: int,
+    ) -> bool:
+        """Return whether the device took a round to begin as it does; see `play`."""
+        seen, self._seen = self._seen, None
+        if seen is None:
+            return False
+        hit = seen[:2] == (method, lookahead) and all(
+            self._row_foreseen(seen[2][slot], row, pending[row], list(feeds[row]), limits[row])
+            for row, slot in enumerate(self._target.slots)
+        )
+        self.foresight.see(hit)
+        return hit
+
+    def _row_foreseen(
+        self, line: list[int], row: int, pending: int, feed: list[int], limit: int
+    ) -> bool:
+        length = self._target.lengths[row]
+        if (line[_PENDING], line[_PLACES], line[_LIMIT]) != (pending, length, limit):
+            return False
+        return self._drafter.begins(line, row, feed) if feed else limit == 0
 
     def _say(
         self,
@@ -191,6 +280,14 @@ class GraphRound:
             line[_LIMIT] = limits[row]
             if proposals:
                 line[_TOKENS : _TOKENS + len(proposals[row])] = proposals[row]
+
+    def _say_reach(self, reaches: Sequence[list[int]]) -> None:
+        """Write down what the drafter keeps, by how many of its draft's proposals are accepted."""
+        for row, (slot, reach) in enumerate(zip(self._target.slots, reaches, strict=True)):
+            line, held = self._lines[slot], len(reach)
+            line[LAST], line[PLACES] = 0, self._drafter.lengths[row] - held - 1
+            line[_REACH : _REACH + held] = reach
+            line[_REACH + held : _LINE] = MOST + 1  # Never.
 
     def _fly(self, method: str, lookahead: int) -> Answer:
         """Begin a verification, and return what its result will be read from."""
@@ -234,6 +331,8 @@ class GraphRound:
         feeds: Sequence[Sequence[int]],
         lookahead: int,
     ) -> Settled:
+        self.foresight.read()
+        self._seen = (method, lookahead, answer) if lookahead else None
         drafter = self._drafter
         result = Settled([], [], [], [])
         wide = lookahead and max(map(len, feeds)) > MOST + 1
@@ -246,27 +345,31 @@ class GraphRound:
             held: list[int] = []
             if lookahead and feeds[row]:
                 forth = self._forth[method]
-                columns = line[_COLUMNS : _COLUMNS + lookahead - 1]
+                began = drafter.lengths[row] + (1 if wide else len(feeds[row]))
+                drafter.lengths[row] = line[PLACES]
+                columns = line[_COLUMNS : _COLUMNS + line[PLACES] - began]
                 held = [*feeds[row], *[forth[column] for column in columns]]
-                drafter.lengths[row] += (1 if wide else len(feeds[row])) + len(columns)
             result.fed.append(held)
         return result
 
     def _draft(self, method: str, width: int, lookahead: int) -> None:
-        key = method, width, lookahead
+        key, drafter = (method, width, lookahead), self._drafter
         if key not in self._draft_graphs:  # All widths at once, and none in a later text.
             last = self._lines[:, LAST].copy()
             self._lines[:, LAST] = 0  # A place that each width has.
-            for other in DRAFT_WIDTHS if self._drafter.device.type == "cuda" else (width,):
-                self._draft_graphs[method, other, lookahead], _ = self._drafter.capture(
+            widths = drafter.draft_widths if drafter.device.type == "cuda" else (width,)
+            for other in (*widths, _AHEAD):
+                self._draft_graphs[method, other, lookahead], _ = drafter.capture(
                     partial(self._run_draft, method, other, lookahead)
                 )
             self._lines[:, LAST] = last
+            self._took[method, lookahead] = seconds_of(self._draft_graphs[key], drafter.device)
         self._draft_graphs[key].replay()
 
     def _run_draft(self, method: str, width: int, lookahead: int) -> None:
         drafter, table = self._drafter, self._tables[method]
-        self._board.copy_(self._host, non_blocking=True)
+        if width != _AHEAD:
+            self._board.copy_(self._host, non_blocking=True)
 
         def choose(step: int, state: Tensor) -> Tensor:
             logits = drafter.body.raw_logits(state, table.head)
@@ -284,7 +387,7 @@ class GraphRound:
             self._rules.pick(logits, among, table.forth, column, self._next, draws, left)
             return self._next
 
-        drafter.go_on(self._board, width, lookahead, choose)
+        drafter.go_on(self._board, width or drafter.draft_widths[0], lookahead, choose)
 
     def _laws(self, method: str) -> tuple[Tensor, Tensor]:
         """Return scores and their logarithmic sums for each step of a draft."""
@@ -331,8 +434,11 @@ class GraphRound:
         if method == "plain":  # What the next round needs to know, if it is plain too.
             board[:, _PLACES] += 1
             board[:, _PENDING] = board[:, _FOLLOWING]
-        else:
-            self._answer.put(board)
+            return
+        known = None if table is None else (table.forth, table.runs)
+        steps, most = lookahead if table is not None else MOST, self._drafter.draft_widths[0]
+        self._rules.advance(board, _BOARD, known, self._spelled, steps, most, self._ends)
+        self._answer.put(board)
 
     def _law(self, method: str, tokens: Tensor, vocab: int) -> Law:
         """Return the law of what was drafted; where it is spread over runs, compute it."""
@@ -418,6 +524,7 @@ class Runners:
         names: Sequence[Hashable],
         table: Callable[[str], Table | None],
         processors: Processors,
+        spelled: Callable[[], Tensor],
     ) -> GraphRound:
         """Return the graphs of these runners, methods and processors.
 
@@ -427,6 +534,7 @@ class Runners:
             names: Methods, and what else tells their tables from others'.
             table: Returns what a method drafts among, or None.
             processors: As for `GraphRound`.
+            spelled: Returns what it has beside.
         """
         key = id(target), id(drafter), processors.key, *names
         if key not in self._rounds:
@@ -434,5 +542,5 @@ class Runners:
                 self._rounds.pop(next(iter(self._rounds)))
             made = {name: table(name) for name in names if isinstance(name, str)}
             tables = {name: one for name, one in made.items() if one is not None}
-            self._rounds[key] = GraphRound(target, drafter, tables, processors)
+            self._rounds[key] = GraphRound(target, drafter, tables, processors, spelled())
         return self._rounds[key]

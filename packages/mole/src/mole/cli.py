@@ -8,14 +8,25 @@ from typing import Any
 import click
 
 from .__about__ import __version__
-from .folders import copy_tokenizer, load_any, load_lookup, load_tokenizer, place, quiet
+from .folders import (
+    check_new,
+    copy_tokenizer,
+    find_device,
+    load_any,
+    load_lookup,
+    load_tokenizer,
+    place,
+    quiet,
+)
 
 _logger = logging.getLogger(__name__)
 
 _FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "nf4", "nf3")
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _STORES = ("mmap", "disk", "pinned", "device")
-_EXISTING = click.Path(path_type=Path, exists=True)
+_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+_OUTPUT = click.Path(path_type=Path, file_okay=False)
 _ORIGIN = (
     "independent implementation of Mixture of Lookup Experts (arXiv 2503.15798); "
     "not the PyPI project 'mole'"
@@ -47,14 +58,17 @@ class _OneLineErrors(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
 
+_DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+
+
 def _where(command: Any) -> Any:
     """Add the options that say where a model runs and where its table's rows are."""
     for option in (
         click.option(
             "--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True,
-            help="Type of the weights.",
+            help="Type of the weights; auto is that of the files.",
         ),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+        _DEVICE,
         click.option(
             "--cache", type=click.IntRange(min=0), default=0, show_default=True,
             help="Recently used rows to keep on the device.",
@@ -104,7 +118,7 @@ def env(as_json: bool) -> None:
 @main.command()
 @click.option(
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=_OUTPUT,
     default=Path("demo-output/mole"),
     show_default=True,
     help="Folder for tables, picture and results.json.",
@@ -157,7 +171,7 @@ def demo(
 
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.argument("output", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("output", type=_OUTPUT)
 @click.option(
     "--format",
     "fmt",
@@ -167,10 +181,17 @@ def demo(
     help="Format of the table.",
 )
 @click.option("--chunk", type=click.IntRange(min=1), help="Ids to compute at a time.")
+@_DEVICE
 @click.option("--resume/--no-resume", default=True, help="Go on with an interrupted conversion.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 def convert(
-    model: Path, output: Path, fmt: str, chunk: int | None, resume: bool, progress: bool
+    model: Path,
+    output: Path,
+    fmt: str,
+    chunk: int | None,
+    device: str,
+    resume: bool,
+    progress: bool,
 ) -> None:
     """Write a model in table form.
 
@@ -182,9 +203,9 @@ def convert(
     from .conversion import convert as convert_model
     from .lut import LutMeta
 
-    loaded = load_lookup(model)
+    loaded = load_lookup(model, "auto").to(find_device(device))
     convert_model(loaded, output, fmt, chunk, resume, progress)
-    copy_tokenizer(model, output)
+    copy_tokenizer(model, None, output)
     meta = LutMeta.load(output / "lut")
     click.echo(
         f"Wrote {output}: {meta.vocab:,} ids, {meta.row_bytes:,} bytes read per token, "
@@ -208,7 +229,7 @@ def verify(table: Path, model: Path | None) -> None:
     from .conversion import verify as verify_table
 
     folder = table / "lut" if (table / "lut").is_dir() else table
-    meta = verify_table(folder, None if model is None else load_lookup(model))
+    meta = verify_table(folder, None if model is None else load_lookup(model, "auto"))
     click.echo(
         f"{folder} is intact: {len(meta.crcs)} checksums, format {meta.format}, "
         f"fingerprint {meta.fingerprint[:16]}..."
@@ -285,11 +306,11 @@ def generate(
 
 
 @main.command()
-@click.argument("data", nargs=-1, required=True, type=_EXISTING)
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--model", type=_EXISTING, help="Model to train further.")
-@click.option("--config", type=_EXISTING, help="config.json of a new model.")
-@click.option("--tokenizer", type=_EXISTING, help="Folder; else the model's.")
+@click.argument("data", nargs=-1, required=True, type=_FILE)
+@click.option("--output", type=_OUTPUT, required=True, help="Folder to write.")
+@click.option("--model", type=_FOLDER, help="Folder of a model to train further.")
+@click.option("--config", type=click.Path(exists=True), help="config.json of a new model.")
+@click.option("--tokenizer", type=_FOLDER, help="Folder; else the model's.")
 @click.option("--steps", default=1000, show_default=True, help="Optimiser steps.")
 @click.option("--batch", default=64, show_default=True, help="Sequences in a step, in all.")
 @click.option("--micro-batch", default=8, show_default=True, help="Sequences in a forward pass.")
@@ -316,7 +337,7 @@ def train(
     data: tuple[Path, ...],
     output: Path,
     model: Path | None,
-    config: Path | None,
+    config: str | None,
     tokenizer: Path | None,
     dedup: str | None,
     experts_only: bool,
@@ -384,13 +405,17 @@ def train(
         sharded=sharded,
         progress=progress,
     )
-    if PartialState().is_main_process:
+    if not PartialState().is_main_process:
+        return
+    if stop_after is not None and stop_after < chosen["steps"]:
+        click.echo(f"Stopped after step {stop_after}: {output} holds a checkpoint to go on from.")
+    else:
         click.echo(f"Wrote {output} ({len(tokens):,} tokens of text).")
 
 
 @main.command("eval")
-@click.argument("model", type=_EXISTING)
-@click.argument("data", nargs=-1, required=True, type=_EXISTING)
+@click.argument("model", type=_FOLDER)
+@click.argument("data", nargs=-1, required=True, type=_FILE)
 @click.option(
     "--task",
     type=click.Choice(["perplexity", "cloze"]),
@@ -398,13 +423,19 @@ def train(
     show_default=True,
     help="Loss on consecutive windows, or the last word of every text.",
 )
-@click.option("--context", type=click.IntRange(min=2), help="Tokens in a window.")
+@click.option(
+    "--context",
+    type=click.IntRange(min=2),
+    help="Tokens in a window; as many as the model is meant for if left out.",
+)
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 @_where
 def evaluate(
     model: Path,
     data: tuple[Path, ...],
     task: str,
     context: int | None,
+    progress: bool,
     store: str,
     cache: int,
     device: str,
@@ -428,11 +459,14 @@ def evaluate(
     words = load_tokenizer(model)
     if task == "cloze":
         passages = [text for path in data for text in texts(path)]
-        figures = asdict(last_word_cloze(loaded, words, passages))
+        figures = asdict(last_word_cloze(loaded, words, passages, progress=progress))
     else:
+        longest = loaded.config.max_position_embeddings
+        if context is not None and context > longest:
+            raise ValueError(f"`--context` must be at most {longest}, the model's; got {context}.")
         tokens = load_tokens(list(data), loaded.config.vocab_size, words)
         losses = window_losses(
-            loaded, tokens, min(context or loaded.config.max_position_embeddings, len(tokens))
+            loaded, tokens, min(context or longest, len(tokens)), progress=progress
         )
         summary = summarise(losses, tokens, token_bytes(words))
         figures = asdict(summary) | {"perplexity": losses.double().mean().exp().item()}
@@ -440,24 +474,35 @@ def evaluate(
 
 
 @main.command()
-@click.argument("base", type=_EXISTING)
-@click.argument("output", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--gguf", help="Name of a GGUF file in BASE to load (needs the package gguf).")
+@click.argument("base", type=click.Path(path_type=Path, exists=True))
+@click.argument("output", type=_OUTPUT)
+@click.option("--gguf", help="Name of a GGUF file in the folder BASE (needs the package gguf).")
 @click.option("--experts", default=4, show_default=True, help="Lookup experts in a layer.")
 @click.option("--inner", type=click.IntRange(min=1), help="Inner width of an expert.")
 @click.option("--layers", help="Layers that get experts, such as 0,2,4; all if left out.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the experts' weights.")
 def upcycle(
-    base: Path, output: Path, gguf: str | None, experts: int, inner: int | None, layers: str | None
+    base: Path,
+    output: Path,
+    gguf: str | None,
+    experts: int,
+    inner: int | None,
+    layers: str | None,
+    seed: int,
 ) -> None:
     """Add lookup experts to a dense model.
 
-    BASE is the folder of a dense or Llama-type model, OUTPUT the folder to write. The logits stay
-    as they are until the experts are trained.
+    BASE is the folder of a dense or Llama-type model, or a GGUF file; OUTPUT is the folder to
+    write. The logits stay as they are until the experts are trained.
     """
+    check_new(output)
     quiet()
-    from .upcycling import load_base
+    import torch
+
+    from .upcycling import find_base, load_base
     from .upcycling import upcycle as run
 
+    torch.manual_seed(seed)
     try:
         chosen = None if layers is None else [int(part) for part in layers.split(",")]
     except ValueError:
@@ -469,7 +514,7 @@ def upcycle(
     except TypeError as error:
         raise ValueError(str(error)) from None
     model.save_pretrained(output)
-    copy_tokenizer(base, output, gguf)
+    copy_tokenizer(*find_base(base, gguf), output)
     click.echo(f"Wrote {output}: {model.num_parameters():,} parameters; train it further.")
 
 
@@ -480,7 +525,7 @@ def upcycle(
 )
 @click.option(
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=_OUTPUT,
     default=Path("demo-output/mole-bench"),
     show_default=True,
     help="Folder for TOPIC.json and TOPIC.png.",
@@ -496,8 +541,8 @@ def bench(topic: str, output: Path, shape: str | None, device: str) -> None:
 
     Results are checked before anything is timed.
 
-    `decode`, `prefill`, `train` and `hw` take random weights of a shape; `quant` and `cache` the
-    shipped model.
+    `decode`, `prefill`, `train` and `hw` take random weights of a shape (410m, for `hw` 160m, if it
+    is left out; `tiny` is for trying them out), `quant` and `cache` the shipped model.
     """
     quiet()
     from fourfold_common import Results

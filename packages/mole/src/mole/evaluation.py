@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 _RESAMPLES = 2000
+_TOKENS = 8192  # in one forward pass: logits of a large vocabulary take most of the memory
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -53,7 +55,14 @@ class Cloze:
 
 
 @torch.no_grad()
-def last_word_cloze(model: Any, tokenizer: Any, passages: Sequence[str], seed: int = 0) -> Cloze:
+def last_word_cloze(
+    model: Any,
+    tokenizer: Any,
+    passages: Sequence[str],
+    seed: int = 0,
+    *,
+    progress: bool = False,
+) -> Cloze:
     """Return how well a model predicts the last word of every passage, greedily.
 
     A word counts only if all its tokens are the likeliest. Passages that do not fit into the
@@ -64,6 +73,7 @@ def last_word_cloze(model: Any, tokenizer: Any, passages: Sequence[str], seed: i
         tokenizer: Its tokenizer.
         passages: Texts of at least two words.
         seed: Seed of the bootstrap.
+        progress: Show a progress bar.
 
     Raises:
         ValueError: There is no passage, or one has fewer than two words.
@@ -71,7 +81,8 @@ def last_word_cloze(model: Any, tokenizer: Any, passages: Sequence[str], seed: i
     Source: the task of Paperno et al. 2016 (arXiv 1606.06031), on any text.
     """
     right, nats = [], []
-    for number, passage in enumerate(passages):
+    bar = tqdm(passages, desc="passages", unit="passage", disable=not progress)
+    for number, passage in enumerate(bar):
         before, _, word = passage.strip().rpartition(" ")
         if not before.strip():
             raise ValueError(f"`passages` must have at least two words; number {number} has not.")
@@ -93,7 +104,12 @@ def last_word_cloze(model: Any, tokenizer: Any, passages: Sequence[str], seed: i
 
 @torch.no_grad()
 def window_losses(
-    model: Any, tokens: Int[Tensor, " total"], context: int, batch: int = 16
+    model: Any,
+    tokens: Int[Tensor, " total"],
+    context: int,
+    batch: int | None = None,
+    *,
+    progress: bool = False,
 ) -> Float[Tensor, "windows positions"]:
     """Return the loss of every predicted token in consecutive windows, in nats, float32 on CPU.
 
@@ -104,7 +120,8 @@ def window_losses(
         model: A causal language model of transformers; its mode and device are kept.
         tokens: The text's ids.
         context: Tokens in a window, at least 2.
-        batch: Windows in one forward pass.
+        batch: Windows in one forward pass; if None as many as have 8,192 tokens, at least one.
+        progress: Show a progress bar.
 
     Raises:
         ValueError: The text is shorter than one window.
@@ -118,14 +135,18 @@ def window_losses(
         )
     windows = tokens[: len(tokens) // context * context].view(-1, context)
     losses = []
-    for ids in windows.split(batch):
-        ids = ids.to(model.device).long()
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-        )
-        losses.append(loss.view(len(ids), -1).cpu())
-    return torch.cat(losses)
+    bar = tqdm(total=len(windows), desc="windows", unit="window", disable=not progress)
+    with bar:
+        for ids in windows.split(batch or max(1, _TOKENS // context)):
+            ids = ids.to(model.device).long()
+            logits = model(input_ids=ids, use_cache=False).logits
+            for row, own in zip(logits, ids, strict=True):  # one window's in float32 at a time
+                loss = torch.nn.functional.cross_entropy(
+                    row[:-1].float(), own[1:], reduction="none"
+                )
+                losses.append(loss)
+            bar.update(len(ids))
+    return torch.stack(losses).cpu()
 
 
 def summarise(

@@ -19,16 +19,15 @@ def quiet() -> None:
 
 
 def load_lookup(folder: Path, dtype: str = "float32") -> Any:
-    """Return the lookup model in a folder."""
-    import torch
-
+    """Return the lookup model in a folder, its weights in the type `dtype`, or as they are."""
     from .modeling import MoleForCausalLM
 
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except OSError:
+        unfinished = ": its training is not finished" if (folder / "checkpoint").is_dir() else ""
         raise ValueError(
-            f"`{folder}` must be the folder of a model; it has no config.json."
+            f"`{folder}` must be the folder of a model; it has no config.json{unfinished}."
         ) from None
     if _theirs(config):
         return load_any(folder, dtype)
@@ -38,7 +37,7 @@ def load_lookup(folder: Path, dtype: str = "float32") -> Any:
             f"`{folder}` must hold a lookup model (type 'mole'); its type is "
             f"{config.get('model_type')!r}. `mole upcycle` adds lookup experts to a dense model."
         )
-    return MoleForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return MoleForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def load_any(folder: Path, dtype: str = "float32") -> Any:
@@ -50,8 +49,14 @@ def load_any(folder: Path, dtype: str = "float32") -> Any:
 
     file = folder / "config.json"
     if file.is_file() and _theirs(json.loads(file.read_text(encoding="utf-8"))):
-        return from_upstream(folder, getattr(torch, dtype))
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        return from_upstream(folder, None if dtype == "auto" else getattr(torch, dtype))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def check_new(folder: Path) -> None:
+    """Raise an error if writing a model to the folder would replace another."""
+    if (folder / "config.json").exists():
+        raise ValueError(f"`OUTPUT` must be a new folder; {folder} holds a model.")
 
 
 def _theirs(config: dict[str, Any]) -> bool:
@@ -71,11 +76,19 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def place(model: Any, store: str, cache: int, device: str) -> Any:
-    """Return a model on a device, a table's rows kept as asked for."""
+def find_device(name: str) -> Any:
+    """Return the device that `--device` names."""
     from fourfold_common import pick_device
 
-    where, _ = pick_device(device)
+    try:
+        return pick_device(name)[0]
+    except ValueError as error:
+        raise ValueError(str(error).replace("`request`", "`--device`")) from None
+
+
+def place(model: Any, store: str, cache: int, device: str) -> Any:
+    """Return a model on a device, a table's rows kept as asked for."""
+    where = find_device(device)
     model = model.to(where).eval()
     if getattr(model, "lut", None) is not None:
         folder = Path(model.name_or_path) / model.config.lut["path"]
@@ -86,7 +99,7 @@ def place(model: Any, store: str, cache: int, device: str) -> Any:
     return model
 
 
-def copy_tokenizer(source: Path, target: Path, gguf: str | None = None) -> None:
+def copy_tokenizer(source: Path, gguf: str | None, target: Path) -> None:
     """Copy the tokenizer's files where there are any, or write what a GGUF file has."""
     if gguf is not None:
         from transformers import AutoTokenizer
@@ -102,4 +115,13 @@ def copy_tokenizer(source: Path, target: Path, gguf: str | None = None) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-__all__ = ["copy_tokenizer", "load_any", "load_lookup", "load_tokenizer", "place", "quiet"]
+__all__ = [
+    "check_new",
+    "copy_tokenizer",
+    "find_device",
+    "load_any",
+    "load_lookup",
+    "load_tokenizer",
+    "place",
+    "quiet",
+]

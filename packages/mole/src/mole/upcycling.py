@@ -19,13 +19,37 @@ _FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"
            "bos_token_id", "eos_token_id")  # fmt: skip
 
 
-def load_base(folder: str | Path, gguf: str | None = None) -> Any:
+def find_base(base: str | Path, gguf: str | None = None) -> tuple[Path, str | None]:
+    """Return the folder of a base model and the name of the GGUF file in it, if it is one.
+
+    Args:
+        base: Folder of a model, or a GGUF file.
+        gguf: Name of a GGUF file in that folder.
+
+    Raises:
+        ValueError: There is no such folder or file, or the file is no GGUF file.
+    """
+    folder = Path(base)
+    if gguf is None and folder.is_file():
+        folder, gguf = folder.parent, folder.name
+    found = folder if gguf is None else folder / gguf
+    if not (found.is_dir() if gguf is None else found.is_file() and found.suffix == ".gguf"):
+        raise ValueError(f"`base` must be the folder of a model or a .gguf file; got {found}.")
+    return folder, gguf
+
+
+def load_base(base: str | Path, gguf: str | None = None) -> Any:
     """Return a model that can be upcycled or trained on and saved: plain weights in float32.
 
     Args:
-        folder: Folder of a model that transformers loads.
-        gguf: Name of a GGUF file in it, whose weights are unpacked; needs the package `gguf`.
+        base: Folder of a model that transformers loads, or a GGUF file, whose weights are
+            unpacked; needs the package `gguf`.
+        gguf: Name of a GGUF file in that folder.
+
+    Raises:
+        ValueError: There is no such folder or file.
     """
+    folder, gguf = find_base(base, gguf)
     register()
     if gguf is None:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -138,4 +162,4 @@ def _check_llama(config: Any) -> None:
         )
 
 
-__all__ = ["load_base", "upcycle"]
+__all__ = ["find_base", "load_base", "upcycle"]

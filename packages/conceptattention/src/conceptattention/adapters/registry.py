@@ -57,6 +57,8 @@ def adapter_for(model: object) -> Adapter:
     for adapter in known:
         if isinstance(model, nn.Module) and adapter.matches(model):
             return adapter
+    if model is None:
+        raise ValueError("`pipe` must be a diffusers pipeline with a transformer; it has none.")
     name = type(model).__name__
     if name.startswith(_CROSS_ATTENTION):
         raise ValueError(

@@ -143,6 +143,9 @@ def run_bench(
                     contender.warm_ups = contender.warm_ups if warm_ups is None else warm_ups
                     if contender.name == EAGER and results.cases:
                         contender.warm_ups = 0  # It prepares nothing, and takes longest.
+                    if contender.method == "auto":  # As warm-ups get the others ready.
+                        room = max(group.ids.shape[1] for group in groups) + tokens
+                        known["auto", "auto"].prepare(batch, length=room, **decoding.options)
                 total = len(groups) * sum(c.warm_ups + c.repeats for c in contenders)
                 options = {**decoding.options, "max_new_tokens": tokens}
                 title = f"{name}, {decoding}, batch {batch}"
@@ -173,14 +176,20 @@ def _save(results: Results, output: Path) -> None:
     write_atomically(output / "bench.md", lambda name: Path(name).write_text(table, "utf-8"))
 
 
-def report(results: Results) -> str:
+_BRIEF = ("speed", "over plain", "acceptance", "block efficiency", "c", "o", "of predicted")
+
+
+def report(results: Results, brief: bool = False) -> str:
     """Return a table for each setting, in Markdown.
 
     Args:
         results: What `run_bench` returned, or `Results.load` of its file.
+        brief: Leave out what a terminal has no room for.
     """
     settings: dict[str, list[dict[str, Any]]] = {}
     for case in results.cases:
+        if brief and case["metric"] not in (*_BRIEF, "verdict", "note"):
+            continue
         where = case["parameters"]
         title = (
             f"{where['target']}: {where['prompts']}, {where['decoding']}, batch {where['batch']}"

@@ -117,8 +117,8 @@ from .options import (
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 @json_option
 def bench(
-    target: Path | None,
-    drafter: Path | None,
+    target: Path | str | None,
+    drafter: Path | str | None,
     dtype: str,
     device: str,
     small_target: bool,
@@ -196,5 +196,5 @@ def bench(
         command=" ".join(command),
         progress=progress,
     )
-    click.echo(json.dumps(results.cases, indent=1) if as_json else report(results))
-    click.echo(f"written to {output}", err=True)
+    click.echo(json.dumps(results.cases, indent=1) if as_json else report(results, brief=True))
+    click.echo(f"written to {output}: all figures in bench.md and bench.json", err=True)

@@ -8,11 +8,13 @@ from pathlib import Path
 import click
 
 from .options import (
+    check_targets,
     json_option,
     load,
     models,
     names,
     numbers,
+    places,
     prompts_of,
     prompts_option,
     seed_option,
@@ -54,8 +56,8 @@ from .options import (
 @seed_option
 @json_option
 def verify(
-    target: Path | None,
-    drafter: Path | None,
+    target: Path | str | None,
+    drafter: Path | str | None,
     dtype: str,
     device: str,
     small_target: bool,
@@ -71,13 +73,15 @@ def verify(
     """Check that a pair writes what the target would.
 
     Greedy texts token for token; sampled ones by a statistical test, and a control that must fail.
+    The exit status is 1 where a check fails.
     """
     pair = load(target, drafter, dtype, device, small_target)
     from dataclasses import asdict
 
     from ..verify import verify_pair
 
-    checks = verify_pair(
+    checks = []
+    for check in verify_pair(
         pair,
         prompts_of(pair, prompts, limit),
         methods=methods,
@@ -85,21 +89,22 @@ def verify(
         tokens=tokens,
         draws=draws,
         seed=seed,
-    )
-    if as_json:
-        click.echo(json.dumps([asdict(check) for check in checks], indent=1))
-    else:
-        for check in checks:
+    ):
+        checks.append(check)
+        if not as_json:
             verdict = "ok" if check.passed else "FAILED"
             what = "wrong probabilities are noticed" if check.kind == "control" else check.kind
             click.echo(f"{verdict:6} {check.method} {check.lookahead}, {what}: {check.detail}")
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in checks], indent=1))
     failed = sum(not check.passed for check in checks)
     if failed:
-        raise click.ClickException(f"{failed} of {len(checks)} checks failed")
+        click.echo(f"Error: {failed} of {len(checks)} checks failed", err=True)
+        raise SystemExit(1)
 
 
 @click.command("inspect-vocab")
-@models
+@places
 @click.option(
     "--corpus",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -107,25 +112,19 @@ def verify(
 )
 @json_option
 def inspect_vocab_command(
-    target: Path | None,
-    drafter: Path | None,
-    dtype: str,
-    device: str,
+    target: Path | str | None,
+    drafter: Path | str | None,
     small_target: bool,
     corpus: Path | None,
     as_json: bool,
 ) -> None:
-    """Report what two tokenizers share."""
+    """Report what two tokenizers share; weights are not read."""
     from dataclasses import asdict
 
-    from ..pairs import load_tokenizer, read_lines
+    from ..pairs import load_tokenizers, read_lines
     from ..vocab import inspect_vocab
 
     texts = None if corpus is None else read_lines(corpus)
-    if target is not None and drafter is not None:
-        both = load_tokenizer(target), load_tokenizer(drafter)
-    else:
-        pair = load(target, drafter, dtype, device, small_target)
-        both = pair.target_tokenizer, pair.drafter_tokenizer
-    report = inspect_vocab(*both, texts)
+    check_targets(target, small_target)
+    report = inspect_vocab(*load_tokenizers(target, drafter, small=small_target), texts)
     click.echo(json.dumps(asdict(report), indent=1) if as_json else report.to_markdown())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,38 +36,71 @@ class Lookahead(click.ParamType):  # type: ignore[type-arg]
         self.fail(f"{value!r} is neither 'auto' nor an integer of 0 or more.", param, ctx)
 
 
-def models(command: Any) -> Any:
-    """Add the options that name a pair of models."""
-    place = click.Path(exists=True, path_type=Path)
-    here = "as `save_pretrained` writes it, or GGUF file. The demo's if missing."
-    for decorate in (  # The last is shown first.
-        click.option("--small-target", is_flag=True, help="The demo's small target, not SmolLM2."),
-        click.option("--device", default="auto", show_default=True, help="Such as cpu or cuda:1."),
-        click.option(
-            "--dtype",
-            default="auto",
-            show_default=True,
-            help="Type of the weights, such as bfloat16.",
-        ),
-        click.option("--drafter", type=place, help=f"Folder of the drafter, {here}"),
-        click.option("--target", type=place, help=f"Folder of the target, {here}"),
-    ):
+class Place(click.ParamType):  # type: ignore[type-arg]
+    """A folder, a GGUF file, or a name on the hub."""
+
+    name = "folder|file|hub name"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the path, or the name."""
+        from ..pairs import find_place
+
+        try:
+            return find_place(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _add(options: Sequence[Any], command: Any) -> Any:
+    for decorate in reversed(options):  # The last is shown first.
         command = decorate(command)
     return command
 
 
+def places(command: Any) -> Any:
+    """Add the options that name where a target and a drafter are."""
+    here = "folder as `save_pretrained` writes it, GGUF file, or name on the Hugging Face hub."
+    options = (
+        click.option("--target", type=Place(), help=f"The target: {here} The demo's if missing."),
+        click.option("--drafter", type=Place(), help="The drafter, likewise."),
+        click.option("--small-target", is_flag=True, help="The demo's small target, not SmolLM2."),
+    )
+    return _add(options, command)
+
+
+def models(command: Any) -> Any:
+    """Add the options that name a pair of models, and how to load them."""
+    options = (
+        click.option(
+            "--dtype",
+            default="auto",
+            show_default="bfloat16 on a GPU, else float32",
+            help="Type of the weights.",
+        ),
+        click.option("--device", default="auto", show_default=True, help="Such as cpu or cuda:1."),
+    )
+    return places(_add(options, command))
+
+
+def check_targets(target: Path | str | None, small_target: bool) -> None:
+    """Refuse two targets."""
+    if small_target and target is not None:
+        raise click.UsageError("--small-target is a target itself; leave out --target.")
+
+
 def load(
-    target: Path | None,
-    drafter: Path | None,
+    target: Path | str | None,
+    drafter: Path | str | None,
     dtype: str,
     device: str,
     small_target: bool,
     size: float | None = None,
 ) -> Any:
     """Return the pair that the options of `models` name, and print its notes."""
-    if small_target and target is not None:
-        raise click.UsageError("--small-target is a target itself; leave out --target.")
+    check_targets(target, small_target)
     yield_while_waiting()
+    if sys.stderr.isatty():
+        click.echo("loading both models", err=True)
     from ..pairs import load_pair
 
     pair = load_pair(target, drafter, dtype=dtype, device=device, small=small_target, size=size)
@@ -127,7 +162,8 @@ def numbers(kind: type, least: int) -> Any:
         except ValueError:
             found = []
         if not found or min(found) < least:
-            raise click.BadParameter(f"{value!r} is no list of numbers of {least} or more.")
+            message = f"{value!r} is no list of numbers of {least} or more, such as {least},4."
+            raise click.BadParameter(message)
         return found
 
     return convert
@@ -149,7 +185,7 @@ def decodings(ctx: Any, param: Any, value: str) -> list[tuple[float, float]]:
 
 def names(ctx: Any, param: Any, value: str) -> list[str]:
     """Read names of methods, such as tli,slem."""
-    found = value.split(",")
+    found = [name.strip() for name in value.split(",")]
     wrong = [name for name in found if name not in METHODS]
     if wrong:
         raise click.BadParameter(f"{wrong[0]!r} is not one of {', '.join(METHODS)}.")

@@ -39,10 +39,26 @@ from .options import load, lookahead_option, method_option, models, yield_while_
     show_default=True,
     help="Texts that may wait; more are refused.",
 )
-@click.option("--api-key", envvar="HETERO_SD_API_KEY", help="Key that clients must send.")
+@click.option(
+    "--api-key",
+    envvar="HETERO_SD_API_KEY",
+    show_envvar=True,
+    help="Key that clients must send.",
+)
+@click.option(
+    "--allow-origin",
+    multiple=True,
+    help="Web page that may call the server, such as http://localhost:3000; * is any.",
+)
+@click.option(
+    "--warm-up/--no-warm-up",
+    default=True,
+    show_default=True,
+    help="Get ready first what the first clients would wait for.",
+)
 def serve(
-    target: Path | None,
-    drafter: Path | None,
+    target: Path | str | None,
+    drafter: Path | str | None,
     dtype: str,
     device: str,
     small_target: bool,
@@ -55,6 +71,8 @@ def serve(
     window: float,
     queue: int,
     api_key: str | None,
+    allow_origin: tuple[str, ...],
+    warm_up: bool,
 ) -> None:
     """Serve OpenAI's completions and chat API over HTTP."""
     if api_key == "":
@@ -72,6 +90,12 @@ def serve(
     from ..decoder import HeteroSpeculativeDecoder
 
     decoder = HeteroSpeculativeDecoder(*pair.parts, method=method, lookahead=lookahead)
+    if warm_up:
+        click.echo("warming up", err=True)
+        for sampled in (False, True):
+            decoder.prepare(do_sample=sampled, **({"top_k": 0} if sampled else {}))
     engine = Engine(decoder, rows=rows, window=window / 1000, queue=queue)
-    app = create_app(engine, name=name or pair.name, api_key=api_key)
+    name = name or pair.name
+    app = create_app(engine, name=name, api_key=api_key, origins=allow_origin)
+    click.echo(f"the model is {name!r}; clients' base URL is http://{host}:{port}/v1", err=True)
     uvicorn.run(app, host=host, port=port)

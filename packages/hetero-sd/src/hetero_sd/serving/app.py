@@ -9,21 +9,24 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from .engine import Engine, Failure, Job, Piece
 from .protocol import ChatRequest, CompletionRequest
 
 _LARGEST_BODY = 16 << 20
+_UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # by proxies in between
 _GONE = 499  # for the log alone: the client has gone
 _NO_FIELD = re.compile(r"\W|^(str|int|float|list)$")
 _Body = TypeVar("_Body", bound=BaseModel)
@@ -41,16 +44,20 @@ class _Refused(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def create_app(engine: Engine, *, name: str, api_key: str | None = None) -> Starlette:
+def create_app(
+    engine: Engine, *, name: str, api_key: str | None = None, origins: Sequence[str] = ()
+) -> Starlette:
     """Return an ASGI application that speaks OpenAI's completions and chat API.
 
     `POST /v1/completions`, `POST /v1/chat/completions`, both with server-sent events where
-    `stream` is true, `GET /v1/models`, `GET /v1/models/{model}`, `GET /health` and `GET /stats`.
+    `stream` is true, `GET /v1/models`, `GET /v1/models/{model}`, `GET /health`, `GET /stats` and
+    the latter's figures for Prometheus, `GET /metrics`.
 
     Args:
         engine: What writes; closed when the application shuts down.
         name: What clients call the model.
         api_key: The key that clients must send, `Authorization: Bearer ...`; none if missing.
+        origins: Web pages whose scripts may call the server; `"*"` is any.
     """
     started = int(time.time())
     model = {"id": name, "object": "model", "created": started, "owned_by": "hetero-sd"}
@@ -85,6 +92,10 @@ def create_app(engine: Engine, *, name: str, api_key: str | None = None) -> Star
     async def stats(request: Request) -> Response:
         _check_key(request)
         return JSONResponse(engine.state())
+
+    async def metrics(request: Request) -> Response:
+        _check_key(request)
+        return PlainTextResponse(_metrics(engine.state()), media_type="text/plain; version=0.0.4")
 
     def _check_key(request: Request) -> None:
         sent = request.headers.get("authorization", "")
@@ -124,10 +135,37 @@ def create_app(engine: Engine, *, name: str, api_key: str | None = None) -> Star
             Route("/v1/models/{model:path}", one_model),
             Route("/health", health),
             Route("/stats", stats),
+            Route("/metrics", metrics),
         ],
+        middleware=[
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type"],
+            )
+        ]
+        if origins
+        else [],
         exception_handlers={_Refused: refused, HTTPException: not_found, Exception: broken},
         lifespan=lifespan,
     )
+
+
+_GAUGES = ("waiting", "rows", "tokens_per_second", "acceptance", "block_efficiency")
+
+
+def _metrics(state: dict[str, Any]) -> str:
+    """Return the engine's state in the text format of Prometheus."""
+    lines = []
+    for key, value in state.items():
+        if key == "arms":
+            lines.append("# TYPE hetero_sd_rounds_total counter")
+            lines += [f'hetero_sd_rounds_total{{arm="{arm}"}} {n}' for arm, n in value.items()]
+            continue
+        kind, name = ("gauge", key) if key in _GAUGES else ("counter", f"{key}_total")
+        lines += [f"# TYPE hetero_sd_{name} {kind}", f"hetero_sd_{name} {value}"]
+    return "\n".join(lines) + "\n"
 
 
 # ------------------------------------------------------------------------------- requests
@@ -162,8 +200,8 @@ def _parse(data: bytes, kind: type[_Body]) -> _Body:
         raise _Refused(400, message, param=place or None) from None
 
 
-def _check_name(asked: str, name: str) -> None:
-    if asked != name:
+def _check_name(asked: str | None, name: str) -> None:
+    if asked not in (None, name):
         message = f"the model {asked!r} does not exist; this server has {name!r}"
         raise _Refused(404, message, param="model", code="model_not_found")
 
@@ -302,7 +340,7 @@ async def _answer(
         except StopAsyncIteration:
             return Response(status_code=_GONE)
         events = _stream(first, pieces, answer, len(spread), prompt)
-        return StreamingResponse(events, media_type="text/event-stream")
+        return StreamingResponse(events, media_type="text/event-stream", headers=_UNBUFFERED)
     texts = [""] * len(spread)
     last: dict[int, Piece] = {}
     async for piece in pieces:

@@ -54,7 +54,7 @@ class _Request(BaseModel):
     """What both kinds of requests share; `top_k`, `min_p` and `repetition_penalty` are extras."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    model: str
+    model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

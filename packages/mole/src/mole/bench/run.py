@@ -20,6 +20,15 @@ _HOME = {
     "cache": ("tables", "measure_cache"),
 }
 TOPICS = tuple(_HOME)
+# The shape "tiny" is for trying a topic out: on a CPU it takes a minute at most.
+_TINY: dict[str, dict[str, Any]] = {
+    "decode": {"length": 64, "steps": 4},
+    "prefill": {"length": 256},
+    "train": {
+        "context": 64,
+        "cases": (("dense", 2), ("micro", 2), ("off", 2), ("dense", 4), ("step", 4)),
+    },
+}
 
 
 def run(
@@ -36,7 +45,7 @@ def run(
         output: Folder for `TOPIC.json`.
         say: Prints a line of progress.
         device: `"auto"`, `"cpu"` or `"cuda"`.
-        **options: Passed on to the topic's `measure`.
+        **options: Passed on to the topic's `measure`; with the shape `"tiny"` texts are short.
 
     Raises:
         ValueError: The topic is unknown, or a check before timing failed.
@@ -50,8 +59,9 @@ def run(
     module, name = _HOME[topic]
     measure = getattr(import_module(f".{module}", __package__), name)
     path = output / f"{topic}.json"
+    small = _TINY.get(topic, {}) if options.get("shape") == "tiny" else {}
     try:
-        measure(results, say, where, **options)
+        measure(results, say, where, **(small | options))
     finally:
         if results.cases:
             path = results.save(path)

@@ -35,7 +35,7 @@ from fourfold_common import environment_report, pick_device, seed_everything
 
 from ..evaluation import paired_difference, summarise, token_bytes, window_losses
 from ..training import TrainSettings, load_tokens, train
-from ..upcycling import load_base, upcycle
+from ..upcycling import find_base, load_base, upcycle
 from .plots import held_out_losses, save
 from .reproduce import table_losses
 
@@ -48,7 +48,7 @@ _FIELDS = ("step", "tokens", "loss", "lr", "tokens_per_second")
 
 def load(path: Path, tokenizer: Path | None = None) -> tuple[Any, Any]:
     """Return a model in float32 and its tokenizer, from a folder or a GGUF file."""
-    folder, gguf = (path.parent, path.name) if path.is_file() else (path, None)
+    folder, gguf = find_base(path)
     more = {"gguf_file": gguf} if gguf and not tokenizer else {}
     words = AutoTokenizer.from_pretrained(tokenizer or folder, **more)
     return load_base(folder, gguf).eval(), words

@@ -93,39 +93,8 @@ class Decoder:
         """Fuse weights and allocate everything a step touches."""
         config = self.config
         model: Any = self.model.model
-        size = (self.batch, config.num_key_value_heads, self.length, config.head_dim)
         norms = [layer.input_layernorm.weight for layer in model.layers[1:]] + [model.norm.weight]
-        self.layers = []
-        for layer, following in zip(model.layers, norms, strict=True):
-            attention, mlp = layer.self_attn, layer.mlp
-            up: Any
-            mixed: dict[str, Any] = {}
-            if isinstance(mlp, SparseMlp):
-                mixed = {"router": mlp.router.weight.detach(), "top_k": mlp.top_k}
-                up, down = mlp.up, mlp.down_t
-            else:
-                mixed = {"gated": mlp.gate_proj is not None}
-                beside = [mlp.up_proj.weight] + ([mlp.gate_proj.weight] if mixed["gated"] else [])
-                rows, down = sum(map(len, beside)), mlp.down_proj.weight
-                if layer.lookup is not None:
-                    beside.append(layer.lookup.router.weight)
-                    rows += -(-len(beside[-1]) // _ROUTER_ROWS) * _ROUTER_ROWS
-                up = fused(beside, rows)
-            heads = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-            qkv = fused(heads, sum(map(len, heads)))
-            self.layers.append(
-                Layer(
-                    qkv=qkv,
-                    out=attention.o_proj.weight.detach(),
-                    post=layer.post_attention_layernorm.weight.detach(),
-                    up=up.detach(),
-                    down=down.detach(),
-                    next=following.detach(),
-                    keys=torch.zeros(size, dtype=self.dtype, device=self.device),
-                    values=torch.zeros(size, dtype=self.dtype, device=self.device),
-                    **mixed,
-                )
-            )
+        self.layers = [self._fused(*pair) for pair in zip(model.layers, norms, strict=True)]
         positions = torch.arange(self.length, device=self.device)
         cos, sin = model.rotary(positions[None], self.dtype)
         self.cos, self.sin = cos[0, 0], sin[0, 0]
@@ -141,16 +110,55 @@ class Decoder:
             model.layers[0].mlp.act,
         )
         self.hosted = self.leased = self.ahead = False
-        if self.store is None:
-            return
-        meta = self.store.meta
+        if self.store is not None:
+            self._prepare_rows()
+
+    def _fused(self, layer: Any, following: Tensor) -> Layer:
+        """Return a layer with matrices of one input beside each other, and an empty cache.
+
+        Args:
+            layer: A layer of the model.
+            following: The norm that comes after it.
+        """
+        attention, mlp = layer.self_attn, layer.mlp
+        up: Any
+        mixed: dict[str, Any] = {}
+        if isinstance(mlp, SparseMlp):
+            mixed = {"router": mlp.router.weight.detach(), "top_k": mlp.top_k}
+            up, down = mlp.up, mlp.down_t
+        else:
+            mixed = {"gated": mlp.gate_proj is not None}
+            beside = [mlp.up_proj.weight] + ([mlp.gate_proj.weight] if mixed["gated"] else [])
+            rows, down = sum(map(len, beside)), mlp.down_proj.weight
+            if layer.lookup is not None:
+                beside.append(layer.lookup.router.weight)
+                rows += -(-len(beside[-1]) // _ROUTER_ROWS) * _ROUTER_ROWS
+            up = fused(beside, rows)
+        heads = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+        qkv = fused(heads, sum(map(len, heads)))
+        size = (self.batch, self.config.num_key_value_heads, self.length, self.config.head_dim)
+        return Layer(
+            qkv=qkv,
+            out=attention.o_proj.weight.detach(),
+            post=layer.post_attention_layernorm.weight.detach(),
+            up=up.detach(),
+            down=down.detach(),
+            next=following.detach(),
+            keys=torch.zeros(size, dtype=self.dtype, device=self.device),
+            values=torch.zeros(size, dtype=self.dtype, device=self.device),
+            **mixed,
+        )
+
+    def _prepare_rows(self) -> None:
+        """Allocate where a step's rows arrive, and decide who fetches them."""
+        meta, layers = self.store.meta, self.model.model.layers
         self.staging = torch.zeros(
             self.batch, meta.row_stride, dtype=torch.uint8, device=self.device
         )
         staged = LutRows.from_bytes(self.staging, meta)
         scales = [None] * meta.layers if staged.scales is None else staged.scales.unbind(1)
         found = iter(zip(staged.codes.unbind(1), scales, strict=True))
-        self.rows = [None if layer.lookup is None else next(found) for layer in model.layers]
+        self.rows = [None if layer.lookup is None else next(found) for layer in layers]
         # A model may have been moved after its table was opened.
         here = (
             isinstance(self.store, (CachedStore, DeviceStore))

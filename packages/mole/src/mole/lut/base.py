@@ -46,6 +46,11 @@ class LutStore(ABC):
         self.meta = meta
         self.closed = False
 
+    def __repr__(self) -> str:
+        """Return the store's kind, and what the table is."""
+        meta = self.meta
+        return f"{type(self).__name__}({meta.vocab:,} ids, {meta.row_bytes:,} bytes, {meta.format})"
+
     @abstractmethod
     def read(self, ids: Int[Tensor, " tokens"]) -> UInt8[Tensor, "tokens row_stride"]:
         """Return whole rows as they are on disk, on the ids' device."""

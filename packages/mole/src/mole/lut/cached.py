@@ -52,6 +52,10 @@ class CachedStore(LutStore):
         self._lock = threading.Lock()
         self._done: Any = None  # on a GPU, what the last reader's stream has to reach
 
+    def __repr__(self) -> str:
+        """Return what is kept of which store."""
+        return f"CachedStore({self.capacity:,} rows of {self.store!r})"
+
     @contextmanager
     def lease(self) -> Iterator[Find]:
         """Have the slots for oneself; the function that is given finds those of rows in `table`.

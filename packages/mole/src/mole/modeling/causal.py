@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, GenerationMixin
@@ -13,6 +14,8 @@ from transformers.utils.generic import can_return_tuple
 from ..config import DenseConfig, MoeConfig, MoleConfig
 from ..lut import LutStore, copy_lut, open_lut
 from .backbone import Backbone, DenseModel, MoeModel, MoleModel, MolePreTrainedModel
+
+_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 class _ForCausalLM(MolePreTrainedModel, GenerationMixin):
@@ -188,29 +191,47 @@ class MoleForCausalLM(_ForCausalLM):
             save_directory: Folder to write.
             *args: Passed on to transformers.
             **kwargs: Passed on to transformers.
+
+        Raises:
+            ValueError: `push_to_hub` is asked for of a table, which would be left behind.
         """
+        if self._lut_folder is not None and kwargs.get("push_to_hub"):
+            raise ValueError(
+                "`push_to_hub` must be a call of its own for a model in table form: "
+                "`model.push_to_hub(name)` takes the table along."
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
         if self._lut_folder is not None and self.config.lut and kwargs.get("is_main_process", True):
             copy_lut(self._lut_folder, Path(save_directory) / self.config.lut["path"])
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, lut_store: str = "mmap", **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        lut_store: str = "mmap",
+        lut_cache: int = 0,
+        **kwargs: Any,
     ) -> Any:
         """Load a model; in table form, open the table that its configuration names.
 
         Args:
-            pretrained_model_name_or_path: Folder; or name on the hub, whose table is not fetched
-                (download the whole repository and give its folder).
+            pretrained_model_name_or_path: Folder, or name on the hub.
             *args: Passed on to transformers.
             lut_store: Where the rows are kept, as `mole.open_lut` has it.
+            lut_cache: Recently used rows to keep on the model's device.
             **kwargs: Passed on to transformers.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        folder = Path(str(pretrained_model_name_or_path)) / kwargs.get("subfolder", "")
-        if model.config.lookup_form == "table" and model.config.lut and folder.is_dir():
-            model.open_lut(folder / model.config.lut["path"], store=lut_store)
+        if model.config.lookup_form == "table" and model.config.lut:
+            inside = Path(kwargs.get("subfolder", ""), model.config.lut["path"])
+            folder = Path(str(pretrained_model_name_or_path))
+            if not folder.is_dir():
+                chosen = {name: kwargs[name] for name in _HUB if name in kwargs}
+                name, files = str(pretrained_model_name_or_path), f"{inside.as_posix()}/*"
+                folder = Path(snapshot_download(name, allow_patterns=files, **chosen))
+            model.open_lut(folder / inside, store=lut_store, cache=lut_cache)
         return loaded
 
 

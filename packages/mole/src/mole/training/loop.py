@@ -57,6 +57,9 @@ class TrainSettings:
         weight_decay: Decay of matrices; norms are left alone.
         clip: Largest norm of the gradient.
         seed: Seed of the data order and of dropout.
+
+    Raises:
+        ValueError: A value is out of its range.
     """
 
     steps: int = 1000
@@ -69,6 +72,19 @@ class TrainSettings:
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        least = {"steps": 1, "batch": 1, "micro_batch": 1, "context": 2, "lr": 0.0,
+                 "expert_lr": 0.0, "warmup": 0.0, "weight_decay": 0.0, "clip": 0.0}  # fmt: skip
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and not bound <= value < math.inf:
+                raise ValueError(f"`{name}` must be at least {bound:g} and finite; got {value}.")
+        if self.warmup > 1:
+            raise ValueError(f"`warmup` must be a share of the steps, 0 to 1; got {self.warmup}.")
+        if not self.clip:
+            raise ValueError("`clip` must be more than 0: nothing would be learned; got 0.")
 
     def schedule(self, step: int) -> float:
         """Return a step's share of the peak learning rate."""
@@ -108,7 +124,8 @@ def train(
     Args:
         model: A causal language model of this package.
         tokens: All training tokens, on the CPU.
-        output: Folder for the model, the checkpoint of an unfinished run, and the log.
+        output: Folder for the model, the checkpoint of an unfinished run, and the log. A folder
+            with a finished model is refused unless `resume` is false.
         settings: What decides the result.
         tokenizer: Saved beside the model.
         resume: Go on from the checkpoint in `output`, if there is one.
@@ -124,9 +141,9 @@ def train(
         progress: Show a progress bar with tokens/s, loss and learning rate.
 
     Raises:
-        ValueError: The model is in table form, the text is shorter than a sequence, sizes do not
-            fit, the checkpoint is of other settings or another text, or the loss is no longer
-            finite.
+        ValueError: The model is in table form, the text is shorter than a sequence, `batch` cannot
+            be shared out, `output` holds a finished model, the checkpoint is of other settings or
+            another text, or the loss is no longer finite.
     """
     if getattr(model.config, "lookup_form", None) == "table":
         raise ValueError("`model` must be in expert form; what is trained does not reach a table.")
@@ -147,89 +164,147 @@ def train(
             f"{accelerator.num_processes} and {getattr(model.config, 'dedup', None)!r}."
         )
     output = Path(output)
-    device = accelerator.device
-    model = model.to(device).train()
-    _synchronise(accelerator, model)
-    if compiled:
-        # Layers share their code; it is compiled in a version for each number of distinct ids.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)
+    if resume and (output / "config.json").exists() and not (output / _CHECKPOINT).exists():
+        raise ValueError(
+            f"`output` must be a new folder or that of an unfinished run; {output} holds a "
+            "finished model. `resume=False` (`--no-resume`) trains anew and replaces it."
+        )
     kind = type(model)
-    if sharded:
-        _shard(model)
+    model = _prepared(model, accelerator, compiled, sharded)
     optimizer = _optimizer(model, settings)
     peaks = [group["lr"] for group in optimizer.param_groups]
     text: Any = tokens.int().contiguous().numpy()
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     decisive = asdict(settings) | {"text": zlib.crc32(text), "trained weights": trained}
     first = _resume(model, optimizer, output, decisive) if resume else 0
-    main = accelerator.is_main_process
-    if main:
-        output.mkdir(parents=True, exist_ok=True)
-        _cut_log(output / _LOG, first)
-    bar = tqdm(
-        total=settings.steps, initial=first, desc="training", unit="step",
-        disable=not (progress and main),
-    )  # fmt: skip
     last = settings.steps if stop_after is None else min(settings.steps, stop_after)
-    clock, counted = time.perf_counter(), 0
+    main = accelerator.is_main_process
+    report = _Report(output, settings, first, main, progress)
     for step in range(first, last):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * settings.schedule(step)
         torch.manual_seed((settings.seed * 1_000_003 + step) * 1009 + accelerator.process_index)
         loss = _step(accelerator, model, optimizer, tokens, settings, step)
-        counted += settings.batch * settings.context
-        bar.update()
-        saving = step + 1 < settings.steps and ((step + 1) % save_every == 0 or step + 1 == last)
-        if saving or (step + 1) % log_every == 0 or step + 1 == last:
+        report.advance()
+        done = step + 1
+        saving = done < settings.steps and (done % save_every == 0 or done == last)
+        if saving or done % log_every == 0 or done == last:
             value = accelerator.reduce(loss, "mean").item()
             if not math.isfinite(value):
                 raise ValueError(
-                    f"the loss is {value} at step {step + 1}; lower `lr` and resume from the last "
+                    f"the loss is {value} at step {done}; lower `lr` and resume from the last "
                     "checkpoint."
                 )
-            speed = counted / (time.perf_counter() - clock)
-            lr = settings.lr * settings.schedule(step)
-            bar.set_postfix_str(f"{speed:,.0f} tok/s, loss {value:.3f}, lr {lr:.1e}")
-            line = {
-                "step": step + 1,
-                "tokens": (step + 1) * settings.batch * settings.context,
-                "loss": value,
-                "lr": lr,
-                "tokens_per_second": speed,
-            }
-            if main:
-                with open(output / _LOG, "a", encoding="utf-8") as log:
-                    log.write(json.dumps(line) + "\n")
-            clock, counted = time.perf_counter(), 0
+            report.write(done, value)
         if saving:
             # Every process takes part in gathering, one writes.
             state = {
                 "model": get_model_state_dict(model, options=_WHOLE),
                 "optimizer": get_optimizer_state_dict(model, optimizer, options=_WHOLE),
-                "step": step + 1,
+                "step": done,
                 "settings": decisive,
             }
             if main:
                 _save(state, output)
-    bar.close()
+    report.close()
     if compiled:
         for layer in model.model.layers:  # what comes next has shapes of its own
             layer._compiled_call_impl = None
     accelerator.wait_for_everyone()
-    weights = get_model_state_dict(model, options=_WHOLE) if last == settings.steps else {}
-    if main and last == settings.steps:
-        with torch.device("meta"):
-            plain = kind(model.config) if sharded else model
-        tied = plain.all_tied_weights_keys if sharded else {}
-        whole = {name: value for name, value in weights.items() if name not in tied}
-        plain.save_pretrained(output, **({"state_dict": whole} if sharded else {}))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(output)
-        shutil.rmtree(output / _CHECKPOINT, ignore_errors=True)
+    if last == settings.steps:
+        # Every process takes part in gathering what is split, one writes.
+        weights = get_model_state_dict(model, options=_WHOLE) if sharded else None
+        if main:
+            _write_result(model, kind, weights, output, tokenizer)
     accelerator.wait_for_everyone()
     return model
+
+
+class _Report:
+    """The log and the bar of a run, kept by its first process.
+
+    Args:
+        output: Folder of the log; made if missing.
+        settings: The run's.
+        first: Steps that were done before; later lines of the log are dropped.
+        main: Whether this is the first process.
+        progress: Whether to show the bar.
+    """
+
+    def __init__(
+        self, output: Path, settings: TrainSettings, first: int, main: bool, progress: bool
+    ) -> None:
+        self._path, self._settings, self._main = output / _LOG, settings, main
+        if main:
+            output.mkdir(parents=True, exist_ok=True)
+            _cut_log(self._path, first)
+        self._bar = tqdm(
+            total=settings.steps, initial=first, desc="training", unit="step",
+            disable=not (progress and main),
+        )  # fmt: skip
+        self._clock, self._steps = time.perf_counter(), 0
+
+    def advance(self) -> None:
+        """Count a step."""
+        self._steps += 1
+        self._bar.update()
+
+    def write(self, step: int, loss: float) -> None:
+        """Write a line about the steps since the last one."""
+        size = self._settings.batch * self._settings.context
+        now = time.perf_counter()
+        speed = self._steps * size / (now - self._clock)
+        self._clock, self._steps = now, 0
+        lr = self._settings.lr * self._settings.schedule(step - 1)
+        self._bar.set_postfix_str(f"{speed:,.0f} tok/s, loss {loss:.3f}, lr {lr:.1e}")
+        line = {"step": step, "tokens": step * size, "loss": loss, "lr": lr,
+                "tokens_per_second": speed}  # fmt: skip
+        if self._main:
+            with open(self._path, "a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+
+def _prepared(model: Any, accelerator: Accelerator, compiled: bool, sharded: bool) -> Any:
+    """Return the model where it is trained: with the first process's weights, perhaps split."""
+    model = model.to(accelerator.device).train()
+    _synchronise(accelerator, model)
+    if compiled:
+        # Layers share their code; it is compiled in a version for each number of distinct ids.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+    if sharded:
+        _shard(model)
+    return model
+
+
+def _write_result(
+    model: Any, kind: Any, weights: dict[str, Any] | None, output: Path, tokenizer: Any
+) -> None:
+    """Write the trained model and its tokenizer; the checkpoint goes when they are there.
+
+    Args:
+        model: The model.
+        kind: Its class before it was split.
+        weights: All its weights, whole, if they are split over the processes; else None.
+        output: Folder to write.
+        tokenizer: Saved beside the model, unless it is None.
+    """
+    if weights is None:
+        model.save_pretrained(output)
+    else:
+        with torch.device("meta"):
+            plain = kind(model.config)
+        tied = plain.all_tied_weights_keys
+        whole = {name: value for name, value in weights.items() if name not in tied}
+        plain.save_pretrained(output, state_dict=whole)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(output)
+    shutil.rmtree(output / _CHECKPOINT, ignore_errors=True)
 
 
 def _step(
@@ -319,16 +394,16 @@ def _optimizer(model: Any, settings: TrainSettings) -> torch.optim.Optimizer:
 
 
 def _check(tokens: Tensor, settings: TrainSettings, processes: int) -> None:
-    if settings.context < 2 or len(tokens) < settings.context:
+    """Raise an error if the text is too short, or a step's sequences cannot be shared out."""
+    if len(tokens) < settings.context:
         raise ValueError(
-            f"`tokens` must hold at least one sequence of `context` >= 2 tokens; "
-            f"got {len(tokens)} tokens and context {settings.context}."
+            f"`tokens` must hold at least one sequence of `context` tokens; got {len(tokens)} "
+            f"tokens and context {settings.context}."
         )
-    if settings.batch % processes or min(settings.steps, settings.micro_batch, settings.batch) < 1:
+    if settings.batch % processes:
         raise ValueError(
-            f"`batch` must be a multiple of the {processes} processes, and steps, batch and "
-            f"micro_batch at least 1; got batch {settings.batch}, steps {settings.steps}, "
-            f"micro_batch {settings.micro_batch}."
+            f"`batch` must be a multiple of the number of processes, {processes}; "
+            f"got {settings.batch}."
         )
 
 
@@ -374,7 +449,7 @@ def _resume(
     if changed:
         raise ValueError(
             f"{path.parent} was written with other settings ({', '.join(changed)}); give the same, "
-            "another `output`, or `resume=False`."
+            "another `output`, or `resume=False` (`--no-resume`)."
         )
     set_model_state_dict(model, state["model"], options=_WHOLE)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_WHOLE)

@@ -1,6 +1,6 @@
 """Drawing of proposals, and their judgement."""
 
 from .op import Rules, pick_rules
-from .reference import CERTAIN, COLUMNS, DENSE, Cut, Law, Warp
+from .reference import CERTAIN, COLUMNS, DENSE, Cut, Law, Line, Warp
 
-__all__ = ["CERTAIN", "COLUMNS", "DENSE", "Cut", "Law", "Rules", "Warp", "pick_rules"]
+__all__ = ["CERTAIN", "COLUMNS", "DENSE", "Cut", "Law", "Line", "Rules", "Warp", "pick_rules"]

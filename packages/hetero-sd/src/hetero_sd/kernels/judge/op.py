@@ -23,6 +23,7 @@ class Rules(NamedTuple):
         pack: Target tokens of the columns picked.
         spread: The law of each of these tokens.
         judge: Which proposals are accepted, and the token after them.
+        advance: What the next round begins with.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Rules(NamedTuple):
     pack: Callable[..., None]
     spread: Callable[..., None]
     judge: Callable[..., None]
+    advance: Callable[..., None]
 
 
 REFERENCE = Rules(
@@ -40,6 +42,7 @@ REFERENCE = Rules(
     reference.pack,
     reference.spread,
     reference.judge,
+    reference.advance,
 )
 
 
@@ -60,7 +63,7 @@ def pick_rules(device: torch.device, backend: str = "auto") -> Rules:
 
 @cache
 def _triton_rules() -> Rules:
-    from . import cut, kernel, verdict
+    from . import advance, cut, kernel, verdict
 
     return Rules(
         "triton",
@@ -69,4 +72,5 @@ def _triton_rules() -> Rules:
         kernel.launch_pack,
         kernel.launch_spread,
         verdict.launch_judge,
+        advance.launch_advance,
     )

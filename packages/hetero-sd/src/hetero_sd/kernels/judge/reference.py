@@ -14,6 +14,7 @@ from ...acceptance import settle
 from .noise import COINS, DRAFT, FOLLOWING, exponential, uniform
 
 CERTAIN, COLUMNS, DENSE = 0, 1, 2
+PARTS = 3  # Tokens accepted beyond what a drafter keeps, for `advance`; more are left out.
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,40 @@ class Cut(NamedTuple):
         value, first = self.value[:, None], self.first[:, None]
         later = torch.arange(z.shape[1], device=z.device) >= first
         return z.masked_fill(~((z > value) | ((z == value) & later)), float("-inf"))
+
+
+class Line(NamedTuple):
+    """Where things stand in a row's line of the board that host and device share.
+
+    Attributes:
+        last: Place of the last id that the drafter is fed.
+        ids: Ids that it is fed.
+        places: Their places in its cache.
+        later: Places of the ids that it writes behind them.
+        pending: The target's one id that it has not seen.
+        target_places: Places of this one and of the proposals in its cache.
+        tokens: Proposals.
+        limit: How many of them may count.
+        accepted: How many proposals were accepted.
+        following: The token after them.
+        columns: Columns picked.
+        reach: After how many proposals each is accepted, where the host says it.
+        width: How many ids, places and target places there are, each; of later ones one less.
+    """
+
+    last: int
+    ids: int
+    places: int
+    later: int
+    pending: int
+    target_places: int
+    tokens: int
+    limit: int
+    accepted: int
+    following: int
+    columns: int
+    reach: int
+    width: int
 
 
 def combine(logits: Tensor, among: Tensor | None) -> Tensor:
@@ -307,3 +342,63 @@ def judge(
         after = (weights / noise).argmax(dim=1)
     accepted.copy_(torch.where(broken, -1, taken))
     following.copy_(after)
+
+
+def advance(
+    board: Int[Tensor, "rows numbers"],
+    line: Line,
+    known: tuple[Tensor, Tensor] | None,
+    spelled: Int[Tensor, "vocab pieces"],
+    steps: int,
+    most: int,
+    ends: tuple[int, int],
+) -> None:
+    """Write what the next round begins with, should nobody know better.
+
+    The drafter keeps the columns whose runs were accepted to the end, and is fed what it has not
+    seen: the last column, where none was refused, and the ids of each target token after these.
+
+    Args:
+        board: What the round that was judged began with, and what came of it.
+        line: Where it stands.
+        known: The drafter id that each column goes on with, and its target tokens, padded with −1,
+            of which each has at least one; if missing, the line has `reach` for as many ids as are
+            in the cache, and then what is never reached.
+        spelled: Drafter ids of each target token, padded with −1.
+        steps: Columns picked in each row.
+        most: Ids that the drafter can be fed; those beyond are left out.
+        ends: The last place of the drafter's cache, and of the target's.
+    """
+    rows, width = len(board), line.width
+    columns = board[:, line.columns : line.columns + steps]
+    accepted = board[:, line.accepted].clamp(min=0)
+    following = board[:, line.following].clamp(0, len(spelled) - 1)
+    if known is None:
+        reach, last = board[:, line.reach : line.reach + steps], columns[:, -1] * 0 - 1
+    else:
+        forth, runs = known
+        reach, last = (runs[columns] >= 0).sum(dim=2).cumsum(dim=1), forth[columns[:, -1]]
+    kept = (reach <= accepted[:, None]).sum(dim=1)
+    done = torch.where(reach <= accepted[:, None], reach, 0).amax(dim=1)
+    lane = torch.arange(width, device=board.device)
+    tokens = board[:, line.tokens : line.tokens + width - 1]
+    stop = torch.minimum(accepted, done + PARTS)
+    there = (lane[:-1] >= done[:, None]) & (lane[:-1] < stop[:, None])
+    begun = spelled[torch.where(there, tokens, 0)].long().masked_fill(~there[:, :, None], -1)
+    last = torch.where(kept == steps, last, -1)
+    ids = torch.cat([last[:, None], begun.flatten(1), spelled[following].long()], dim=1)
+    real = ids >= 0
+    place = torch.where(real, real.cumsum(dim=1) - 1, width).clamp(max=width)  # The rest behind.
+    fed = board.new_zeros(rows, width + 1).scatter_(1, place, ids)[:, :width]
+    count = real.sum(dim=1).clamp(1, most)
+    held = board[:, line.places] + board[:, line.last] + 1 + kept.clamp(max=steps - 1)
+    board[:, line.last] = count - 1
+    board[:, line.ids : line.ids + width] = fed
+    for at, start, end, size in (
+        (line.places, held, ends[0], width),
+        (line.later, held + count, ends[0], width - 1),
+        (line.target_places, board[:, line.target_places] + 1 + accepted, ends[1], width),
+    ):
+        board[:, at : at + size] = (start[:, None] + lane[:size]).clamp(max=end)
+    board[:, line.pending] = following
+    board[:, line.limit] = (board[:, line.limit] - 1 - accepted).clamp(min=0)
