@@ -419,7 +419,8 @@ def train(
     words = None
     if tokenizer is not None or (model is not None and any(model.glob("tokenizer*"))):
         words = AutoTokenizer.from_pretrained(tokenizer or model)
-    tokens = load_tokens(list(data), trained.config.vocab_size, words)
+    shown = progress and PartialState().is_main_process
+    tokens = load_tokens(list(data), trained.config.vocab_size, words, progress=shown)
     run(
         trained,
         tokens,
@@ -492,7 +493,7 @@ def evaluate(
         longest = loaded.config.max_position_embeddings
         if context is not None and context > longest:
             raise ValueError(f"`--context` must be at most {longest}, the model's; got {context}.")
-        tokens = load_tokens(list(data), loaded.config.vocab_size, words)
+        tokens = load_tokens(list(data), loaded.config.vocab_size, words, progress=progress)
         losses = window_losses(
             loaded, tokens, min(context or longest, len(tokens)), progress=progress
         )
