@@ -69,10 +69,11 @@ class HeteroSpeculativeDecoder:
         drafter_tokenizer: The drafter's fast tokenizer.
         method: How to draft. `"tli"` uses the tokens that both vocabularies hold, and suits
             sampling and GPUs; `"slem"` drafts text and turns it into target tokens, and suits
-            greedy decoding on a CPU; `"slrs"` uses the drafter's whole vocabulary with exact probabilities;
-            `"c-slrs"` weighs the drafter's last token among its best; `"slrs-plain"` lets a drafter
-            of bytes or characters spell; `"standard"` needs one vocabulary, and so `"tli"` then is
-            the same. `"auto"` measures which is fastest, plain decoding among them.
+            greedy decoding on a CPU; `"slrs"` uses the drafter's whole vocabulary with exact
+            probabilities; `"c-slrs"` weighs the drafter's last token among its best;
+            `"slrs-plain"` lets a drafter of bytes or characters spell; `"standard"` needs one
+            vocabulary, and so `"tli"` then is the same. `"auto"` measures which is fastest, plain
+            decoding among them.
         lookahead: Tokens drafted a round; 0 decodes without the drafter; `"auto"` measures.
         verification: `"block"` judges TLI's drafts as a whole and accepts more; `"token"` one by
             one.
