@@ -189,7 +189,7 @@ class VocabReport:
         return self.to_markdown()
 
 
-_SAMPLE = (
+SAMPLE = (
     "The quick brown fox jumps over the lazy dog. It was 7:45 on 31 December 2026,\n"
     "and nobody in the café had noticed that the naïve plan cost $1,200 too much.\n\n"
     "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n\n"
@@ -217,7 +217,7 @@ def inspect_vocab(
     for name, tokenizer in (("target", target_tokenizer), ("drafter", drafter_tokenizer)):
         check_tokenizer(name, tokenizer)
     corpus = [corpus] if isinstance(corpus, str) else corpus
-    texts = [_SAMPLE] if corpus is None else [text for text in corpus if text]
+    texts = [SAMPLE] if corpus is None else [text for text in corpus if text]
     if not texts:
         raise ValueError("`corpus` must hold at least one text that is not empty; got none.")
     ends = [

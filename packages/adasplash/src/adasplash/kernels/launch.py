@@ -52,8 +52,6 @@ def launch(
     if interpreted(kernel):
         kernel[(programs,)](*args, **constants)
         return
-    if constants.get("EARLY"):
-        constants["launch_pdl"] = True
     key = (kernel.fn, kind, *constants.values())
     variant = _variants.get(key)
     if _waiting.launches is not None and (_waiting.launches or variant is None):

@@ -68,7 +68,6 @@ from .tiles import (
     settled,
     store_numbers,
     store_rows,
-    take_over,
 )
 
 _SAMPLE = tl.constexpr(8)  # blocks that delta is guessed from
@@ -114,7 +113,7 @@ def _queries_kernel(
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
     seed_ptr, drop_below, keep_scale, dim_head,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HALF: tl.constexpr, FORM: tl.constexpr, EARLY: tl.constexpr, DROPOUT: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
     QUICK: tl.constexpr, SATURATE: tl.constexpr, ALPHA_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -124,7 +123,6 @@ def _queries_kernel(
     QUICK: delta of a long list is guessed from some of its blocks. The second sweep finds what the
     guess lacks, and takes it off with what all weights alike would give.
     """
-    take_over(EARLY)
     PARTS: tl.constexpr = 4 if QUICK else 1
     place = tl.program_id(0)
     plane, tile = place // n_tiles, n_tiles - 1 - place % n_tiles
@@ -246,7 +244,7 @@ def _keys_kernel(
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
     seed_ptr, drop_below, keep_scale, list_width, dim_head, dim_value,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HALF: tl.constexpr, FORM: tl.constexpr, EARLY: tl.constexpr, DROPOUT: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
     SATURATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -255,7 +253,6 @@ def _keys_kernel(
     Tiles are computed transposed, keys by queries, so that no product needs a transposed operand
     that is not in memory.
     """
-    take_over(EARLY)
     place = tl.program_id(0)
     n_slots = slots_of(seq_k, n_seq, FORM, BLOCK_N)
     slot, plane_kv = place % n_slots, place // n_slots

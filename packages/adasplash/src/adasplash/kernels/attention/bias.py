@@ -19,17 +19,7 @@ import triton.language as tl
 from ..launch import launch
 from .philox import words
 from .scores import factor_of, scores, terms_of
-from .tiles import (
-    SIZES,
-    UNALIGNED,
-    Problem,
-    describe,
-    load_numbers,
-    load_tile,
-    padded,
-    roots,
-    take_over,
-)
+from .tiles import SIZES, UNALIGNED, Problem, describe, load_numbers, load_tile, padded, roots
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
@@ -41,12 +31,10 @@ def _bias_kernel(
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
     seed_ptr, drop_below, keep_scale, its_heads, batches, n_heads,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HALF: tl.constexpr, FORM: tl.constexpr, EARLY: tl.constexpr, DROPOUT: tl.constexpr,
-    ALL_ROWS: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr, ALL_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Write one block; `batches` and `n_heads` are how many of each share it."""
-    take_over(EARLY)
     block, rest = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks
     if ALL_ROWS:
         tile, its_tiles, its_plane = rest * 0, n_tiles, rest

@@ -28,7 +28,6 @@ from .tiles import (
     padded,
     partial_sums,
     store_rows,
-    take_over,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def _output_kernel(
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
     seed_ptr, drop_below, keep_scale, dim_value, tolerance, max_tries,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HALF: tl.constexpr, FORM: tl.constexpr, EARLY: tl.constexpr, DROPOUT: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr, DROPOUT: tl.constexpr,
     QUICK: tl.constexpr, SATURATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +55,6 @@ def _output_kernel(
     QUICK: weights are divided by their sum. Where that is not near 1 all is done again for another
     tau; the last one is stored.
     """
-    take_over(EARLY)
     PARTS: tl.constexpr = 4 if QUICK else 1
     place = tl.program_id(0)
     plane, tile = place // n_tiles, n_tiles - 1 - place % n_tiles

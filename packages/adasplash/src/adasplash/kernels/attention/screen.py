@@ -46,14 +46,11 @@ from .tiles import (
     n_slots,
     roots,
     saturated,
-    take_over,
 )
 
 _ROOM = 2**28  # bytes of stored maxima
 _CHUNK, _LISTED, _WARPS, _REGISTERS = 4, 64, 1, 128  # of the second kernel: blocks at a time
-_LIST_SWITCHES = (
-    "IS_CAUSAL", "HAS_MASK", "HAS_WINDOW", "HALF", "FORM", "EARLY", "BLOCK_M", "BLOCK_N",
-)  # fmt: skip
+_LIST_SWITCHES = "IS_CAUSAL", "HAS_MASK", "HAS_WINDOW", "HALF", "FORM", "BLOCK_M", "BLOCK_N"
 _STEPS = tl.constexpr(2)
 _MANY = tl.constexpr(16)  # blocks whose maxima rise above the largest score - 1
 _SHARE = tl.constexpr(0.8)  # of the weight of a row, that of the maxima of blocks alone; a guess
@@ -194,12 +191,11 @@ def _screen_kernel(
     bias_batch, bias_head, bias_row, bias_key,
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HALF: tl.constexpr, FORM: tl.constexpr, EARLY: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Write the maximum of every row, and of every row in every block."""
-    take_over(EARLY)
     PARTS: tl.constexpr = TILE_N // BLOCK_N
     HIDING: tl.constexpr = HAS_MASK or HAS_WINDOW
     n_wide = slots_of(seq_q, n_seq, FORM, TILE_M)
@@ -305,8 +301,7 @@ def _list_kernel(
     bounds_q_ptr, bounds_k_ptr, n_seq,
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HALF: tl.constexpr, FORM: tl.constexpr, EARLY: tl.constexpr,
-    SKIP: tl.constexpr, SATURATE: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr, SKIP: tl.constexpr, SATURATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_M: tl.constexpr,
     CHUNK: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
@@ -314,7 +309,6 @@ def _list_kernel(
 
     All blocks are read once, for a list by `max - 1`; what follows reads those of the list.
     """
-    take_over(EARLY)
     PARTS: tl.constexpr = TILE_M // BLOCK_M
     MORE: tl.constexpr = 4 * CHUNK
     n_wide = slots_of(seq_q, n_seq, FORM, TILE_M)

@@ -24,8 +24,8 @@ import triton.language as tl
 from ..launch import interpreted, launch
 from .scores import factor_of, load_part, scores, sequence_of, terms_of
 from .screen import key_range
-from .solver import MAX_PASSES, NEAR, TOLERANCE, approach, further, hand_over, improve
-from .tiles import SIZES, UNALIGNED, Problem, excess, partial_sums, take_over
+from .solver import MAX_PASSES, NEAR, TOLERANCE, TRUST, approach, further, hand_over, improve
+from .tiles import SIZES, UNALIGNED, Problem, excess, partial_sums
 
 if TYPE_CHECKING:
     from .screen import Candidates
@@ -61,7 +61,7 @@ def _threshold_kernel(
     stride_mask, left, right, heads, group, seq_q, seq_k, n_tiles, n_blocks, scale,
     tolerance, near, max_passes,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HALF: tl.constexpr, FORM: tl.constexpr, EARLY: tl.constexpr,
+    HALF: tl.constexpr, FORM: tl.constexpr,
     QUICK: tl.constexpr, SATURATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,6 @@ def _threshold_kernel(
     QUICK: it is a step away from the last sums, and the slope that the sum of p has there goes
     beside it, but for a factor of -2.
     """
-    take_over(EARLY)
     PARTS: tl.constexpr = 4 if QUICK else 1
     place = tl.program_id(0)
     plane, tile = place // n_tiles, n_tiles - 1 - place % n_tiles
@@ -144,7 +143,9 @@ def _threshold_kernel(
             )
             done = done | settled
         else:
-            t, lower, upper, done = improve(t, b0, b1, b2, power, lower, upper, tolerance, HALF)
+            t, lower, upper, done = improve(
+                t, b0, b1, b2, power, lower, upper, tolerance, near, HALF
+            )
             done = done | settled
             # A row that is done keeps its t, whatever its neighbours still need.
             lower, upper = tl.where(done, t, lower), tl.where(done, t, upper)
@@ -164,10 +165,11 @@ def threshold(problem: Problem, candidates: Candidates) -> tuple[torch.Tensor, t
     tau, slope = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for _ in range(2))
     tiles, quick, dtype = problem.tiles, problem.quick, problem.q.dtype
     tolerance = hand_over(dtype) if quick else TOLERANCE[dtype]
+    near = (NEAR if quick else TRUST).get(dtype, 0.0)
     launch(
         _threshold_kernel, problem.grid[0] * problem.planes, problem.kind,
         *problem.descriptors[:2], problem.mask, problem.alpha, *candidates, tau, slope,
-        *problem.added, *problem.sizes, problem.scale, tolerance, NEAR.get(dtype, 0.0), MAX_PASSES,
+        *problem.added, *problem.sizes, problem.scale, tolerance, near, MAX_PASSES,
         **problem.switches, QUICK=quick, SATURATE=quick and not interpreted(_threshold_kernel),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.most.threshold,
     )  # fmt: skip

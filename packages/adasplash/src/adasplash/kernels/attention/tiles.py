@@ -13,7 +13,7 @@ the interpreter would no longer find the helpers that they call.
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple, no_type_check
 
 import torch
@@ -33,7 +33,6 @@ SIZES = ["first_place", "stride_mask", "left", "right", "heads", "group", "seq_q
 # The caller's own, at any address.
 UNALIGNED = ["mask_ptr", "alpha_ptr", "slopes_ptr", "bias_ptr", "bounds_q_ptr", "bounds_k_ptr",
              "seed_ptr"]  # fmt: skip
-EARLY = False  # whether kernels are placed while the one before ends, where that is known
 TINY = 1e-30  # stands for a scale of 0, by which the -inf of hidden keys cannot be multiplied
 
 
@@ -256,32 +255,11 @@ def _plan(
         "HAS_WINDOW": window is not None,
         "HALF": half,
         "FORM": form,
-        "EARLY": EARLY and device is not None and _knows_early(device),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_D": padded(dim_head),
     }
     return tiles, sizes, switches, (device, dtype, dim_head, dim_value)
-
-
-@cache
-def _knows_early(device: int) -> bool:
-    """Return whether a kernel can be placed while the one before it ends."""
-    able = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
-    return able and hasattr(tl.extra.cuda, "gdc_wait")
-
-
-@triton.jit
-@no_type_check
-def take_over(EARLY: tl.constexpr):
-    """Wait for what the kernel before writes; the next one may be placed from now on.
-
-    EARLY: launches do not wait for the end of the kernel before, so its last programs and the
-    first ones of the next share the device. All of ours begin with this.
-    """
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
