@@ -218,7 +218,7 @@ def goals() -> str:
     rows = [
         (
             "a round costs at most 0.15 ms, or 0.03 of a 5 B target's step, beside its passes",
-            f"greedy {spent} ms with the small target; shares with SmolLM2 {spread(shares)}",
+            f"greedy {spent} ms; shares in the benchmark {spread(shares)}",
             max(costs.values()) <= 0.15 or max(shares) <= 0.03,
         ),
         (

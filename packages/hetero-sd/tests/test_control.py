@@ -249,6 +249,44 @@ def test_a_batch_is_judged_by_its_slowest_row():
     assert set(bandit.history) != {PLAIN}, "it must have tried"
 
 
+def test_drafts_begin_early_only_by_arms_that_are_worth_it():
+    """A draft that began early for nothing is paid by the round after it."""
+
+    class Early(World):
+        begun, early, drafted = None, 0, 0
+
+        def round(self, bandit, arm):
+            draft = self.cost * arm.lookahead
+            wasted = self.begun.lookahead * self.cost if self.begun not in (None, arm) else 0.0
+            hidden = min(0.05, draft) if self.begun == arm else 0.0
+            self.drafted += arm != PLAIN
+            self.begun = arm if arm != PLAIN and self.steady(bandit, arm) else None
+            self.early += self.begun is not None
+            cost, self.cost = self.cost, (draft + wasted - hidden) / max(arm.lookahead, 1)
+            if arm == PLAIN and wasted:
+                self.now += wasted
+            super().round(bandit, arm)
+            self.cost = cost
+
+        def steady(self, bandit, arm):
+            return bandit.steady(arm)
+
+    class Always(Early):
+        def steady(self, bandit, arm):
+            return True
+
+    bad, good = {"tli": 0.03}, {"tli": 0.6}
+    rates = {}
+    for kind in (Early, Always):
+        worlds = [kind(0.08, bad, seed) for seed in range(5)]
+        rates[kind] = sum(world.play(Bandit(["tli"]), 300) for world in worlds) / 5
+    assert rates[Early] > 0.97
+    assert rates[Early] > rates[Always]
+    world = Early(0.02, good)
+    world.play(Bandit(["tli"]), 300)
+    assert world.early > 0.9 * world.drafted > 200
+
+
 @pytest.mark.parametrize(("method", "lookahead"), [("auto", "auto"), ("slem", 2), ("tli", 0)])
 def test_what_was_prepared_is_ready(tokenizers, models, monkeypatch, method, lookahead):
     """Captures take time here as they do on a CUDA device."""
