@@ -162,6 +162,31 @@ def test_both_happen(pairs, method):
     assert counted.misses > 3
 
 
+def test_methods_in_turn_on_the_same_runners(pairs, monkeypatch):
+    """A batch of eight whose rows end one by one; what one method left behind harms no other."""
+    monkeypatch.setattr(Foresight, "pays", lambda *_: True)
+    tokenizer = pairs["others"][2]
+    prompts = [f"{text} {place}" for place in range(4) for text in PROMPTS[:2]]
+    ends = {"max_new_tokens": 20, "eos_token_id": list(range(0, len(tokenizer), 9))}
+    plain = HeteroSpeculativeDecoder(*pairs["others"], lookahead=0, backend="eager")
+    wanted = plain.generate(prompts, **ends).tokens
+    assert len({len(row) for row in wanted}) > 3
+    kept, texts = None, []
+    for _ in range(2):
+        for sampled in (False, True):
+            for method, steps in (("tli", 4), ("slem", 3), ("slrs", 2), ("c-slrs", 4), ("tli", 1)):
+                dec = HeteroSpeculativeDecoder(
+                    *pairs["others"], method=method, lookahead=steps, backend="cudagraph"
+                )
+                dec._kept = kept = kept or dec._kept
+                options = {"do_sample": True, "top_k": 0, "top_p": 0.9} if sampled else {}
+                draws = torch.Generator().manual_seed(0)
+                made = dec.generate(prompts, generator=draws, **options, **ends)
+                texts.append(made.tokens)
+                assert sampled or made.tokens == wanted
+    assert texts[:10] == texts[10:]
+
+
 def test_a_wrong_guess_is_noticed(pairs, monkeypatch):
     """What the host is told of the guess is what the device went by."""
     options = {"max_new_tokens": 30, "eos_token_id": []}

@@ -287,6 +287,45 @@ def test_drafts_begin_early_only_by_arms_that_are_worth_it():
     assert world.early > 0.9 * world.drafted > 200
 
 
+def test_a_drafter_reads_long_texts_only_where_drafts_pay():
+    """Reading the prompts of a batch takes as long as many plain rounds, in each text anew."""
+
+    class Long(World):
+        def texts(self, bandit, count, length=96):
+            for _ in range(count):
+                bandit.begin()
+                self.unread, end = 9.0, self.tokens + length
+                while self.tokens < end:
+                    self.round(bandit, bandit.choose())
+            return self.tokens / self.now
+
+        def round(self, bandit, arm):
+            taken = 0
+            while taken < arm.lookahead and self.draw.random() < self.acceptance[arm.method]:
+                taken += 1
+            readied, self.unread = (self.unread, 0.0) if arm != PLAIN else (0.0, self.unread)
+            seconds = (1.4 if arm != PLAIN else 1.0) * self.draw.lognormvariate(0, 0.05)
+            judged = min(taken + 1, arm.lookahead)
+            found = Outcome(1, taken + 1, arm.lookahead, judged, taken, seconds, readied)
+            bandit.learn(arm, found)
+            self.now += seconds + readied
+            self.tokens += taken + 1
+
+    class Careless(Bandit):
+        def begin(self):
+            super().begin()
+            self._owed = 0.0
+
+    rates = {}
+    for kind in (Bandit, Careless):
+        worlds = [Long(0.0, {"tli": 0.1}, seed) for seed in range(4)]
+        rates[kind] = sum(world.texts(kind(["tli"]), 20) for world in worlds) / len(worlds)
+    assert rates[Bandit] > 0.97
+    assert rates[Careless] < 0.965
+    good = [Long(0.0, {"tli": 0.75}, seed).texts(Bandit(["tli"]), 6) for seed in range(6)]
+    assert min(good) > 1.3
+
+
 @pytest.mark.parametrize(("method", "lookahead"), [("auto", "auto"), ("slem", 2), ("tli", 0)])
 def test_what_was_prepared_is_ready(tokenizers, models, monkeypatch, method, lookahead):
     """Captures take time here as they do on a CUDA device."""

@@ -158,9 +158,10 @@ class Bandit:
     is found without trials of the others. Methods are tried again as what is known of them fades.
 
     Trials of what turns out slower than plain decoding may cost a few rounds at once and a small
-    share of all time, and no more: beyond it, plain decoding goes on. An arm that has to be
-    prepared, all but the first, is prepared once it would have saved as much time as that takes,
-    had it been there: at worst twice the time that the best foresight would take. What is chosen
+    share of all time, and no more: beyond it, plain decoding goes on. The same share pays for what
+    drafters read; where drafts have not paid so far, none reads another text before. An arm that
+    has to be prepared, all but the first, is prepared once it would have saved as much time as that
+    takes, had it been there: at worst twice what the best foresight would take. What is chosen
     depends on the past alone, never on the round at hand, so the law of the output is the same for
     any choice.
 
@@ -190,6 +191,8 @@ class Bandit:
         self._rounds = 0
         self._lost = 0.0  # Seconds lost to trials against plain decoding; negative when gained.
         self._gained = 0.0  # Seconds gained by drafts, all texts together.
+        self._owed = 0.0  # Seconds that drafters spent on reading texts, as far as not paid back.
+        self._read = False  # Whether a drafter has read this text.
         self._long = {method: _Record() for method in methods}
         self._ready: set[Arm] = set()
         self._unseen = 0.0  # Seconds since this was looked at.
@@ -201,8 +204,9 @@ class Bandit:
         """Take note that a new text begins, which may be of another kind."""
         for record in self._records.values():
             record.fade(_ANEW)
-        if self._lost > 0 and self._gained > 0:
-            self._lost = 0.0  # One bad text says little about the next.
+        if self._gained > 0:  # One bad text says little about the next.
+            self._lost, self._owed = min(self._lost, 0.0), 0.0
+        self._read = False
 
     def choose(self) -> Arm:
         """Return the arm of the next round."""
@@ -231,6 +235,8 @@ class Bandit:
         if plain is None or self._rounds - plain.round > _STALE:
             return PLAIN
         if self._lost > _ALLOWANCE * plain.seconds:
+            return PLAIN
+        if not self._read and self._owed > _ALLOWANCE * plain.seconds:
             return PLAIN
         arms = [arm for arm in map(self._best_of, self._records) if self._pays(arm)]
         best = max(arms, key=self._hoped, default=PLAIN)  # Of equals, the first method.
@@ -307,12 +313,14 @@ class Bandit:
             credit = -_ALLOWANCE * self._costs[PLAIN].seconds
             paid = _SHARE * (outcome.seconds + outcome.readied)
             self._lost = max(self._lost - paid, min(self._lost, credit))
+            self._owed = max(self._owed - paid, 0.0)
         self._unseen += seconds
         if self._dear and self._ready and self._rounds % _LOOK == 0:
             self._miss(self._unseen)
             self._unseen = 0.0
         if arm == PLAIN:
             return
+        self._read, self._owed = True, self._owed + outcome.readied
         steps = arm.lookahead * outcome.rows
         counts = steps, outcome.proposed, outcome.judged, outcome.accepted
         found = _Record(*map(float, counts))
