@@ -245,8 +245,10 @@ def _plan(
     tiles = _tiles(dtype, max(dim_head, dim_value))
     if form % 8:  # what shapes the scores takes registers: no larger tiles than the blocks
         tiles = tiles._replace(screen_m=tiles.block_m, screen_n=tiles.block_n)
-    if form or drops or not half:
+    if form or drops:
         tiles = tiles._replace(most=Registers())
+    elif not half and tiles.most.threshold:  # powers take more: these are the least without spills
+        tiles = tiles._replace(most=tiles.most._replace(threshold=128))
     sizes = (0, *(window or (0, 0)), heads, heads // heads_kv, seq_q, seq_k,
              *marks_of(shape, seq_k, tiles, n_seq, max_k))  # fmt: skip
     switches = {
