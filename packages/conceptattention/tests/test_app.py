@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -130,5 +131,9 @@ def test_the_page_holds_every_field(demo_pipe):
 
 
 def test_models_that_cannot_be_observed_have_no_page():
-    with pytest.raises(ValueError, match="which no adapter knows"):
-        app.build(type("Pipe", (), {"transformer": None})())
+    for denoiser, message in (
+        (None, "`pipe` must be a diffusers pipeline with a transformer; it has none"),
+        (torch.nn.Linear(1, 1), "transformer of class Linear, which no adapter knows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            app.build(type("Pipe", (), {"transformer": denoiser})())

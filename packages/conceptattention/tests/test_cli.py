@@ -79,6 +79,16 @@ def test_segment_reports_shares(small, tmp_path):
     assert ConceptMaps.load(tmp_path / "maps.npz").values.shape == (1, 2, 32, 32)
 
 
+def test_large_pictures_are_scaled_down(small, tmp_path):
+    path = tmp_path / "in.png"
+    Image.fromarray(np.full((120, 240, 3), 99, np.uint8)).save(path)
+    given = ("--image", str(path), "--concepts", "fish,water", "--output", str(tmp_path))
+    result = run("segment", "--model", "a/b", *given, "--size", "80")
+    assert result.exit_code == 0, result.output
+    assert ConceptMaps.load(tmp_path / "maps.npz").values.shape == (1, 2, 20, 40)
+    assert Image.open(tmp_path / "overlays" / "fish.png").size == (80, 40)
+
+
 @pytest.mark.parametrize(
     ("given", "order"),
     [((), "mean_softmax"), (("--reduce", "softmax_mean"), "softmax_mean")],

@@ -149,13 +149,18 @@ def test_the_embedded_model_gives_the_same_maps_on_a_gpu(dtype, bound):
 
 @pytest.mark.gpu
 def test_compiled_blocks_give_the_same_maps_on_a_gpu():
+    import torch._inductor.config
+
     from conceptattention import ConceptAttention
     from conceptattention.demo.model import load_pipeline
 
     pipe = load_pipeline().to("cuda")
     maps = []
+    # torch 2.11 fails on this model's sizes in that analysis, observed or not.
+    patch = torch._inductor.config.patch({"triton.coalesce_tiling_analysis": False})
     for compiled in (False, True):
-        with ConceptAttention(pipe, ["bee", "grass", "clouds"], kernels="triton") as observer:
+        observer = ConceptAttention(pipe, ["bee", "grass", "clouds"], kernels="triton")
+        with patch, observer:
             if compiled:
                 pipe.transformer.compile_repeated_blocks()
             pipe(

@@ -1,15 +1,17 @@
 """Drafts that begin before the host has read the last round change nothing but the time."""
 
+import itertools
 import random
 
 import pytest
 import torch
 
 from hetero_sd import HeteroSpeculativeDecoder
-from hetero_sd.ahead import Foresight, spell_each
+from hetero_sd.ahead import Foresight, foretell
 from hetero_sd.control import PLAIN, Arm, Bandit
 from hetero_sd.graphs import Answer, GraphRunner
-from hetero_sd.kernels.judge import Line, pick_rules
+from hetero_sd.kernels.judge import Line, Spelling, pick_rules
+from hetero_sd.kernels.judge.reference import bucket_of
 from hetero_sd.testing import make_model
 from hetero_sd.whole import GraphRound
 
@@ -68,9 +70,9 @@ class Counted:
 
         again = GraphRunner.go_on_ahead
 
-        def counted_again(runner, said):
-            self.begun += 1
-            again(runner, said)
+        def counted_again(runner, said, begin):
+            self.begun += begin
+            again(runner, said, begin)
 
         judge = GraphRound.judge
 
@@ -193,14 +195,23 @@ def test_foresight_pays_where_what_is_lost_is_less_than_what_is_hidden():
 def test_each_target_token_in_the_drafters_ids(pairs):
     dec = HeteroSpeculativeDecoder(*pairs["others"], method="tli", lookahead=3)
     encoder, mapping = dec._text.drafter, dec.mapping
-    spelled = spell_each(mapping, encoder, len(mapping.target_bytes)).tolist()
-    for data, found in zip(mapping.target_bytes, spelled, strict=True):
+    spelling = foretell(mapping, encoder, dec._sizes)
+    spelled = spelling.each.tolist()
+    for data, found in zip(mapping.target_bytes, spelled, strict=False):
         ids = [index for index in found if index >= 0]
         if data is not None and ids:
             assert ids == encoder.encode(data)
     assert sum(row[0] >= 0 for row in spelled) > len(spelled) // 2
     assert all(spelled[token][0] == index for token, index in mapping.special.items())
-    assert spell_each(mapping, None, 3).tolist() == [[0], [1], [2]]
+    entries = spelling.joins[spelling.joins[:, :, 0] >= 0]
+    assert len(entries) > 20
+    for left, right, joined in entries.tolist():
+        assert encoder.spell([left, right]) == encoder.spell([joined])
+    where = bucket_of(entries[:, 0].long(), entries[:, 1].long(), len(spelling.joins))
+    assert (spelling.joins[where] == entries[:, None]).all(dim=2).any(dim=1).all()
+    same = foretell(mapping, None, (3, 3))
+    assert same.each.tolist() == [[0], [1], [2]]
+    assert bool((same.joins < 0).all())
 
 
 @pytest.mark.parametrize(
@@ -227,8 +238,14 @@ def test_advance_is_its_twin(longest, steps, pieces, most):
             ragged(vocab, 1, count, max(longest, 1)),
             torch.randperm(count, generator=draw),
         )
-        spelled = ragged(count, 0, vocab, pieces).int()
+        joins = torch.full((16, 4, 3), -1, dtype=torch.int32)
+        for left, right in itertools.product(range(count), repeat=2):
+            if (left + right) % 3 and turn:
+                where = bucket_of(torch.tensor(left), torch.tensor(right), 16)
+                joins[where, right % 4] = torch.tensor([left, right, left ^ right])
+        spelling = Spelling(ragged(count, 0, vocab, pieces).int().to(DEVICE), joins.to(DEVICE))
         board = some(20, rows, 113)
+        board[:, line.last] = some(4, rows)
         board[:, line.columns : line.reach] = some(count, rows, 15)
         board[:, line.reach :] = some(9, rows, 15).sort(dim=1).values
         total = (runs[board[:, line.columns : line.columns + steps]] >= 0).sum(dim=(1, 2))
@@ -243,7 +260,7 @@ def test_advance_is_its_twin(longest, steps, pieces, most):
         for backend in ("triton", "reference"):
             changed = board.to(DEVICE, copy=True)
             advance = pick_rules(DEVICE, backend).advance
-            advance(changed, line, known, spelled.to(DEVICE), steps, most, (30, 40))
+            advance(changed, line, known, spelling, steps, most, (30, 40))
             found.append(changed)
         assert torch.equal(*found)
         assert int(found[0][:, line.last].max()) < most

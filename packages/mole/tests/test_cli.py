@@ -144,6 +144,7 @@ def test_quiet_conversion_shows_no_bar(run, saved, tmp_path):
         (["generate", ""], "`PROMPT` must hold at least one character"),
         (["generate", "A", "--model", "{saved}", "--new-tokens", "99"], "must fit into 64 tokens"),
         (["generate", "A", "--model", "{saved}", "--store", "disk"], "need a model in table form"),
+        (["generate", "A", "--model", "{saved}", "--chat"], "`--chat` needs a tokenizer with a"),
         (["generate", "A", "--model", "{dense}"], "must hold a lookup model (type 'mole')"),
         (["convert", "{dense}", "{tmp}/t"], "its type is 'mole_dense'"),
         (["eval", "{dense}", "{saved}/config.json"], "must hold a tokenizer; it has no"),
@@ -260,6 +261,16 @@ def test_a_model_with_no_end_of_text_or_several(run, make_mole, tmp_path, end):
     assert found["bits_per_byte"] == pytest.approx(found["nats"] / math.log(2))
     done = run("generate", "ABBA", "--model", table, "--temperature", 0, "--new-tokens", 5)
     assert done.exit_code == 0, done.output
+
+
+def test_a_chat_shows_the_answer_alone(run, saved):
+    words = PreTrainedTokenizerFast.from_pretrained(saved)
+    words.chat_template = "{% for m in messages %}Q{{ m['content'] }}{% endfor %}A"
+    words.save_pretrained(saved)
+    given = ("--model", saved, "--temperature", 0, "--new-tokens", 4)
+    plain, chat = run("generate", "QBBA", *given), run("generate", "BB", "--chat", *given)
+    assert plain.exit_code == chat.exit_code == 0, chat.output
+    assert plain.stdout == "Q B B A " + chat.stdout  # the letters are tokens of their own
 
 
 def test_damage_is_reported_in_one_line(run, saved, tmp_path):

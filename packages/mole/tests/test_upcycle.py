@@ -99,11 +99,14 @@ def test_a_llama_from_a_gguf_file(llama, tokens, tmp_path):
         expected = base(tokens).logits
         torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(again(tokens).logits, loaded(tokens).logits)
-    command = ["upcycle", tmp_path, tmp_path / "cli", "--gguf", "base.gguf", "--experts", 2]
-    done = CliRunner().invoke(main, [str(part) for part in command])
-    assert done.exit_code == 0, done.output
-    words = AutoTokenizer.from_pretrained(tmp_path / "cli")
-    assert words("ABBA").input_ids == [58, 1, 0]
+    for output, given in (("cli", [tmp_path, "--gguf", "base.gguf"]), ("file", [path])):
+        command = ["upcycle", *given, tmp_path / output, "--experts", 2]
+        done = CliRunner().invoke(main, [str(part) for part in command])
+        assert done.exit_code == 0, done.output
+        words = AutoTokenizer.from_pretrained(tmp_path / output)
+        assert words("ABBA").input_ids == [58, 1, 0]
+    one, two = (MoleForCausalLM.from_pretrained(tmp_path / name) for name in ("cli", "file"))
+    assert all(map(torch.equal, one.state_dict().values(), two.state_dict().values()))
 
 
 def test_an_upcycled_model_learns_with_its_backbone_frozen(make_config, tokens):

@@ -237,6 +237,10 @@ def generate(
     type=click.IntRange(1),
     help="Noise draws to average.",
 )
+@click.option(
+    "--size", default=1024, show_default=True, type=click.IntRange(8),
+    help="Pictures with a longer side are scaled down to it; the small model inside takes 64 x 64.",
+)  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
 @LAYERS
 @REDUCE
@@ -244,7 +248,7 @@ def generate(
 @OFFLOAD
 def segment(
     model: str, image: Path, concepts: str, prompt: str, output: Path, noise: float, samples: int,
-    seed: int, layers: Any, reduce: str, device: str, offload: str,
+    size: int, seed: int, layers: Any, reduce: str, device: str, offload: str,
 ) -> None:  # fmt: skip
     """Map concepts in a picture that exists already."""
     from .maps import ConceptMaps
@@ -254,6 +258,7 @@ def segment(
     picture = open_picture(image)
     if model == "demo":
         picture = picture.resize((64, 64))
+    picture.thumbnail((size, size))
     maps = run(
         pipe, picture, words(concepts), prompt, t=noise, samples=samples, seed=seed, layers=layers,
         **reading(model, reduce),

@@ -133,6 +133,7 @@ class GraphRunner:
         self._weights: dict[int, Answer] = {}
         self.foresight = Foresight()
         self._took: dict[tuple[Any, ...], float] = {}  # Seconds of a draft.
+        self.fed = [0] * rows  # The last id that each row was fed before it wrote.
         self._last: tuple[tuple[Any, ...], Callable[[int, Tensor | None], None]] | None = None
         self._begun: tuple[Any, ...] | None = None  # What kind of draft was begun ahead,
         self._seen: tuple[tuple[Any, ...], list[list[int]]] | None = None  # and how one would be.
@@ -306,6 +307,7 @@ class GraphRunner:
     ) -> list[int]:
         """Begin a draft by a graph of its kind; return how many ids each row is fed by it."""
         self._last = kind, run
+        self.fed = [feed[-1] if feed else 0 for feed in feeds]
         if max(map(len, feeds)) > WIDTHS[-1]:  # A prompt: all but its end in one pass.
             self.extend([feed[:-1] for feed in feeds], [0] * len(feeds))
             feeds = [feed[-1:] for feed in feeds]
@@ -331,20 +333,22 @@ class GraphRunner:
             self._answer.mark()
         return [len(feed) for feed in feeds]
 
-    def go_on_ahead(self, said: Tensor) -> None:
+    def go_on_ahead(self, said: Tensor, begin: bool = True) -> None:
         """Begin a draft like the last one, before it is known how it has to begin.
 
         Args:
             said: A line for each row that begins as `tell` writes it, when the graphs before have
                 run.
+            begin: If not, only see to it that there is a graph for it.
         """
         assert self._last is not None
         kind, run = self._last
         key = kind, said.data_ptr()
         if key not in self._graphs:
             self._graphs[key] = self.capture(partial(run, self.draft_widths[0], said))
-        self._graphs[key][0].replay()
-        self._begun = kind
+        if begin:
+            self._graphs[key][0].replay()
+            self._begun = kind
 
     @property
     def pays(self) -> bool:

@@ -45,8 +45,8 @@ class Text:
             return both[len(before) :]
         return self.target.encode(data)
 
-    def reach(self, drafted: Sequence[int], tokens: Sequence[int]) -> list[int]:
-        """Return after how many target tokens each drafter token is part of their text.
+    def reach(self, drafted: Sequence[int], tokens: Sequence[int]) -> list[tuple[int, int]]:
+        """Return drafter tokens, each with the number of target tokens that have it in their text.
 
         That is where the bytes of both end together: a drafter token that ends within a target
         token takes as many as the next one that does not, or more than there are.
@@ -55,19 +55,18 @@ class Text:
             drafted: Drafter ids.
             tokens: Target ids of the same text.
         """
-        ours, theirs = self.target.table, self.drafter.table
         ends, size = {}, 0
         for count, token in enumerate(tokens):
-            size += len(ours[token] or b"")
+            size += len(self.target.spell([token]))
             ends[size] = count + 1
         found, size = [], 0
         for index in drafted:
-            size += len(theirs[index] or b"")
+            size += len(self.drafter.spell([index]))
             found.append(ends.get(size, 0))
         later = len(tokens) + 1
         for place in reversed(range(len(found))):
             later = found[place] = found[place] or later
-        return found
+        return list(zip(drafted, found, strict=True))
 
     def retokenise_each(
         self, recent: Sequence[int], drafted: Sequence[int], choices: Sequence[int]
@@ -129,8 +128,8 @@ class ExactText:
             run = text.retokenise(now.recent[row], ids)
             if ended[row] and text.target_eos:
                 run = [*run, text.target_eos[0]]
-            reach = None if ended[row] else text.reach(ids[:-1], run)
-            drafts[row] = Certain(run[:room], reach)
+            kept = None if ended[row] else text.reach(ids[:-1], run)
+            drafts[row] = Certain(run[:room], kept)
         return drafts, drafted
 
     def _write(
@@ -210,6 +209,6 @@ class LastTokenRuns(ExactText):
                 shares = [m if run else 0.0 for m, run in zip(masses[row], runs, strict=True)]
                 if sum(shares) > 0:
                     place = now.chance.pick(shares)
-                    reach = text.reach(ids, runs[place])
-                    drafts[row] = Weighed.among(runs, shares, place, reach)
+                    kept = text.reach(ids, runs[place])
+                    drafts[row] = Weighed.among(runs, shares, place, kept)
         return drafts, sum(map(len, written)) + sum(map(bool, choices))

@@ -28,7 +28,7 @@ from .graphs import (
     pinned,
     seconds_of,
 )
-from .kernels.judge import COLUMNS, DENSE, Law, Line, Warp, pick_rules
+from .kernels.judge import COLUMNS, DENSE, Law, Line, Spelling, Warp, pick_rules
 from .kernels.judge.reference import combine
 from .processors import Processors
 
@@ -93,7 +93,7 @@ class GraphRound:
         drafter: Runner of the drafter, on the same device.
         tables: What each method that a device can draft by itself drafts among.
         processors: What is done to the target's logits; all by scores alone.
-        spelled: Drafter ids of each target token; see `ahead.spell_each`.
+        spelling: How the drafter's tokenizer writes target tokens; see `ahead.foretell`.
 
     Attributes:
         foresight: Whether drafts begin before the host has read the last round.
@@ -105,10 +105,10 @@ class GraphRound:
         drafter: GraphRunner,
         tables: Mapping[str, Table],
         processors: Processors,
-        spelled: Tensor,
+        spelling: Spelling,
     ) -> None:
         self._target, self._drafter, self._tables = target, drafter, tables
-        self._spelled = spelled
+        self._spelling = spelling
         self._process, self._rules = processors, pick_rules(target.device)
         self._warp = processors.warp
         rows, device = target.rows, target.device
@@ -214,17 +214,17 @@ class GraphRound:
         weighed = count > 0 and any(isinstance(draft, Weighed) for draft in drafts)
         with on(self._target.device):
             self._say(pending, (), list(map(len, proposals)), proposals)
-            reaches = [draft.reach for draft in drafts if draft.reach is not None]
-            known = count > 0 and len(reaches) == len(drafts)
+            kept = [draft.kept for draft in drafts if draft.kept is not None]
+            known = count > 0 and len(kept) == len(drafts)
             if known:
-                self._say_reach(reaches)
+                self._say_kept(kept)
             if weighed:
                 self._weights.say(self._target.slots, drafts)
             if not count:
                 self._board.copy_(self._host, non_blocking=True)
             flying = self._fly("weighed" if weighed else "told" if count else "plain", count)
-            if known and ahead and self._drafter.pays:
-                self._drafter.go_on_ahead(self._board)
+            if known:
+                self._drafter.go_on_ahead(self._board, ahead and self._drafter.pays)
         answer = flying.read()
         if known:
             self._drafter.expect(answer)
@@ -281,13 +281,15 @@ class GraphRound:
             if proposals:
                 line[_TOKENS : _TOKENS + len(proposals[row])] = proposals[row]
 
-    def _say_reach(self, reaches: Sequence[list[int]]) -> None:
+    def _say_kept(self, drafts: Sequence[list[tuple[int, int]]]) -> None:
         """Write down what the drafter keeps, by how many of its draft's proposals are accepted."""
-        for row, (slot, reach) in enumerate(zip(self._target.slots, reaches, strict=True)):
-            line, held = self._lines[slot], len(reach)
-            line[LAST], line[PLACES] = 0, self._drafter.lengths[row] - held - 1
-            line[_REACH : _REACH + held] = reach
+        for row, (slot, kept) in enumerate(zip(self._target.slots, drafts, strict=True)):
+            line, held = self._lines[slot], len(kept)
+            line[LAST], line[IDS] = 0, self._drafter.fed[row]
+            line[PLACES] = self._drafter.lengths[row] - held - 1
             line[_REACH + held : _LINE] = MOST + 1  # Never.
+            for place, (index, reach) in enumerate(kept):
+                line[_COLUMNS + place], line[_REACH + place] = index, reach
 
     def _fly(self, method: str, lookahead: int) -> Answer:
         """Begin a verification, and return what its result will be read from."""
@@ -347,8 +349,9 @@ class GraphRound:
                 forth = self._forth[method]
                 began = drafter.lengths[row] + (1 if wide else len(feeds[row]))
                 drafter.lengths[row] = line[PLACES]
-                columns = line[_COLUMNS : _COLUMNS + line[PLACES] - began]
+                columns = line[_COLUMNS : _COLUMNS + lookahead - 1]
                 held = [*feeds[row], *[forth[column] for column in columns]]
+                held = held[: max(len(feeds[row]) + line[PLACES] - began, 0)]
             result.fed.append(held)
         return result
 
@@ -437,7 +440,7 @@ class GraphRound:
             return
         known = None if table is None else (table.forth, table.runs)
         steps, most = lookahead if table is not None else MOST, self._drafter.draft_widths[0]
-        self._rules.advance(board, _BOARD, known, self._spelled, steps, most, self._ends)
+        self._rules.advance(board, _BOARD, known, self._spelling, steps, most, self._ends)
         self._answer.put(board)
 
     def _law(self, method: str, tokens: Tensor, vocab: int) -> Law:
@@ -524,7 +527,7 @@ class Runners:
         names: Sequence[Hashable],
         table: Callable[[str], Table | None],
         processors: Processors,
-        spelled: Callable[[], Tensor],
+        spelling: Callable[[], Spelling],
     ) -> GraphRound:
         """Return the graphs of these runners, methods and processors.
 
@@ -534,7 +537,7 @@ class Runners:
             names: Methods, and what else tells their tables from others'.
             table: Returns what a method drafts among, or None.
             processors: As for `GraphRound`.
-            spelled: Returns what it has beside.
+            spelling: Returns what it has beside.
         """
         key = id(target), id(drafter), processors.key, *names
         if key not in self._rounds:
@@ -542,5 +545,5 @@ class Runners:
                 self._rounds.pop(next(iter(self._rounds)))
             made = {name: table(name) for name in names if isinstance(name, str)}
             tables = {name: one for name, one in made.items() if one is not None}
-            self._rounds[key] = GraphRound(target, drafter, tables, processors, spelled())
+            self._rounds[key] = GraphRound(target, drafter, tables, processors, spelling())
         return self._rounds[key]

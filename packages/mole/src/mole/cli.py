@@ -9,6 +9,7 @@ import click
 
 from .__about__ import __version__
 from .folders import (
+    chat_prompt,
     check_new,
     copy_tokenizer,
     find_device,
@@ -257,6 +258,21 @@ def verify(table: Path, model: Path | None) -> None:
     show_default=True,
     help="0 takes the likeliest token every time.",
 )
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=0),
+    default=50,
+    show_default=True,
+    help="Draw from that many likeliest tokens; 0 for all.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Draw from the likeliest tokens that have this share together.",
+)
+@click.option("--chat", is_flag=True, help="Put PROMPT into the tokenizer's chat template.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
 @_where
 def generate(
@@ -264,17 +280,21 @@ def generate(
     model: Path | None,
     new_tokens: int,
     temperature: float,
+    top_k: int,
+    top_p: float,
+    chat: bool,
     seed: int,
     store: str,
     cache: int,
     device: str,
     dtype: str,
 ) -> None:
-    """Continue PROMPT with a model in either form."""
+    """Continue PROMPT with a model in either form; on a terminal the text comes as it is made."""
     if not prompt:
         raise ValueError("`PROMPT` must hold at least one character; got an empty text.")
     quiet()
     import torch
+    from transformers import TextStreamer
 
     from fourfold_common import seed_everything
 
@@ -284,7 +304,10 @@ def generate(
         load_lookup(ASSETS / "mole" if model is None else model, dtype), store, cache, device
     )
     tokenizer = load_tokenizer(ASSETS / "tokenizer" if model is None else model)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(loaded.device)
+    if chat:
+        prompt = chat_prompt(tokenizer, prompt)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).input_ids
+    ids = ids.to(loaded.device)
     limit = loaded.config.max_position_embeddings
     if ids.shape[1] + new_tokens > limit:
         raise ValueError(
@@ -293,16 +316,21 @@ def generate(
         )
     seed_everything(seed)
     end = loaded.config.eos_token_id
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    live = sys.stdout.isatty()
+    streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True) if live else None
     with torch.inference_mode():
         found = loaded.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
             pad_token_id=end[0] if isinstance(end, list) else end,
-            **({"do_sample": False} | sampling),
+            streamer=streamer,
+            **(sampling if temperature else {"do_sample": False}),
         )
-    click.echo(tokenizer.decode(found[0], skip_special_tokens=True))
+    if streamer is None:
+        made = found[0, ids.shape[1] if chat else 0 :]
+        click.echo(tokenizer.decode(made, skip_special_tokens=True))
 
 
 @main.command()
@@ -391,7 +419,8 @@ def train(
     words = None
     if tokenizer is not None or (model is not None and any(model.glob("tokenizer*"))):
         words = AutoTokenizer.from_pretrained(tokenizer or model)
-    tokens = load_tokens(list(data), trained.config.vocab_size, words)
+    shown = progress and PartialState().is_main_process
+    tokens = load_tokens(list(data), trained.config.vocab_size, words, progress=shown)
     run(
         trained,
         tokens,
@@ -464,7 +493,7 @@ def evaluate(
         longest = loaded.config.max_position_embeddings
         if context is not None and context > longest:
             raise ValueError(f"`--context` must be at most {longest}, the model's; got {context}.")
-        tokens = load_tokens(list(data), loaded.config.vocab_size, words)
+        tokens = load_tokens(list(data), loaded.config.vocab_size, words, progress=progress)
         losses = window_losses(
             loaded, tokens, min(context or longest, len(tokens)), progress=progress
         )

@@ -76,6 +76,19 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def chat_prompt(tokenizer: Any, prompt: str) -> str:
+    """Return a user's words as the model was taught to read them.
+
+    Raises:
+        ValueError: The tokenizer has no chat template.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("`--chat` needs a tokenizer with a chat template; this one has none.")
+    words = [{"role": "user", "content": prompt}]
+    text: str = tokenizer.apply_chat_template(words, tokenize=False, add_generation_prompt=True)
+    return text
+
+
 def find_device(name: str) -> Any:
     """Return the device that `--device` names."""
     from fourfold_common import pick_device
@@ -116,6 +129,7 @@ def copy_tokenizer(source: Path, gguf: str | None, target: Path) -> None:
 
 
 __all__ = [
+    "chat_prompt",
     "check_new",
     "copy_tokenizer",
     "find_device",

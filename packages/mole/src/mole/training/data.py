@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
 
@@ -44,13 +45,16 @@ def texts(path: Path) -> Iterator[str]:
             yield text
 
 
-def load_tokens(paths: list[Path], vocab: int, tokenizer: Any = None) -> Int[Tensor, " total"]:
+def load_tokens(
+    paths: list[Path], vocab: int, tokenizer: Any = None, *, progress: bool = False
+) -> Int[Tensor, " total"]:
     """Return the ids of all files in one row; every text is followed by the end-of-text id.
 
     Args:
         paths: Text files (see `texts`), or `.npy` files of ids.
         vocab: Number of ids of the model.
         tokenizer: A transformers tokenizer; only `.npy` files do without.
+        progress: Show how many characters were turned into ids.
 
     Raises:
         ValueError: A file holds no ids, ids that are not in the vocabulary, or text without a
@@ -58,6 +62,7 @@ def load_tokens(paths: list[Path], vocab: int, tokenizer: Any = None) -> Int[Ten
         OSError: A file cannot be read.
     """
     parts = []
+    bar = tqdm(desc="reading text", unit="char", unit_scale=True, delay=1, disable=not progress)
     for path in paths:
         if path.suffix == ".npy":
             import numpy
@@ -69,12 +74,11 @@ def load_tokens(paths: list[Path], vocab: int, tokenizer: Any = None) -> Int[Ten
             raise ValueError(f"`tokenizer` must be given to read text; {path} is no .npy file.")
         else:
             end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-            rows = [
-                torch.tensor(
-                    tokenizer(text, add_special_tokens=False).input_ids + end, dtype=torch.int32
-                )
-                for text in texts(path)
-            ]
+            rows = []
+            for text in texts(path):
+                found = tokenizer(text, add_special_tokens=False).input_ids + end
+                rows.append(torch.tensor(found, dtype=torch.int32))
+                bar.update(len(text))
             ids = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32)
         if not len(ids):
             raise ValueError(f"{path} holds no tokens.")
@@ -85,6 +89,7 @@ def load_tokens(paths: list[Path], vocab: int, tokenizer: Any = None) -> Int[Ten
                 f"got {low} to {high}. Is the tokenizer the model's?"
             )
         parts.append(ids if isinstance(ids, Tensor) else torch.from_numpy(ids.astype("int32")))
+    bar.close()
     if not parts:
         raise ValueError("`paths` must name at least one file.")
     return torch.cat(parts)
