@@ -14,7 +14,6 @@ from sentences import said
 from tables import ROOT, TABLES
 
 PAGES = [
-    ROOT / "README.md",
     ROOT / "docs/adasplash/index.md",
     ROOT / "packages/adasplash/README.md",
     ROOT / "packages/adasplash/benchmarks/README.md",

@@ -256,6 +256,45 @@ def masks() -> str:
     return table("<mask | density | forward | with backward", rows)
 
 
+def rows_of(file: str) -> list[Case]:
+    """Return the rows of a file that is not of `Results`."""
+    return json.loads((RESULTS / file).read_text(encoding="utf-8"))["rows"]
+
+
+def alphas() -> str:
+    """Return forwards at other alphas, with a look behind the last step and without."""
+    rows = []
+    for row in rows_of("alphas_h200.json"):
+        if "alpha" in row:
+            found = [min(row[f"forward, {how} {turn}"] for turn in (0, 1))
+                     for how in ("looks", "trust")]  # fmt: skip
+            rows.append([f"{row['alpha']:g}", f"{row['n']:,}", f"{row['d']}", f"{row['gain']:g}",
+                         *map(ms, found)])  # fmt: skip
+    return table("alpha | tokens | head size | strength of topics | with the look | without", rows)
+
+
+def registers() -> str:
+    """Return what limits of registers do at other alphas and under dropout."""
+    found = rows_of("alphas_h200.json")
+    at = {
+        "alpha 1.25": found[0], "alpha 1.25, head size 128": found[1],
+        "dropout": next(row for row in found if row.get("option") == "dropout"),
+    }  # fmt: skip
+    chosen = (
+        ("alpha 1.25", "threshold", 128), ("alpha 1.25", "output", 128),
+        ("alpha 1.25", "queries", 168), ("alpha 1.25", "keys", 168),
+        ("alpha 1.25, head size 128", "threshold", 128),
+        ("dropout", "screen", 168), ("dropout", "output", 128), ("dropout", "queries", 168),
+    )  # fmt: skip
+    names = {"screen": "screening", "queries": "delta and dQ", "keys": "dK and dV"}
+    rows = [
+        [names.get(part, part), option, ms(at[option][f"_{part}_kernel None"]), str(most),
+         ms(at[option][f"_{part}_kernel {most}"])]
+        for option, part, most in chosen
+    ]  # fmt: skip
+    return table("<kernel | <option | no limit | limit | with it", rows)
+
+
 def gpt2() -> str:
     """Return losses and steps of the two GPT-2 models."""
     rows = []
@@ -379,6 +418,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "density 0.1": lambda: densities(0.1),
     "density 1": lambda: densities(1.0),
     "other inputs": others, "summary": summary, "goals": goals, "kernels": kernels,
-    "masks": masks, "errors": errors, "options": options, "upstream": upstream, "dense": dense,
+    "masks": masks, "alphas": alphas, "registers": registers,
+    "errors": errors, "options": options, "upstream": upstream, "dense": dense,
     "decode": decode, "demo": demo, "gpt2": gpt2, "encoder": encoder, "empty": empty,
 }  # fmt: skip

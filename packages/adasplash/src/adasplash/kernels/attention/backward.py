@@ -397,7 +397,7 @@ def launch_backward(
         launch(
             _keys_kernel, slots * k.shape[0] * k.shape[1], kind,
             *sources, rows, dk, dv, *numbers, width, dim_head, dim_value, **constants,
-            num_stages=tiles.keys_stages,
+            num_stages=tiles.keys_stages, maxnreg=tiles.most.keys,
         )  # fmt: skip
     sums = (tau.new_empty(0) if x is rows else x.sum(-1) for x in (dalpha, dslope))
     dbias = bias_gradient(problem, grad, active, rows) if bias_grad else tau.new_empty(0)

@@ -43,6 +43,7 @@ class Registers(NamedTuple):
     threshold: int | None = None
     output: int | None = None
     queries: int | None = None
+    keys: int | None = None
 
 
 class Tiles(NamedTuple):
@@ -60,12 +61,29 @@ class Tiles(NamedTuple):
     queries_stages: int
     keys_stages: int
     most: Registers = Registers()
+    powers: Registers = Registers()  # instead of it, for alphas other than 1.5
+    drops: Registers = Registers()  # under dropout
 
 
 # By the padded head size; float32 products need twice the room.
 _HALF = {
-    64: Tiles(64, 64, 4, 2, 2, 128, 128, 4, 3, 2, 3, Registers(168, 72, 128, 168)),
-    128: Tiles(64, 64, 4, 2, 3, 128, 128, 8, 2, 2, 2),
+    64: Tiles(
+        64,
+        64,
+        4,
+        2,
+        2,
+        128,
+        128,
+        4,
+        3,
+        2,
+        3,
+        Registers(168, 72, 128, 168),
+        powers=Registers(168, 128, 128, 168, 168),
+        drops=Registers(168, None, 128, 168),
+    ),
+    128: Tiles(64, 64, 4, 2, 3, 128, 128, 8, 2, 2, 2, powers=Registers(threshold=128)),
     256: Tiles(64, 32, 8, 2, 2, 64, 64, 4, 2, 2, 2),
 }
 _FULL = {
@@ -245,8 +263,10 @@ def _plan(
     tiles = _tiles(dtype, max(dim_head, dim_value))
     if form % 8:  # what shapes the scores takes registers: no larger tiles than the blocks
         tiles = tiles._replace(screen_m=tiles.block_m, screen_n=tiles.block_n)
-    if form or drops or not half:
+    if form or (drops and not half):
         tiles = tiles._replace(most=Registers())
+    elif drops or not half:
+        tiles = tiles._replace(most=tiles.drops if drops else tiles.powers)
     sizes = (0, *(window or (0, 0)), heads, heads // heads_kv, seq_q, seq_k,
              *marks_of(shape, seq_k, tiles, n_seq, max_k))  # fmt: skip
     switches = {
