@@ -284,10 +284,8 @@ def generate(
     top_p: float,
     chat: bool,
     seed: int,
-    store: str,
-    cache: int,
-    device: str,
     dtype: str,
+    **where: Any,
 ) -> None:
     """Continue PROMPT with a model in either form; on a terminal the text comes as it is made."""
     if not prompt:
@@ -300,9 +298,7 @@ def generate(
 
     from .demo import ASSETS
 
-    loaded = place(
-        load_lookup(ASSETS / "mole" if model is None else model, dtype), store, cache, device
-    )
+    loaded = place(load_lookup(ASSETS / "mole" if model is None else model, dtype), **where)
     tokenizer = load_tokenizer(ASSETS / "tokenizer" if model is None else model)
     if chat:
         prompt = chat_prompt(tokenizer, prompt)
@@ -465,10 +461,8 @@ def evaluate(
     task: str,
     context: int | None,
     progress: bool,
-    store: str,
-    cache: int,
-    device: str,
     dtype: str,
+    **where: Any,
 ) -> None:
     """Measure the loss of a model on text.
 
@@ -484,7 +478,7 @@ def evaluate(
     from .training.data import load_tokens, texts
 
     register()
-    loaded = place(load_any(model, dtype), store, cache, device)
+    loaded = place(load_any(model, dtype), **where)
     words = load_tokenizer(model)
     if task == "cloze":
         passages = [text for path in data for text in texts(path)]
