@@ -221,7 +221,8 @@ def convert(
     type=click.Path(path_type=Path),
     help="Model in expert form that the table should have been made from.",
 )
-def verify(table: Path, model: Path | None) -> None:
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+def verify(table: Path, model: Path | None, progress: bool) -> None:
     """Check every byte of a table.
 
     TABLE is the folder of a model in table form, or of its `lut`.
@@ -230,7 +231,8 @@ def verify(table: Path, model: Path | None) -> None:
     from .conversion import verify as verify_table
 
     folder = table / "lut" if (table / "lut").is_dir() else table
-    meta = verify_table(folder, None if model is None else load_lookup(model, "auto"))
+    loaded = None if model is None else load_lookup(model, "auto")
+    meta = verify_table(folder, loaded, progress=progress)
     click.echo(
         f"{folder} is intact: {len(meta.crcs)} checksums, format {meta.format}, "
         f"fingerprint {meta.fingerprint[:16]}..."
