@@ -118,7 +118,7 @@ def lowest(found: list[Case]) -> list[Case]:
 
 def options() -> str:
     """Return the times of options beside softmax attention with the same option."""
-    files = {64: "options_h200.json", 128: "options_before_h200.json"}
+    files = {64: "options_h200.json", 128: "options_128_h200.json"}
     rows = []
     for name in dict.fromkeys(c["parameters"]["option"] for c in cases(files[64])):
         cells = [NAMES.get(name, name)]

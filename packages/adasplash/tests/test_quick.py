@@ -42,6 +42,24 @@ def test_a_guess_of_delta_from_some_blocks_is_mended(device):
         assert relative_error(x, y) < 4e-3
 
 
+@pytest.mark.parametrize("alpha", [1.05, 1.25, 1.7, 2.0])
+def test_the_last_step_of_other_alphas_needs_no_look_at_where_it_ends(alpha, device, monkeypatch):
+    q, k, v, _ = _far(2.0, device)
+    alphas = torch.full((1, 2), alpha, device=device)
+
+    plain = (q, k, v, None, alphas, SCALE, False, None)
+    z = (q.double() @ k.double().mT) * (SCALE * (alpha - 1))
+
+    def off():
+        tau = forward.launch_forward(*plain)[1].double()
+        sums = (z - tau[..., None]).clamp_min(0).pow(1 / (alpha - 1)).sum(-1)
+        return (sums - 1).abs().max()
+
+    assert off() < 1e-4 * (1 + 1 / (alpha - 1))  # what a look takes for good
+    monkeypatch.setitem(solver.TRUST, torch.float16, 1e3)  # any step is the last
+    assert off() > 1e-3
+
+
 @pytest.mark.parametrize("size", [0.02, 1.0, 8.0])
 def test_the_output_goes_on_where_the_threshold_stopped_too_early(size, device, monkeypatch):
     q, k, v, grad = _far(size, device)

@@ -251,6 +251,33 @@ def goals() -> str:
     return rows_of(["goal", "measured", ""], cells, 3)
 
 
+def shelf() -> str:
+    """Two pretrained models, each drafting for the other."""
+    rows = []
+    names = {"SmolLM2-135M-Instruct": "Gemma 3 270M", "Gemma 3 270M": "SmolLM2-135M-Instruct"}
+    for setting, found in load("off-the-shelf-cpu.json").items():
+        row = [setting.target, names[setting.target], setting.decoding]
+        for method in ("tli 3", "slem 3", "slrs 3"):
+            row += [figure(found[method][m]) for m in ("acceptance", "block efficiency")]
+        rows.append(row)
+    header = ["target", "drafter", "decoding", "`tli` acceptance", "tokens a pass"]
+    return rows_of([*header, "`slem`", "tokens a pass", "`slrs`", "tokens a pass"], rows, 3)
+
+
+def demo() -> str:
+    """What the demo's drafts brought."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for case in json.loads((RESULTS / "demo-cpu.json").read_text("utf-8"))["cases"]:
+        key = case["parameters"]["decoding"], case["provider"]
+        found.setdefault(key, {})[case["metric"]] = case["median"]
+    rows = [
+        [decoding, f"`{who}`", figure(figures["block efficiency"]), figure(figures["acceptance"])]
+        for (decoding, who), figures in found.items()
+        if "acceptance" in figures
+    ]
+    return rows_of(["decoding", "", "block efficiency (tokens/pass)", "acceptance"], rows, 2)
+
+
 def load_cases(name: str, metric: str) -> dict[str, float]:
     """Return one metric of a file by contender."""
     cases = json.loads((RESULTS / name).read_text("utf-8"))["cases"]
@@ -263,7 +290,7 @@ def spread(values: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-TABLES = {make.__name__: make for make in (contenders, prompts, pairs, loop, goals)}
+TABLES = {make.__name__: make for make in (contenders, prompts, pairs, loop, goals, shelf, demo)}
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 

@@ -5,9 +5,11 @@ import itertools
 import random
 
 import pytest
+import torch
 
 from hetero_sd import HeteroSpeculativeDecoder, requests, rounds
 from hetero_sd.control import LADDER, PLAIN, Arm, Bandit, Outcome
+from hetero_sd.decoder import _rows_captured
 from hetero_sd.testing import make_model
 
 
@@ -265,7 +267,11 @@ def test_what_was_prepared_is_ready(tokenizers, models, monkeypatch, method, loo
     settings = {"method": method, "lookahead": lookahead, "backend": "cudagraph"}
     fresh, dec = (HeteroSpeculativeDecoder(*parts, **settings) for _ in range(2))
     options = {"do_sample": True, "top_k": 0}
+    with pytest.raises(ValueError, match="`rows` must be 1 or more; got 0"):
+        dec.prepare(0)
+    state = torch.get_rng_state()
     assert dec.prepare(2, **options) > 0
+    assert torch.equal(torch.get_rng_state(), state)
     policy = dec._policies[False, 2]
     if method == "auto":
         assert policy._ready == {Arm(name, 3) for name in ("tli", "slrs", "slem")}
@@ -279,3 +285,25 @@ def test_what_was_prepared_is_ready(tokenizers, models, monkeypatch, method, loo
     assert (
         dec.generate(text, max_new_tokens=9).tokens == fresh.generate(text, max_new_tokens=9).tokens
     )
+
+
+def test_batches_of_like_sizes_share_their_graphs(tokenizers, models, monkeypatch):
+    from hetero_sd.graphs import GraphRunner
+
+    captured, capture = [], GraphRunner.capture
+    monkeypatch.setattr(
+        GraphRunner, "capture", lambda *args: captured.append(args) or capture(*args)
+    )
+    kinds = "byte-level", "sentencepiece"
+    parts = [models[k] for k in kinds] + [tokenizers[k] for k in kinds]
+    settings = {"method": "tli", "lookahead": 2}
+    dec = HeteroSpeculativeDecoder(*parts, **settings, backend="cudagraph")
+    alone = HeteroSpeculativeDecoder(*parts, **settings, backend="eager")
+    texts = [f"the {word} sat on the mat and ran over a hill." for word in ["cat", "dog", "hill"]]
+    counts = []
+    for batch in ([*texts, texts[0]], texts):
+        made = dec.generate(batch, max_new_tokens=12)
+        assert made.tokens == [alone.generate(t, max_new_tokens=12).new_tokens for t in batch]
+        counts.append(len(captured))
+    assert counts[0] == counts[1] > 0
+    assert [_rows_captured(n) for n in (1, 2, 3, 5, 8, 9, 17)] == [1, 2, 4, 8, 8, 16, 24]

@@ -114,6 +114,19 @@ def test_columns_of_several_ids_are_cut_by_their_sums():
     assert int(rough.sum()) <= int(exact.sum()) + 2  # and next to none stays that may go.
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("warp", WARPS)
+def test_short_lines_are_cut_by_one_program(kind, warp):
+    """Of numbers that agree in 16 bits all stay, so that none goes that may stay."""
+    z = (lines(150, seed=2)[:, 3:147] * 2).to(kind)
+    rough = allowed(RULES.cut(z, None, z.shape[1], warp, exact=False), z.float())
+    exact = allowed(TWIN.cut(z.double(), None, z.shape[1], warp), z.double())
+    assert bool((rough | ~exact).all())
+    least = z.float().masked_fill(~exact, math.inf).amin(dim=1, keepdim=True)
+    near = z.float() >= least - least.abs() / 128
+    assert bool((near | ~rough).all())
+
+
 @pytest.mark.parametrize(
     "chain",
     [

@@ -49,6 +49,26 @@ def test_rows_of_a_batch_are_what_each_is_alone(pair):
     assert together.tokens == [dec.generate(text, max_new_tokens=30).new_tokens for text in PROMPTS]
 
 
+@pytest.mark.parametrize("method", ["tli", "slem", "slrs", "c-slrs"])
+def test_drafts_that_begin_ahead_change_no_text(pair, method, monkeypatch):
+    from hetero_sd.ahead import Foresight
+
+    texts = []
+    for ahead in (False, True):
+        monkeypatch.setattr(Foresight, "pays", lambda _, seconds, ahead=ahead: ahead)
+        dec = HeteroSpeculativeDecoder(*pair, method=method, lookahead=3)
+        for options in ({}, {"do_sample": True, "temperature": 0.7, "top_k": 0}):
+            for prompts in (PROMPTS, PROMPTS[0]):
+                draws = torch.Generator("cuda").manual_seed(0)
+                made = dec.generate(prompts, max_new_tokens=60, generator=draws, **options)
+                texts.append(made.tokens)
+        kept = dec._kept._rounds.values()
+        foresights = {f for whole in kept for f in (whole.foresight, whole._drafter.foresight)}
+        assert sum(f.foreseen for f in foresights) > 5
+        assert sum(f.missed for f in foresights) > 5
+    assert texts[:4] == texts[4:]
+
+
 @pytest.mark.parametrize(
     ("method", "options", "wrong"),
     [

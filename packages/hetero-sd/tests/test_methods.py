@@ -195,6 +195,10 @@ def test_law_by_graphs(pairs, monkeypatch, caplog, method, verification, options
     )
     assert "no CUDA graphs" not in caplog.text
     assert 0.05 < made.stats.acceptance < 0.99
+    if method == "standard":  # Drafts that began before the host had read the last round.
+        (foresight,) = (kept.foresight for kept in dec._kept._rounds.values())
+        assert foresight.foreseen
+        assert not foresight.missed
     wanted = law_of_target(dec, prompt, options, length=3)
     place = {key: i for i, key in enumerate(wanted)}
     counts = torch.zeros(len(wanted), dtype=torch.float64)

@@ -241,7 +241,7 @@ def test_report_on_two_tokenizers(tokenizers):
     assert report.space
     assert report.lossy == ()
     assert 0 < report.target_coverage < 0.5
-    assert report.suggestion.startswith("slrs for sampling, slem for greedy")
+    assert report.suggestion.startswith("slrs for sampling, slem for greedy decoding: only")
     assert "| shared | " in str(report)
     one = " ".join(sentences(30))
     assert inspect_vocab(tokenizers["byte-level"], tokenizers["sentencepiece"], one) == (

@@ -209,7 +209,7 @@ def attention_forward(
             raise ValueError("the model's alphas were learned; call `load_alpha(model, folder)`.")
     options: dict[str, Any] = {
         "alpha": alpha() if isinstance(alpha, AlphaParam) else alpha,
-        "is_causal": causal, "scale": scaling, "softcap": softcap, "dropout_p": dropout,
+        "is_causal": bool(causal), "scale": scaling, "softcap": softcap, "dropout_p": dropout,
     }  # fmt: skip
     if sliding_window is not None:
         options["window"] = (sliding_window - 1, 0 if causal else sliding_window - 1)

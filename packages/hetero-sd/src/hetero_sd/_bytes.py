@@ -114,6 +114,22 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     return table
 
 
+def canonical(tokenizer: Any, table: list[bytes | None]) -> dict[bytes, int]:
+    """Return one id for each byte string; a byte-fallback token only where there is no other."""
+    chosen: dict[bytes, int] = {}
+    fallbacks = []
+    for index, spelled in enumerate(table):
+        if spelled is None:
+            continue
+        if len(spelled) == 1 and tokenizer.convert_ids_to_tokens(index) == f"<0x{spelled[0]:02X}>":
+            fallbacks.append((spelled, index))
+        else:
+            chosen.setdefault(spelled, index)
+    for spelled, index in fallbacks:
+        chosen.setdefault(spelled, index)
+    return chosen
+
+
 def unfinished_tail(data: bytes) -> int:
     """Return how many bytes at the end may be the start of a longer UTF-8 character.
 
@@ -142,6 +158,7 @@ class ByteEncoder:
 
     def __init__(self, tokenizer: Any, table: list[bytes | None]) -> None:
         self.table = table
+        self.ids = canonical(tokenizer, table)
         self._backend = tokenizer.backend_tokenizer
         self._single = {
             spelled[0]: index

@@ -154,10 +154,11 @@ class DrafterMemory:
             if len(context.ids) - self._dropped[row] + room > self._limit:
                 self._dropped[row] = max(len(context.ids) - self._limit // 2, 0)
                 held.clear()
+            there = min(len(held), self._runner.lengths[row])
             # What was held agrees with the context up to where that has changed since.
             ids, start = context.ids, self._dropped[row]
-            place = max(min(context.kept - start, len(held)), 0)
-            end = min(len(held), len(ids) - start)
+            place = max(min(context.kept - start, there), 0)
+            end = min(there, len(ids) - start)
             while place < end and held[place] == ids[start + place]:
                 place += 1
             keep.append(min(place, len(ids) - start - 1))

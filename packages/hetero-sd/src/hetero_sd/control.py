@@ -26,6 +26,7 @@ _RECENT = 15  # Rounds of an arm whose times are kept,
 _FIRST = 2  # how many it takes to believe them,
 _STALE = 160  # and rounds of any arm after which they are out of date.
 _LOOK = 8  # Rounds from one look at what is not ready to the next.
+_CLEAR = 1.05  # By what factor an arm must beat plain decoding for its next draft to begin early.
 _OUTLIER = 2.0  # An arm's first round counts for no more than so many as were expected.
 
 
@@ -138,6 +139,10 @@ class Fixed:
         """Return the arm of the next round."""
         return self._arm
 
+    def steady(self, arm: Arm) -> bool:
+        """Return whether the next round is likely to be of the same arm."""
+        return True
+
     def learn(self, arm: Arm, outcome: Outcome) -> None:
         """Take note of a round."""
 
@@ -204,6 +209,15 @@ class Bandit:
         arm = self._choose()
         self.history.append(arm)
         return arm
+
+    def steady(self, arm: Arm) -> bool:
+        """Return whether the next round is likely to be of the same arm.
+
+        A draft that began early for nothing would be paid by the round after it, and a plain round
+        look as dear as a drafted one.
+        """
+        rates = self.rates()
+        return arm in rates and rates[arm] > _CLEAR * rates[PLAIN]
 
     @property
     def hopeful(self) -> bool:

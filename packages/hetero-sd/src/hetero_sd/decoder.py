@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ._bytes import ByteEncoder
-from .ahead import spell_each
+from .ahead import foretell
 from .chance import Chance
 from .checks import (
     check_choice,
@@ -31,6 +31,7 @@ from .devices import input_device
 from .drafting import Method, Table
 from .generation import Generation, run_all, sequences_of, whole_tokens
 from .graphs import MARGIN, GraphRunner
+from .kernels.judge import Spelling
 from .llama import why_not_llama
 from .requests import Prepared, prepare, prompt_rows, read_request, rows_of
 from .rounds import Rounds
@@ -38,7 +39,7 @@ from .runners import Runner, make_runner
 from .runs import TokenRuns
 from .shared import SharedTokens, find_head
 from .texts import ExactText, LastTokenRuns, Text
-from .vocab import map_vocabularies, same_vocabularies
+from .vocab import SAMPLE, map_vocabularies, same_vocabularies
 from .warming import Tour
 from .whole import Runners
 
@@ -47,6 +48,11 @@ _logger.addHandler(logging.NullHandler())
 
 _BACKENDS = ("auto", "eager", "cudagraph")
 _PROMPT = 24  # Ids of a prompt that goes in one pass, as most do, and by no graph.
+
+
+def _rows_captured(rows: int) -> int:
+    """Return the rows of the graphs that serve so many: few sizes are captured for many batches."""
+    return 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
 
 
 class HeteroSpeculativeDecoder:
@@ -62,8 +68,8 @@ class HeteroSpeculativeDecoder:
         target_tokenizer: The target's fast tokenizer.
         drafter_tokenizer: The drafter's fast tokenizer.
         method: How to draft. `"tli"` uses the tokens that both vocabularies hold, and suits
-            sampling; `"slem"` drafts text and turns it into target tokens, and suits greedy
-            decoding; `"slrs"` uses the drafter's whole vocabulary with exact probabilities;
+            sampling and GPUs; `"slem"` drafts text and turns it into target tokens, and suits
+            greedy decoding on a CPU; `"slrs"` uses the drafter's whole vocabulary with exact probabilities;
             `"c-slrs"` weighs the drafter's last token among its best; `"slrs-plain"` lets a drafter
             of bytes or characters spell; `"standard"` needs one vocabulary, and so `"tli"` then is
             the same. `"auto"` measures which is fastest, plain decoding among them.
@@ -236,9 +242,11 @@ class HeteroSpeculativeDecoder:
         return SpelledTokens(self._text, self.mapping, self._sizes[1], self._drafter_place)
 
     @cached_property
-    def _spelled_each(self) -> Tensor:
+    def _spelling(self) -> Spelling:
+        """The drafter ids that target tokens are taken for until the host has looked."""
         encoder = None if self._same else self._text.drafter
-        return spell_each(self.mapping, encoder, self._sizes[0]).to(self._drafter_place)
+        found = foretell(self.mapping, encoder, self._sizes)
+        return Spelling(*(part.to(self._drafter_place) for part in found))
 
     def _method(self, name: str) -> Method:
         makers: dict[str, Callable[[], Method]] = {
@@ -254,8 +262,8 @@ class HeteroSpeculativeDecoder:
     def _table(self, name: str) -> Table | None:
         """Return what a device needs to draft by itself; None where the host is needed."""
         if name in ("tli", "standard"):
-            return self._shared.table(self._spelled_each)
-        return self._runs.table(self._spelled_each) if name == "slrs" else None
+            return self._shared.table(self._sizes[0])
+        return self._runs.table() if name == "slrs" else None
 
     def _methods_to_try(self, greedy: bool) -> list[str]:
         if self.method != "auto":
@@ -263,11 +271,14 @@ class HeteroSpeculativeDecoder:
         if self._same:
             return ["standard"]
         shared = ["tli"] if len(self.mapping.keep) else []
-        # A greedy proposal needs no law: the whole vocabulary by SLEM, or shared tokens, which save
-        # a wait for a GPU; without one they save work only where they are few.
-        if greedy and not self._graphs and 2 * len(self.mapping.keep) > self._sizes[1]:
-            shared = []
-        return ["slem", *shared] if greedy else [*shared, "slrs", "slem"]
+        if not greedy:
+            return [*shared, "slrs", "slem"]
+        # A greedy proposal needs no law. On a GPU shared tokens are drafted while the host still
+        # reads the last round; without one they save work only where they are few.
+        most = 2 * len(self.mapping.keep) > self._sizes[1]
+        if self._graphs and most:
+            return [*shared, "slem"]
+        return ["slem"] if most else ["slem", *shared]
 
     def _policy(self, greedy: bool, rows: int) -> Fixed | Bandit:
         """Return the choice of method and lookahead, which goes on learning between calls.
@@ -344,12 +355,14 @@ class HeteroSpeculativeDecoder:
             **options: Those of the generations to come, such as `do_sample` and `top_p`.
 
         Raises:
-            ValueError: As for `generate`.
+            ValueError: `rows` is below 1, or as for `generate`.
         """
+        if rows < 1:
+            raise ValueError(f"`rows` must be 1 or more; got {rows}.")
         begun = time.perf_counter()
-        prompt = (self.target_eos[:1] or [0]) * _PROMPT
+        prompt = self.target_tokenizer(SAMPLE)["input_ids"][:_PROMPT]
         limit = getattr(self.target.config, "max_position_embeddings", None) or length
-        room = max(min(length, limit) - _PROMPT, 1)
+        room = max(min(length, limit) - len(prompt), 1)
         given = {**options, "max_new_tokens": room, "eos_token_id": []}
         prepared = self._prepare([prompt] * rows, given)
         greedy = not prepared.config.do_sample
@@ -357,7 +370,8 @@ class HeteroSpeculativeDecoder:
         methods = self._methods_to_try(greedy) if self.lookahead != 0 else []
         steps = LADDER[2] if self.lookahead == "auto" else int(self.lookahead)
         tour = Tour([Arm(method, steps) for method in methods], policy)
-        course: Any = self._rounds(prepared, None, None, tour).run()
+        chance = torch.Generator(self._place).manual_seed(0)  # The caller's is left alone.
+        course: Any = self._rounds(prepared, None, chance, tour).run()
         for _ in course:
             if tour.over:
                 break
@@ -542,7 +556,14 @@ class HeteroSpeculativeDecoder:
             together = target.device == drafter.device
             if together and request.processors.by_score:
                 names = *sorted(methods), self._block
-                whole = self._kept.round(target, drafter, names, self._table, request.processors)
+                whole = self._kept.round(
+                    target,
+                    drafter,
+                    names,
+                    self._table,
+                    request.processors,
+                    lambda: self._spelling,
+                )
                 whole.begin(request.chance)
 
             def at_end() -> None:
@@ -555,7 +576,9 @@ class HeteroSpeculativeDecoder:
 
     def _runner(self, model: Any, rows: int, length: int) -> Runner:
         if self._graphs:
-            return self._kept.take(model, rows, length + MARGIN)
+            runner = self._kept.take(model, _rows_captured(rows), length + MARGIN)
+            runner.select(range(rows))
+            return runner
         return make_runner(model, rows, self.backend)
 
     def _context(self, chat: list[int]) -> Context:

@@ -51,8 +51,6 @@ class Table:
         runs: Target tokens of each column, padded with −1, shape `(columns, longest)`.
         column_of: Column of each target id in int32, −1 where it has none, shape `(vocab,)`;
             missing unless each column is a target id of its own.
-        spelled: Drafter ids that each target id most likely is in the drafter's context, in int32,
-            padded with −1, shape `(vocab, pieces)`; see `ahead.spell_each`.
         block: Whether drafts may be judged as blocks.
     """
 
@@ -61,7 +59,6 @@ class Table:
     forth: Tensor
     runs: Tensor
     column_of: Tensor | None
-    spelled: Tensor
     block: bool
 
 

@@ -34,9 +34,16 @@ class Draft(Protocol):
 
 @dataclass(frozen=True)
 class Certain:
-    """Proposals that were certain, given what is known."""
+    """Proposals that were certain, given what is known.
+
+    Attributes:
+        tokens: Target ids.
+        kept: Drafter ids that they come from and that the drafter has gone on from, each with how
+            many of them it takes; missing where that is not known.
+    """
 
     tokens: list[int] = field(default_factory=list)
+    kept: list[tuple[int, int]] | None = None
 
     def judge(self, p: Tensor, chance: Chance) -> tuple[int, Tensor]:
         """See `Draft`."""
@@ -95,19 +102,28 @@ class Weighed:
         tokens: Target ids.
         laws: The probability of each token that might have been there, for each proposal; those
             of one proposal add up to 1.
+        kept: As of `Certain`.
     """
 
     tokens: list[int]
     laws: list[dict[int, float]]
+    kept: list[tuple[int, int]] | None = None
 
     @classmethod
-    def among(cls, runs: Sequence[Sequence[int]], masses: Sequence[float], chosen: int) -> Weighed:
+    def among(
+        cls,
+        runs: Sequence[Sequence[int]],
+        masses: Sequence[float],
+        chosen: int,
+        kept: list[tuple[int, int]] | None = None,
+    ) -> Weighed:
         """Return a run that was drawn among several, as `acceptance.verify_runs` weighs it.
 
         Args:
             runs: Target ids of each run.
             masses: Probability of each, up to a factor.
             chosen: The one drawn.
+            kept: As of `Certain`.
         """
         laws: list[dict[int, float]] = []
         alive = list(zip(runs, masses, strict=True))
@@ -119,7 +135,7 @@ class Weighed:
             total = sum(law.values())
             laws.append({other: mass / total for other, mass in law.items()})
             alive = [(run, m) for run, m in alive if len(run) > depth and run[depth] == token]
-        return cls(list(runs[chosen]), laws)
+        return cls(list(runs[chosen]), laws, kept)
 
     def dense(self, like: Tensor) -> Tensor:
         """Return the laws over the whole vocabulary, of the type, device and last size given."""

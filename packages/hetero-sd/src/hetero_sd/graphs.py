@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .ahead import Foresight
 from .devices import on
 from .kernels.judge import pick_rules
 from .llama import LlamaBody
@@ -19,7 +20,6 @@ from .processors import Processors
 
 _logger = logging.getLogger(__name__)
 WIDTHS = (1, 2, 4, 6, 8, 12, 16)  # Tokens of a row in one graph, where a graph is for any number.
-DRAFT_WIDTHS = (4, 16)  # The same of a draft's first pass: a small model's time is not width's.
 MOST = WIDTHS[-1] - 1  # Ids that a draft may have.
 MARGIN = 2 * WIDTHS[-1]  # Cache entries beyond a text that drafts and padding may touch.
 # What the host says of a row's draft: the place of the last id fed, ids, their positions, and those
@@ -48,6 +48,17 @@ class _Call:
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor of the host's whose copy to a device need not be waited for."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def seconds_of(graph: Any, device: torch.device) -> float:
+    """Return the seconds that a graph takes on a CUDA device; 0 on others."""
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    graph.replay()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
 
 
 class Answer:
@@ -103,6 +114,8 @@ class GraphRunner:
         self.body = body = LlamaBody(model)
         self.device = body.weight.device
         self.rows, self.capacity = rows, capacity
+        # Of a draft's first pass: up to 16 ids in all, a small model's time is not theirs.
+        self.draft_widths = (4 if rows <= 4 else 2), WIDTHS[-1]
         shape = len(body.layers), rows, body.kv_heads, capacity, body.dim_head
         self.keys = torch.zeros(shape, dtype=body.weight.dtype, device=self.device)
         self.values = torch.zeros_like(self.keys)
@@ -118,6 +131,12 @@ class GraphRunner:
         self._written = torch.zeros(WIDTHS[-1], rows, dtype=torch.long, device=self.device)
         self._answer = Answer(WIDTHS[-1], rows, self.device)
         self._weights: dict[int, Answer] = {}
+        self.foresight = Foresight()
+        self._took: dict[tuple[Any, ...], float] = {}  # Seconds of a draft.
+        self.fed = [0] * rows  # The last id that each row was fed before it wrote.
+        self._last: tuple[tuple[Any, ...], Callable[[int, Tensor | None], None]] | None = None
+        self._begun: tuple[Any, ...] | None = None  # What kind of draft was begun ahead,
+        self._seen: tuple[tuple[Any, ...], list[list[int]]] | None = None  # and how one would be.
         self._rules = pick_rules(self.device)
         self._ids = torch.arange(len(body.head.weight), device=self.device)
         self._row = torch.arange(rows, device=self.device)
@@ -128,6 +147,7 @@ class GraphRunner:
         """Begin anew with all rows."""
         self.slots = list(range(self.rows))
         self.lengths = [0] * self.rows
+        self._last = self._begun = self._seen = None
 
     def forward(self, ids: Tensor, places: Tensor, extent: int | None = None) -> Tensor:
         """Return the last hidden states of all rows; ids and places are `(rows, width)`."""
@@ -235,7 +255,7 @@ class GraphRunner:
         counts = [count if feed else 0 for count, feed in zip(counts, feeds, strict=True)]
         steps = max(steps, *counts)
         kind = "draft", steps, 0 if among is None else among.data_ptr()
-        fed = self._draft(kind, feeds, lambda width: self._run_draft(width, steps, among))
+        fed = self._draft(kind, feeds, lambda w, said: self._run_draft(w, said, steps, among))
         for row, count in enumerate(counts):
             self.lengths[row] += fed[row] + max(count - 1, 0)
         slots = list(self.slots)
@@ -261,7 +281,7 @@ class GraphRunner:
         fed = self._draft(
             ("weighed", steps, top, processors.key),
             feeds,
-            lambda width: self._run_draft(width, steps, None, (processors, top)),
+            lambda w, said: self._run_draft(w, said, steps, None, (processors, top)),
         )
         answer.mark()
         for row, feed in enumerate(feeds):
@@ -283,28 +303,87 @@ class GraphRunner:
         self,
         kind: tuple[Any, ...],
         feeds: Sequence[Sequence[int]],
-        run: Callable[[int], None],
+        run: Callable[[int, Tensor | None], None],
     ) -> list[int]:
         """Begin a draft by a graph of its kind; return how many ids each row is fed by it."""
+        self._last = kind, run
+        self.fed = [feed[-1] if feed else 0 for feed in feeds]
         if max(map(len, feeds)) > WIDTHS[-1]:  # A prompt: all but its end in one pass.
             self.extend([feed[:-1] for feed in feeds], [0] * len(feeds))
             feeds = [feed[-1:] for feed in feeds]
         self._check(max(map(len, feeds)))
+        if self._foreseen(kind, feeds):
+            with on(self.device):
+                self._answer.mark()
+            return list(map(len, feeds))
         if len(self.slots) < self.rows:  # The end of what ended rows were fed may lie beyond.
             self._lines[:] = 0
         for slot, feed, length in zip(self.slots, feeds, self.lengths, strict=True):
             self.tell(self._lines[slot], length, feed)
-        width = next(w for w in DRAFT_WIDTHS if w >= max(map(len, feeds)))
+        width = next(w for w in self.draft_widths if w >= max(map(len, feeds)))
         with on(self.device):
             if (kind, width) not in self._graphs:  # All widths at once, none in a later text.
                 last = self._lines[:, LAST].copy()
                 self._lines[:, LAST] = 0  # A place that each width has.
-                for other in DRAFT_WIDTHS if self.device.type == "cuda" else (width,):
-                    self._graphs[kind, other] = self.capture(partial(run, other))
+                for other in self.draft_widths if self.device.type == "cuda" else (width,):
+                    self._graphs[kind, other] = self.capture(partial(run, other, None))
                 self._lines[:, LAST] = last
+                self._took[kind] = seconds_of(self._graphs[kind, width][0], self.device)
             self._graphs[kind, width][0].replay()
             self._answer.mark()
         return [len(feed) for feed in feeds]
+
+    def go_on_ahead(self, said: Tensor, begin: bool = True) -> None:
+        """Begin a draft like the last one, before it is known how it has to begin.
+
+        Args:
+            said: A line for each row that begins as `tell` writes it, when the graphs before have
+                run.
+            begin: If not, only see to it that there is a graph for it.
+        """
+        assert self._last is not None
+        kind, run = self._last
+        key = kind, said.data_ptr()
+        if key not in self._graphs:
+            self._graphs[key] = self.capture(partial(run, self.draft_widths[0], said))
+        if begin:
+            self._graphs[key][0].replay()
+            self._begun = kind
+
+    @property
+    def pays(self) -> bool:
+        """Whether a draft like the last one should begin ahead."""
+        return self._last is not None and self.foresight.pays(self._took.get(self._last[0], 0.0))
+
+    def expect(self, lines: list[list[int]]) -> None:
+        """Take note of how a draft like the last one would begin, or has begun.
+
+        Args:
+            lines: A line for each row of the cache, as `tell` writes it.
+        """
+        if self._last is not None:
+            self._seen = self._last[0], lines
+        if self._begun is not None:  # It has overwritten what lies behind.
+            self.crop([lines[slot][PLACES] for slot in self.slots])
+        self.foresight.read()
+
+    def _foreseen(self, kind: tuple[Any, ...], feeds: Sequence[Sequence[int]]) -> bool:
+        """Return whether a draft has been begun just so."""
+        begun, self._begun, seen, self._seen = self._begun, None, self._seen, None
+        if seen is None:
+            return False
+        hit = seen[0] == kind and all(
+            self.begins(seen[1][slot], row, feed)
+            for row, (slot, feed) in enumerate(zip(self.slots, feeds, strict=True))
+            if feed
+        )
+        self.foresight.see(hit)
+        return hit and begun == kind
+
+    def begins(self, line: list[int], row: int, feed: Sequence[int]) -> bool:
+        """Return whether a line says that a row is fed these ids, behind what it holds."""
+        held, ids = line[PLACES], line[IDS : IDS + line[LAST] + 1]
+        return held == self.lengths[row] and ids == list(feed)
 
     def _padded(self, feeds: Sequence[Sequence[int]], width: int) -> Tensor:
         """Return ids and places of all slots, shape `(2, rows, width)`."""
@@ -336,12 +415,15 @@ class GraphRunner:
     def _run_draft(
         self,
         width: int,
+        said: Tensor | None,
         steps: int,
         among: Tensor | None,
         weighed: tuple[Processors, int] | None = None,
     ) -> None:
         """Draft by the likeliest ids; the last one is only weighed, where that is asked for."""
-        self._said.copy_(self._host, non_blocking=True)
+        if said is None:
+            said = self._said
+            said.copy_(self._host, non_blocking=True)
         columns = torch.empty(self.rows, dtype=torch.long, device=self.device)
         parts = None if among is None else among[:, None]
 
@@ -358,7 +440,7 @@ class GraphRunner:
             self._rules.pick(logits, parts, forth, columns, self._written[step])
             return self._written[step]
 
-        self.go_on(self._said, width, steps, choose)
+        self.go_on(said, width, steps, choose)
         self._answer.put(self._written)
 
     def _result(

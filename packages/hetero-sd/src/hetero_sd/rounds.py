@@ -276,7 +276,8 @@ class Rounds:
         ahead = policy.choose() if arm == PLAIN and self._chainable() else None
         counts = self._counts()
         written = [(row, len(row.new)) for row in self.rows]
-        finish = self._begin(arm, ahead == PLAIN)
+        alike = ahead == PLAIN if arm == PLAIN else policy.steady(arm)
+        finish = self._begin(arm, alike)
         spent = clock() - begun
         return _Course(arm, finish, ahead, counts, setup, spent, readied, written)
 
@@ -325,18 +326,18 @@ class Rounds:
     def _timed(self, what: str) -> _Timed:
         return _Timed(self.stats.seconds, what, self._request.clock)
 
-    def _begin(self, arm: Arm, ahead: bool) -> Callable[[], list[list[int]]]:
+    def _begin(self, arm: Arm, alike: bool) -> Callable[[], list[list[int]]]:
         """Begin a round as far as nothing is to be waited for, and return what finishes it."""
         if self._whole is not None and arm.lookahead and not self._in_step():
             with self._timed("verify"):  # All of a prompt but its end, so that the device does
                 held = zip(self.rows, self._target.lengths, strict=True)  # the round as a whole.
                 self._target.extend([row.ids[n:-1] for row, n in held], [0 for _ in self.rows])
         if self._fits(arm):
-            return self._play(arm, ahead)
+            return self._play(arm, alike)
         if not arm.lookahead:
             return lambda: self._verify([Certain() for _ in self.rows])
         drafts = self._draft(arm)
-        return lambda: self._verify(drafts())
+        return lambda: self._verify(drafts(), alike)
 
     def _setup_seconds(self) -> float:
         """Time spent so far on what is done once, such as capturing graphs."""
@@ -354,8 +355,8 @@ class Rounds:
         pairs = zip(self.rows, self._target.lengths, strict=True)
         return all(len(row.ids) == length + 1 for row, length in pairs)
 
-    def _play(self, arm: Arm, ahead: bool) -> Callable[[], list[list[int]]]:
-        """Begin a round as a whole, and the next one if that is plain too."""
+    def _play(self, arm: Arm, alike: bool) -> Callable[[], list[list[int]]]:
+        """Begin a round as a whole, and the next one if that is of the same kind."""
         memory = self._memory
         assert self._whole is not None
         rooms = [0 for _ in self.rows]
@@ -370,7 +371,7 @@ class Rounds:
             pending = [row.ids[-1] for row in self.rows]
             lookahead = arm.lookahead if any(feeds) else 0
             try:
-                wait = self._whole.play(arm.method, pending, feeds, rooms, lookahead, ahead)
+                wait = self._whole.play(arm.method, pending, feeds, rooms, lookahead, alike)
             except RuntimeError as error:
                 _logger.debug("no CUDA graphs: %s", error)
                 self._whole = None
@@ -437,10 +438,10 @@ class Rounds:
 
         return drafts
 
-    def _verify(self, drafts: list[Draft]) -> list[list[int]]:
+    def _verify(self, drafts: list[Draft], alike: bool = False) -> list[list[int]]:
         """Run the target over the proposals and return the tokens that it settles."""
         with self._timed("verify"):
-            if (settled := self._judge(drafts)) is not None:
+            if (settled := self._judge(drafts, alike)) is not None:
                 return self._take(drafts, settled)
             feeds = [
                 row.ids[held:] + draft.tokens
@@ -454,7 +455,7 @@ class Rounds:
             self._target.crop(keep)
         return new
 
-    def _judge(self, drafts: list[Draft]) -> list[tuple[int, int]] | None:
+    def _judge(self, drafts: list[Draft], alike: bool) -> list[tuple[int, int]] | None:
         """Return how many proposals are accepted, and the next token, as the device judges them.
 
         None where it cannot.
@@ -464,7 +465,7 @@ class Rounds:
         known = [draft for draft in drafts if isinstance(draft, Certain | Weighed)]
         if len(known) < len(drafts) or any(len(draft.tokens) >= WIDEST for draft in known):
             return None
-        return self._whole.judge([row.ids[-1] for row in self.rows], known)
+        return self._whole.judge([row.ids[-1] for row in self.rows], known, alike)
 
     def _take(self, drafts: Sequence[Draft], settled: Sequence[tuple[int, int]]) -> list[list[int]]:
         """Append what was settled to the rows, and return it."""

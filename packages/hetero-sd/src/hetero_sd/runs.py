@@ -56,10 +56,10 @@ class TokenRuns:
         self._place = {index: place for place, index in enumerate(usable)}
         self._all = len(usable) == drafter_size
 
-    def table(self, spelled: Tensor) -> Table:
-        """Return what a graph needs to draft by itself; see `Table.spelled`."""
+    def table(self) -> Table:
+        """Return what a graph needs to draft by itself."""
         among = None if self._all else self.usable[:, None]
-        return Table(None, among, self.usable, self.runs, None, spelled, False)
+        return Table(None, among, self.usable, self.runs, None, False)
 
     def draft(self, now: Situation) -> tuple[list[Draft], int]:
         """See `Method`."""

@@ -55,11 +55,11 @@ class SharedTokens:
         whole = torch.arange(len(weight), device=weight.device)
         self.head = weight if torch.equal(self.keep, whole) else weight[self.keep]
 
-    def table(self, spelled: Tensor) -> Table:
-        """Return what a graph needs to draft by itself; see `Table.spelled`."""
+    def table(self, vocab: int) -> Table:
+        """Return what a graph needs to draft by itself, for a target's head of so many rows."""
         device, kept = self.kept_target.device, self.kept_target
         forth = torch.tensor([self._forth[token] for token in kept.tolist()], device=device)
-        column_of = torch.full((len(spelled),), -1, dtype=torch.int32, device=device)
+        column_of = torch.full((vocab,), -1, dtype=torch.int32, device=device)
         column_of[kept] = torch.arange(len(kept), dtype=torch.int32, device=device)
         among = None if self.head is not None else self.keep[:, None]
         if self.column is not None:
@@ -69,8 +69,7 @@ class SharedTokens:
                 ids[column].append(name)
             most = max(map(len, ids))
             among = torch.tensor([i + [-1] * (most - len(i)) for i in ids], device=device)
-        runs = kept[:, None].contiguous()
-        return Table(self.head, among, forth, runs, column_of, spelled, self._block)
+        return Table(self.head, among, forth, kept[:, None].contiguous(), column_of, self._block)
 
     def shared_logits(self, logits: Tensor) -> Tensor:
         """Return logits over `kept_target` out of what the drafter gave, shape `(rows, kept)`."""

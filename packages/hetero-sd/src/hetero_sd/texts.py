@@ -45,6 +45,29 @@ class Text:
             return both[len(before) :]
         return self.target.encode(data)
 
+    def reach(self, drafted: Sequence[int], tokens: Sequence[int]) -> list[tuple[int, int]]:
+        """Return drafter tokens, each with the number of target tokens that have it in their text.
+
+        That is where the bytes of both end together: a drafter token that ends within a target
+        token takes as many as the next one that does not, or more than there are.
+
+        Args:
+            drafted: Drafter ids.
+            tokens: Target ids of the same text.
+        """
+        ends, size = {}, 0
+        for count, token in enumerate(tokens):
+            size += len(self.target.spell([token]))
+            ends[size] = count + 1
+        found, size = [], 0
+        for index in drafted:
+            size += len(self.drafter.spell([index]))
+            found.append(ends.get(size, 0))
+        later = len(tokens) + 1
+        for place in reversed(range(len(found))):
+            later = found[place] = found[place] or later
+        return list(zip(drafted, found, strict=True))
+
     def retokenise_each(
         self, recent: Sequence[int], drafted: Sequence[int], choices: Sequence[int]
     ) -> list[list[int]]:
@@ -105,7 +128,8 @@ class ExactText:
             run = text.retokenise(now.recent[row], ids)
             if ended[row] and text.target_eos:
                 run = [*run, text.target_eos[0]]
-            drafts[row] = Certain(run[:room])
+            kept = None if ended[row] else text.reach(ids[:-1], run)
+            drafts[row] = Certain(run[:room], kept)
         return drafts, drafted
 
     def _write(
@@ -184,5 +208,7 @@ class LastTokenRuns(ExactText):
                 runs = [run[:room] for run in runs]
                 shares = [m if run else 0.0 for m, run in zip(masses[row], runs, strict=True)]
                 if sum(shares) > 0:
-                    drafts[row] = Weighed.among(runs, shares, now.chance.pick(shares))
+                    place = now.chance.pick(shares)
+                    kept = text.reach(ids, runs[place])
+                    drafts[row] = Weighed.among(runs, shares, place, kept)
         return drafts, sum(map(len, written)) + sum(map(bool, choices))

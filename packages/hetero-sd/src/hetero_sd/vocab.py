@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._bytes import ByteEncoder, token_bytes, tokenizer_kind, tokenizer_state
+from ._bytes import ByteEncoder, canonical, token_bytes, tokenizer_kind, tokenizer_state
 from .checks import check_tokenizer
 
 
@@ -52,22 +52,6 @@ def _contents(tokenizer: Any) -> dict[str, int]:
         for index, entry in tokenizer.added_tokens_decoder.items()
         if entry.special
     }
-
-
-def _canonical(tokenizer: Any, table: list[bytes | None]) -> dict[bytes, int]:
-    """Return one id for each byte string; a byte-fallback token only where there is no other."""
-    chosen: dict[bytes, int] = {}
-    fallbacks = []
-    for index, spelled in enumerate(table):
-        if spelled is None:
-            continue
-        if len(spelled) == 1 and tokenizer.convert_ids_to_tokens(index) == f"<0x{spelled[0]:02X}>":
-            fallbacks.append((spelled, index))
-        else:
-            chosen.setdefault(spelled, index)
-    for spelled, index in fallbacks:
-        chosen.setdefault(spelled, index)
-    return chosen
 
 
 def same_vocabularies(target_tokenizer: Any, drafter_tokenizer: Any) -> bool:
@@ -113,7 +97,7 @@ def map_vocabularies(
     target_size = len(target_table) if target_size is None else target_size
     drafter_size = len(drafter_table) if drafter_size is None else drafter_size
     target_eos, drafter_eos = list(target_eos), list(drafter_eos)
-    by_bytes = _canonical(target_tokenizer, target_table)
+    by_bytes = canonical(target_tokenizer, target_table)
     pairs = {
         index: by_bytes[spelled]
         for index, spelled in enumerate(drafter_table)
@@ -135,7 +119,7 @@ def map_vocabularies(
         back.setdefault(start[1], start[0])
     kept = sorted((d, t) for d, t in pairs.items() if d < drafter_size and t < target_size)
     keep, to_target = zip(*kept, strict=True) if kept else ((), ())
-    written = _canonical(drafter_tokenizer, drafter_table[:drafter_size])
+    written = canonical(drafter_tokenizer, drafter_table[:drafter_size])
     to_drafter: dict[int, int] = {}
     for index, token in kept:
         spelled = drafter_table[index]
@@ -205,8 +189,7 @@ class VocabReport:
         return self.to_markdown()
 
 
-_MOST = 0.9  # Share of running tokens from which TLI's block verification outweighs the rest.
-_SAMPLE = (
+SAMPLE = (
     "The quick brown fox jumps over the lazy dog. It was 7:45 on 31 December 2026,\n"
     "and nobody in the café had noticed that the naïve plan cost $1,200 too much.\n\n"
     "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n\n"
@@ -234,7 +217,7 @@ def inspect_vocab(
     for name, tokenizer in (("target", target_tokenizer), ("drafter", drafter_tokenizer)):
         check_tokenizer(name, tokenizer)
     corpus = [corpus] if isinstance(corpus, str) else corpus
-    texts = [_SAMPLE] if corpus is None else [text for text in corpus if text]
+    texts = [SAMPLE] if corpus is None else [text for text in corpus if text]
     if not texts:
         raise ValueError("`corpus` must hold at least one text that is not empty; got none.")
     ends = [
@@ -262,10 +245,10 @@ def inspect_vocab(
     share = f"{target_coverage:.0%} of the target's running tokens are shared"
     if not targets:
         suggestion = "slem: no token is shared"
-    elif target_coverage < _MOST:
-        suggestion = f"slrs for sampling, slem for greedy decoding: {share}"
+    elif target_coverage < 0.5:
+        suggestion = f"slrs for sampling, slem for greedy decoding: only {share}"
     else:
-        suggestion = f"tli for sampling, slem for greedy decoding: {share}"
+        suggestion = f"tli for sampling and on a GPU, slem for greedy decoding on a CPU: {share}"
     return VocabReport(
         target_size=len(mapping.target_bytes),
         drafter_size=len(mapping.drafter_bytes),

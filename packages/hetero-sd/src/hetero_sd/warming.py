@@ -17,8 +17,8 @@ class Tour(Fixed):
 
     def __init__(self, arms: Sequence[Arm], policy: Fixed | Bandit) -> None:
         super().__init__(PLAIN)
-        # Twice each: a round after the first one may take other steps than that.
-        self._left = [PLAIN, PLAIN, *(arm for arm in arms for _ in range(2))]
+        # Several times each: a round after the first one may take other steps, or propose nothing.
+        self._left = [PLAIN, PLAIN, *(arm for arm in arms for _ in range(3))]
         self._policy = policy
 
     @property

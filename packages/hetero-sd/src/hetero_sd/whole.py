@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,7 +17,6 @@ from .drafting import Table
 from .drafts import Certain, Weighed
 from .graphs import (
     DRAFT_LINE,
-    DRAFT_WIDTHS,
     IDS,
     LAST,
     LATER,
@@ -28,21 +26,24 @@ from .graphs import (
     Answer,
     GraphRunner,
     pinned,
+    seconds_of,
 )
-from .kernels.judge import COLUMNS, DENSE, Law, Line, Warp, pick_rules
+from .kernels.judge import COLUMNS, DENSE, Law, Line, Spelling, Warp, pick_rules
 from .kernels.judge.reference import combine
 from .processors import Processors
 
 # A row's line on the board that host and device share, after what the host says of its draft: the
 # target's one id, proposals, their positions and how many count; then what the device says: how
-# many it accepts, the next token, how many there are, and the columns drafted.
+# many it accepts, the next token, how many there are, and the columns drafted. Where the host wrote
+# the proposals, it says what was drafted, and after how many proposals each of it is accepted.
 _PENDING = DRAFT_LINE
 _TOKENS = _PENDING + 1
 _PLACES = _TOKENS + MOST
 _LIMIT = _PLACES + MOST + 1
 _ACCEPTED, _FOLLOWING, _TOTAL = range(_LIMIT + 1, _LIMIT + 4)
 _COLUMNS = _TOTAL + 1
-_LINE = _COLUMNS + MOST
+_REACH = _COLUMNS + MOST
+_LINE = _REACH + MOST
 _BOARD = Line(
     last=LAST,
     ids=IDS,
@@ -50,10 +51,12 @@ _BOARD = Line(
     later=LATER,
     pending=_PENDING,
     target_places=_PLACES,
+    tokens=_TOKENS,
     limit=_LIMIT,
     accepted=_ACCEPTED,
     following=_FOLLOWING,
     columns=_COLUMNS,
+    reach=_REACH,
     width=MOST + 1,
 )
 _AHEAD = 0  # Instead of a width: of a draft that begins with what the device has found itself.
@@ -90,6 +93,7 @@ class GraphRound:
         drafter: Runner of the drafter, on the same device.
         tables: What each method that a device can draft by itself drafts among.
         processors: What is done to the target's logits; all by scores alone.
+        spelling: How the drafter's tokenizer writes target tokens; see `ahead.foretell`.
 
     Attributes:
         foresight: Whether drafts begin before the host has read the last round.
@@ -101,8 +105,10 @@ class GraphRound:
         drafter: GraphRunner,
         tables: Mapping[str, Table],
         processors: Processors,
+        spelling: Spelling,
     ) -> None:
         self._target, self._drafter, self._tables = target, drafter, tables
+        self._spelling = spelling
         self._process, self._rules = processors, pick_rules(target.device)
         self._warp = processors.warp
         rows, device = target.rows, target.device
@@ -166,8 +172,9 @@ class GraphRound:
             feeds: Ids that the drafter has not seen; none where nothing is drafted.
             limits: How many proposals of each row may count; 0 where nothing is drafted.
             lookahead: Drafter tokens to draft, 0 to 15.
-            ahead: Whether the next round will be plain too, as this one is: it begins before the
-                result of this one is read, which the device goes on from by itself.
+            ahead: Whether the next round will be of the same kind: it begins before the result of
+                this one is read, which the device goes on from by itself. For plain rounds it must
+                be, of others the draft alone begins, and a wrong guess costs time.
         """
         begun, self._begun = self._begun, None
         with on(self._target.device):
@@ -176,9 +183,10 @@ class GraphRound:
                 if not foreseen or begun != (method, lookahead):
                     self._say(pending, feeds, limits)
                     width = min(max(map(len, feeds)), MOST + 1)
-                    self._draft(method, next(w for w in DRAFT_WIDTHS if w >= width), lookahead)
+                    widths = self._drafter.draft_widths
+                    self._draft(method, next(w for w in widths if w >= width), lookahead)
                 self._flying, flying = None, self._fly(method, lookahead)
-                if self.foresight.pays(self._took.get((method, lookahead), 0.0)):
+                if ahead and self.foresight.pays(self._took.get((method, lookahead), 0.0)):
                     self._draft_graphs[method, _AHEAD, lookahead].replay()
                     self._begun = method, lookahead
             else:
@@ -190,13 +198,14 @@ class GraphRound:
         return lambda: self._settled(flying.read(), method, feeds, lookahead)
 
     def judge(
-        self, pending: Sequence[int], drafts: Sequence[Certain | Weighed]
+        self, pending: Sequence[int], drafts: Sequence[Certain | Weighed], ahead: bool = False
     ) -> list[tuple[int, int]]:
         """Verify proposals; return how many are accepted, and the next token.
 
         Args:
             pending: As for `play`.
             drafts: Of each row, with at most 15 proposals.
+            ahead: Whether the drafter will draft as it has: it begins before the result is read.
         """
         self.land()
         proposals = [draft.tokens for draft in drafts]
@@ -205,12 +214,20 @@ class GraphRound:
         weighed = count > 0 and any(isinstance(draft, Weighed) for draft in drafts)
         with on(self._target.device):
             self._say(pending, (), list(map(len, proposals)), proposals)
+            kept = [draft.kept for draft in drafts if draft.kept is not None]
+            known = count > 0 and len(kept) == len(drafts)
+            if known:
+                self._say_kept(kept)
             if weighed:
                 self._weights.say(self._target.slots, drafts)
             if not count:
                 self._board.copy_(self._host, non_blocking=True)
             flying = self._fly("weighed" if weighed else "told" if count else "plain", count)
+            if known:
+                self._drafter.go_on_ahead(self._board, ahead and self._drafter.pays)
         answer = flying.read()
+        if known:
+            self._drafter.expect(answer)
         return [self._verdict(answer[slot], row) for row, slot in enumerate(self._target.slots)]
 
     def _foreseen(
@@ -235,14 +252,10 @@ class GraphRound:
     def _row_foreseen(
         self, line: list[int], row: int, pending: int, feed: list[int], limit: int
     ) -> bool:
-        held = self._drafter.lengths[row], self._target.lengths[row]
-        if (line[_PENDING], line[_PLACES], line[_LIMIT]) != (pending, held[1], limit):
+        length = self._target.lengths[row]
+        if (line[_PENDING], line[_PLACES], line[_LIMIT]) != (pending, length, limit):
             return False
-        if not feed:  # Nothing counts that is drafted.
-            return limit == 0
-        count = line[LAST] + 1
-        fits = count <= DRAFT_WIDTHS[0] and line[PLACES] == held[0]
-        return fits and line[IDS : IDS + count] == feed
+        return self._drafter.begins(line, row, feed) if feed else limit == 0
 
     def _say(
         self,
@@ -267,6 +280,16 @@ class GraphRound:
             line[_LIMIT] = limits[row]
             if proposals:
                 line[_TOKENS : _TOKENS + len(proposals[row])] = proposals[row]
+
+    def _say_kept(self, drafts: Sequence[list[tuple[int, int]]]) -> None:
+        """Write down what the drafter keeps, by how many of its draft's proposals are accepted."""
+        for row, (slot, kept) in enumerate(zip(self._target.slots, drafts, strict=True)):
+            line, held = self._lines[slot], len(kept)
+            line[LAST], line[IDS] = 0, self._drafter.fed[row]
+            line[PLACES] = self._drafter.lengths[row] - held - 1
+            line[_REACH + held : _LINE] = MOST + 1  # Never.
+            for place, (index, reach) in enumerate(kept):
+                line[_COLUMNS + place], line[_REACH + place] = index, reach
 
     def _fly(self, method: str, lookahead: int) -> Answer:
         """Begin a verification, and return what its result will be read from."""
@@ -326,24 +349,24 @@ class GraphRound:
                 forth = self._forth[method]
                 began = drafter.lengths[row] + (1 if wide else len(feeds[row]))
                 drafter.lengths[row] = line[PLACES]
-                columns = line[_COLUMNS : _COLUMNS + line[PLACES] - began]
+                columns = line[_COLUMNS : _COLUMNS + lookahead - 1]
                 held = [*feeds[row], *[forth[column] for column in columns]]
+                held = held[: max(len(feeds[row]) + line[PLACES] - began, 0)]
             result.fed.append(held)
         return result
 
     def _draft(self, method: str, width: int, lookahead: int) -> None:
-        key = method, width, lookahead
+        key, drafter = (method, width, lookahead), self._drafter
         if key not in self._draft_graphs:  # All widths at once, and none in a later text.
             last = self._lines[:, LAST].copy()
             self._lines[:, LAST] = 0  # A place that each width has.
-            on_gpu = self._drafter.device.type == "cuda"
-            for other in (*DRAFT_WIDTHS, _AHEAD) if on_gpu else (width, _AHEAD):
-                self._draft_graphs[method, other, lookahead], _ = self._drafter.capture(
+            widths = drafter.draft_widths if drafter.device.type == "cuda" else (width,)
+            for other in (*widths, _AHEAD):
+                self._draft_graphs[method, other, lookahead], _ = drafter.capture(
                     partial(self._run_draft, method, other, lookahead)
                 )
-            if on_gpu:
-                self._took[method, lookahead] = _seconds_of(self._draft_graphs[key])
             self._lines[:, LAST] = last
+            self._took[method, lookahead] = seconds_of(self._draft_graphs[key], drafter.device)
         self._draft_graphs[key].replay()
 
     def _run_draft(self, method: str, width: int, lookahead: int) -> None:
@@ -367,7 +390,7 @@ class GraphRound:
             self._rules.pick(logits, among, table.forth, column, self._next, draws, left)
             return self._next
 
-        drafter.go_on(self._board, width or DRAFT_WIDTHS[0], lookahead, choose)
+        drafter.go_on(self._board, width or drafter.draft_widths[0], lookahead, choose)
 
     def _laws(self, method: str) -> tuple[Tensor, Tensor]:
         """Return scores and their logarithmic sums for each step of a draft."""
@@ -415,9 +438,9 @@ class GraphRound:
             board[:, _PLACES] += 1
             board[:, _PENDING] = board[:, _FOLLOWING]
             return
-        if table is not None:
-            known = table.forth, table.runs, table.spelled
-            self._rules.advance(board, _BOARD, *known, lookahead, self._ends)
+        known = None if table is None else (table.forth, table.runs)
+        steps, most = lookahead if table is not None else MOST, self._drafter.draft_widths[0]
+        self._rules.advance(board, _BOARD, known, self._spelling, steps, most, self._ends)
         self._answer.put(board)
 
     def _law(self, method: str, tokens: Tensor, vocab: int) -> Law:
@@ -435,14 +458,6 @@ class GraphRound:
         laid = table.runs, self._origin[:, : tokens.shape[1]], self._board[:, _TOTAL]
         self._rules.spread(scores, norms, self._columns, *laid, law, mass)
         return Law(DENSE, law, mass, table.forth)
-
-
-def _seconds_of(graph: Any) -> float:
-    torch.cuda.synchronize()
-    begun = time.perf_counter()
-    graph.replay()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begun
 
 
 class _Weights:
@@ -512,6 +527,7 @@ class Runners:
         names: Sequence[Hashable],
         table: Callable[[str], Table | None],
         processors: Processors,
+        spelling: Callable[[], Spelling],
     ) -> GraphRound:
         """Return the graphs of these runners, methods and processors.
 
@@ -521,6 +537,7 @@ class Runners:
             names: Methods, and what else tells their tables from others'.
             table: Returns what a method drafts among, or None.
             processors: As for `GraphRound`.
+            spelling: Returns what it has beside.
         """
         key = id(target), id(drafter), processors.key, *names
         if key not in self._rounds:
@@ -528,5 +545,5 @@ class Runners:
                 self._rounds.pop(next(iter(self._rounds)))
             made = {name: table(name) for name in names if isinstance(name, str)}
             tables = {name: one for name, one in made.items() if one is not None}
-            self._rounds[key] = GraphRound(target, drafter, tables, processors)
+            self._rounds[key] = GraphRound(target, drafter, tables, processors, spelling())
         return self._rounds[key]

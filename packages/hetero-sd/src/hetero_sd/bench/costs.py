@@ -75,8 +75,8 @@ def _time_pass(
     context = min(context, limit - width)
     runner = decoder._runner(model, rows, context + width)
     if isinstance(runner, GraphRunner):
-        ids = torch.zeros(rows, width, dtype=torch.long, device=runner.device)
-        places = (context + torch.arange(width, device=runner.device)).expand(rows, width)
+        ids = torch.zeros(runner.rows, width, dtype=torch.long, device=runner.device)
+        places = (context + torch.arange(width, device=runner.device)).expand(len(ids), width)
 
         def step() -> Tensor:
             states = runner.forward(ids, places)

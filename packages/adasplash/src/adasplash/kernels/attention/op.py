@@ -155,7 +155,7 @@ def adasplash(
         )
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
-    if not isinstance(is_causal, bool):
+    if not isinstance(is_causal, bool | int | torch.SymBool):
         raise TypeError(f"`is_causal` must be True or False; got {is_causal!r}.")
     if scale is not None:
         check_number("scale", scale, tensor=True)

@@ -11,10 +11,10 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..newton import power_of, threshold
 from .dropout import kept
 
 TILE = 128  # query rows at a time; whole blocks of 64
@@ -49,13 +49,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, alpha: float | Tensor, options: O
     """Return the output of the attention; arguments as checked by `op.adasplash`."""
     keys, alpha, options = widen(q, k, alpha, options)
     values = v.to(keys.dtype).repeat_interleave(q.shape[1] // v.shape[1], 1)
-    shift = k.shape[2] - q.shape[2]
-    bias = options.bias
+    seq_q, seq_k = q.shape[2], k.shape[2]
+    shift, bias, mask = seq_k - seq_q, options.bias, options.key_mask
 
     def attend(
-        rows: Tensor, tile: Tensor, keys: Tensor, values: Tensor, alpha: Any, slopes: Any, bias: Any
-    ) -> Tensor:
-        its = options._replace(slopes=slopes, bias=bias)
+        rows: Tensor, tile: Tensor, keys: Tensor, values: Tensor, mask: Any, alpha: Any,
+        slopes: Any, bias: Any,
+    ) -> Tensor:  # fmt: skip
+        its = options._replace(key_mask=mask, slopes=slopes, bias=bias)
         weights = entmax_weights(tile_scores(tile, keys, rows + shift, its), alpha)
         if options.seed is not None:
             planes = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(q.shape[:2])
@@ -64,16 +65,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, alpha: float | Tensor, options: O
             weights = weights.masked_fill(~keep, 0.0) / (1.0 - options.dropout)
         return weights @ values
 
-    seq = q.shape[2]
     # What is exported for any length is one tile.
-    starts = range(0, seq, TILE) if isinstance(seq, int) else [0]
+    known = isinstance(seq_q, int) and isinstance(seq_k, int)
     recomputed = _is_recomputed()
     outputs = []
-    for start in starts:
-        stop = min(start + TILE, seq) if isinstance(seq, int) else seq
+    for start in range(0, seq_q, TILE) if known else [0]:
+        stop = min(start + TILE, seq_q) if known else seq_q
+        # Under a causal mask nobody in the tile sees what lies behind its last row.
+        end = min(max(stop + shift, 1), seq_k) if known and options.is_causal else seq_k
         inputs = (
-            torch.arange(start, stop, device=q.device), q[:, :, start:stop].to(keys.dtype), keys,
-            values, alpha, options.slopes, None if bias is None else bias[:, :, start:stop],
+            torch.arange(start, stop, device=q.device), q[:, :, start:stop].to(keys.dtype),
+            keys[:, :, :end], values[:, :, :end], None if mask is None else mask[:, :end], alpha,
+            options.slopes, None if bias is None else bias[:, :, start:stop, :end],
         )  # fmt: skip
         output = (
             checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -178,37 +181,8 @@ def entmax_weights(scores: Tensor, alpha: float | Tensor) -> Tensor:
 def excess(scores: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return `relu((alpha - 1) scores - tau)`, whose power is the weight, and tau of every row."""
     z = scores * (alpha - 1.0)
-    z = z.masked_fill(scores == -torch.inf, -torch.inf)
     tau = threshold(z, alpha)
     return (z - tau[..., None]).clamp_min(0.0), tau
-
-
-def threshold(z: Tensor, alpha: float | Tensor) -> Tensor:
-    """Return tau with `sum(relu(z - tau) ** (1 / (alpha - 1))) == 1`; `+inf` for empty rows.
-
-    Halving the bracket `[max - 1, max]` down to rounding, then Newton's steps from its left end,
-    which stay left of the root.
-    """
-    if isinstance(alpha, float) and alpha == 1.5:
-        return threshold15(z)
-    top = z.amax(-1, keepdim=True)
-    empty = top == -torch.inf
-    z = z - top.masked_fill(empty, 0.0)
-    power = 1.0 / (alpha - 1.0)
-    low, high = torch.full_like(top, -1.0), torch.zeros_like(top)
-    for _ in range(30 if z.dtype == torch.float32 else 60):
-        middle = (low + high) / 2
-        inside = (z - middle).clamp_min(0.0).pow(power).sum(-1, keepdim=True) >= 1.0
-        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
-    x = (z - low).clamp_min(0.0)
-    slope = power * _power(x, power - 1.0).sum(-1, keepdim=True)
-    low = low + (x.pow(power).sum(-1, keepdim=True) - 1.0) / slope.masked_fill(slope == 0, 1.0)
-    return (low + top).masked_fill(empty, torch.inf).squeeze(-1)
-
-
-def _power(x: Tensor, power: float | Tensor) -> Tensor:
-    """Return `x ** power` where x is positive, and 0 elsewhere, also for a power of 0."""
-    return x.pow(power).masked_fill(x == 0.0, 0.0)
 
 
 class _Weights(torch.autograd.Function):
@@ -232,7 +206,7 @@ class _Weights(torch.autograd.Function):
         p, degree = ctx.saved_tensors
         if scores is None or alpha is not None:
             raise NotImplementedError("attention has no forward-mode derivative of `alpha`.")
-        u = _power(p, 2.0 - (ctx.number if degree is None else degree))
+        u = power_of(p, 2.0 - (ctx.number if degree is None else degree))
         total = u.sum(-1, keepdim=True)
         mean = (u * scores).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
         return u * (scores - mean)
@@ -252,26 +226,3 @@ class _Weights(torch.autograd.Function):
         entropy = p * safe.log()
         grad_alpha = p * (grad - delta) / (alpha - 1.0) - entropy * (grad - delta)
         return grad_scores, (grad_alpha / (alpha - 1.0)).sum_to_size(alpha.shape)
-
-
-def threshold15(z: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows"]:
-    """Return `tau` with `sum(relu(z - tau) ** 2) == 1` for every row, by sorting.
-
-    With the largest k values as support, `tau` solves a quadratic: for their mean and their sum of
-    squared deviations ss, `tau = mean - sqrt((1 - ss) / k)`. The support is the largest k for which
-    `tau` lies below the k-th value. Rows that are `-inf` throughout give `+inf`.
-
-    Args:
-        z: Half the scores, float32 or float64.
-    """
-    top = z.amax(dim=-1, keepdim=True)
-    empty = top == -torch.inf
-    # Values more than 1 below the largest are never in the support: clamping keeps sums finite.
-    ordered = (z - top.masked_fill(empty, 0.0)).clamp_min(-2.0).sort(dim=-1, descending=True)[0]
-    count = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
-    mean = ordered.cumsum(-1) / count
-    deviation = ordered.square().cumsum(-1) - count * mean.square()
-    tau = mean - ((1.0 - deviation) / count).clamp_min(0.0).sqrt()
-    support = (tau <= ordered).sum(-1, keepdim=True).clamp_min(1)
-    found = tau.gather(-1, support - 1) + top
-    return found.masked_fill(empty, torch.inf).squeeze(-1)

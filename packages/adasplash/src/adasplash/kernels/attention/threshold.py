@@ -24,7 +24,7 @@ import triton.language as tl
 from ..launch import interpreted, launch
 from .scores import factor_of, load_part, scores, sequence_of, terms_of
 from .screen import key_range
-from .solver import MAX_PASSES, NEAR, TOLERANCE, approach, further, hand_over, improve
+from .solver import MAX_PASSES, NEAR, TOLERANCE, TRUST, approach, further, hand_over, improve
 from .tiles import SIZES, UNALIGNED, Problem, excess, partial_sums
 
 if TYPE_CHECKING:
@@ -143,7 +143,9 @@ def _threshold_kernel(
             )
             done = done | settled
         else:
-            t, lower, upper, done = improve(t, b0, b1, b2, power, lower, upper, tolerance, HALF)
+            t, lower, upper, done = improve(
+                t, b0, b1, b2, power, lower, upper, tolerance, near, HALF
+            )
             done = done | settled
             # A row that is done keeps its t, whatever its neighbours still need.
             lower, upper = tl.where(done, t, lower), tl.where(done, t, upper)
@@ -163,10 +165,11 @@ def threshold(problem: Problem, candidates: Candidates) -> tuple[torch.Tensor, t
     tau, slope = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for _ in range(2))
     tiles, quick, dtype = problem.tiles, problem.quick, problem.q.dtype
     tolerance = hand_over(dtype) if quick else TOLERANCE[dtype]
+    near = (NEAR if quick else TRUST).get(dtype, 0.0)
     launch(
         _threshold_kernel, problem.grid[0] * problem.planes, problem.kind,
         *problem.descriptors[:2], problem.mask, problem.alpha, *candidates, tau, slope,
-        *problem.added, *problem.sizes, problem.scale, tolerance, NEAR.get(dtype, 0.0), MAX_PASSES,
+        *problem.added, *problem.sizes, problem.scale, tolerance, near, MAX_PASSES,
         **problem.switches, QUICK=quick, SATURATE=quick and not interpreted(_threshold_kernel),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.most.threshold,
     )  # fmt: skip

@@ -192,7 +192,7 @@ def _threshold_kernel(
         a0 = tl.sum(tl.sum(p, 1), 0)
         a1 = tl.sum(tl.sum(slope, 1), 0)
         a2 = tl.sum(tl.sum(support, 1), 0)
-        t, lower, upper, done = improve(t, a0, a1, a2, power, lower, upper, tolerance, HALF)
+        t, lower, upper, done = improve(t, a0, a1, a2, power, lower, upper, tolerance, 0.0, HALF)
         unsolved = tl.where(done, 0, 1)
         passes += 1
     t = tl.where(empty, float("inf"), t)

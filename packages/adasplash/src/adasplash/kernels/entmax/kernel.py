@@ -135,7 +135,7 @@ def _forward_kernel(
                 total, slope, support = total + more, slope + steeper, support + wider
         if KIND == 15:  # `_improve` works on half the scores
             t, lower, upper, done = improve(
-                0.5 * level, total, slope, support, 2.0, lower, upper, 2e-7, True
+                0.5 * level, total, slope, support, 2.0, lower, upper, 2e-7, 0.0, True
             )
             level = 2.0 * t
         else:

@@ -31,6 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..newton import threshold
+
 _MAX_STEPS = 60
 _BISECTIONS = 64
 
@@ -52,6 +54,11 @@ def forward(rows: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor]:
     top = scores.amax(-1, keepdim=True)
     empty = top == -torch.inf
     # Shifted to a maximum of 0; the limit keeps 0 * -inf out where alpha is 1.
+    if isinstance(each, float) and each in (1.5, 2.0):  # few passes, no logarithm
+        z = scores * (each - 1.0)
+        tau = threshold(z, each)
+        x = (z - tau[:, None]).clamp_min(0.0).masked_fill(empty, 0.0)
+        return (x * x if each == 1.5 else x).to(rows.dtype), tau
     shifted = (scores - top.masked_fill(empty, 0.0)).clamp_min(-1e30)
     if bool((each > 2).any()) if isinstance(each, Tensor) else each > 2:
         shifted = shifted.double()

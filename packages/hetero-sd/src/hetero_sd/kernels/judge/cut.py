@@ -8,7 +8,12 @@ time, from above:
     cut      the cut, and of the tokens that equal it the first that stays
 
 A line is divided among a few programs, whose parts the next stage joins, each time in the same
-order. All bits of a bfloat16 need four stages, those of float32 eight. Source: own, a radix select.
+order. All bits of a bfloat16 need four stages, those of float32 eight. Where 16 bits will do and a
+line is short, as a drafter's are, one program holds it and finds bit after bit, in one launch:
+
+    short    the cut, by the tokens or the mass at each trial value and above
+
+Source: own, a radix select.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernel import BLOCK, _combined, slices_of
+from .kernel import _ALONE, BLOCK, _combined, slices_of
 from .reference import Cut, Warp
 
 _PART = 256  # Numbers of a line at a time, each beside 16 parts.
@@ -271,12 +276,82 @@ def _cut_kernel(
     tl.store(first_ptr + line, first)
 
 
+@triton.jit
+@no_type_check
+def _short_kernel(
+    logits_ptr,
+    among_ptr,
+    value_ptr,
+    first_ptr,
+    stride,
+    size,
+    temperature,
+    top_k,
+    top_p,
+    margin,
+    MULTIPLE: tl.constexpr,
+    COUNTED: tl.constexpr,
+    SUMMED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the cut of one line that a program holds, by the first 16 bits of its numbers."""
+    line, lane = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = lane < size
+    row_ptr = logits_ptr + line.to(tl.int64) * stride
+    z = _combined(row_ptr, among_ptr, lane, inside, MULTIPLE)
+    bits = _ordered(z)
+    peak = tl.max(z, axis=0)
+    one = tl.full([], 1, tl.uint32)
+    found = tl.full([], 0, tl.uint32)
+    if COUNTED:
+        for bit in tl.static_range(16):
+            trial = found | (one << (31 - bit))
+            count = tl.sum((inside & (bits >= trial)).to(tl.int32), axis=0)
+            found = tl.where(count >= top_k, trial, found)
+    if SUMMED:
+        floor = found
+        known = tl.where(peak == float("-inf"), 0.0, peak)
+        mass = tl.where(inside & (bits >= floor), tl.exp((z - known) / temperature), 0.0)
+        bound = top_p * tl.sum(mass, axis=0)
+        found = tl.full([], 0, tl.uint32)
+        for bit in tl.static_range(16):
+            trial = found | (one << (31 - bit))
+            upto = tl.sum(tl.where(bits >= trial, mass, 0.0), axis=0)
+            found = tl.where(upto >= bound, trial, found)
+        found = tl.where(found < floor, floor, found)
+    value = _number(found)
+    tl.store(value_ptr + line, tl.maximum(value, peak + margin))
+    tl.store(first_ptr + line, 0)
+
+
 def launch_cut(
     logits: Tensor, among: Tensor | None, size: int, warp: Warp, exact: bool = True
 ) -> Cut:
     """See `reference.cut`; unless `exact`, of numbers that agree in 16 bits all stay."""
     lines, slices = len(logits), slices_of(size)
     multiple = 0 if among is None else among.shape[1]
+    margin = warp.temperature * math.log(warp.min_p) if warp.min_p > 0 else -math.inf
+    if not exact and size <= _ALONE:
+        value = torch.empty(lines, dtype=torch.float32, device=logits.device)
+        first = torch.empty(lines, dtype=torch.int32, device=logits.device)
+        _short_kernel[(lines,)](
+            logits,
+            first if among is None else among,
+            value,
+            first,
+            logits.stride(0),
+            size,
+            float(warp.temperature),
+            min(warp.top_k, size),
+            float(max(warp.top_p, 1e-30)),
+            margin,
+            MULTIPLE=multiple,
+            COUNTED=warp.top_k > 0,
+            SUMMED=warp.top_p < 1,
+            BLOCK=max(triton.next_power_of_2(size), 128),
+            num_warps=8,
+        )
+        return Cut(value, first)
     stages = _STAGES.get(logits.dtype, 8) if multiple < 2 else 8
     exact = exact or stages <= _ROUGH
     stages = stages if exact else _ROUGH
@@ -310,7 +385,6 @@ def launch_cut(
             PART=_PART,
             num_warps=4,
         )
-    margin = warp.temperature * math.log(warp.min_p) if warp.min_p > 0 else -math.inf
     _cut_kernel[(lines,)](
         *given,
         value,

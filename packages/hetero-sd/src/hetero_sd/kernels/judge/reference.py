@@ -14,6 +14,8 @@ from ...acceptance import settle
 from .noise import COINS, DRAFT, FOLLOWING, exponential, uniform
 
 CERTAIN, COLUMNS, DENSE = 0, 1, 2
+PARTS = 3  # Tokens accepted beyond what a drafter keeps, for `advance`; more are left out.
+JOINS = 3  # Ids that may go as what comes next joins them.
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,12 @@ class Line(NamedTuple):
         later: Places of the ids that it writes behind them.
         pending: The target's one id that it has not seen.
         target_places: Places of this one and of the proposals in its cache.
-        limit: How many proposals may count.
+        tokens: Proposals.
+        limit: How many of them may count.
         accepted: How many proposals were accepted.
         following: The token after them.
         columns: Columns picked.
+        reach: After how many proposals each is accepted, where the host says it.
         width: How many ids, places and target places there are, each; of later ones one less.
     """
 
@@ -118,10 +122,12 @@ class Line(NamedTuple):
     later: int
     pending: int
     target_places: int
+    tokens: int
     limit: int
     accepted: int
     following: int
     columns: int
+    reach: int
     width: int
 
 
@@ -339,58 +345,100 @@ def judge(
     following.copy_(after)
 
 
+class Spelling(NamedTuple):
+    """How the drafter's tokenizer most likely writes target tokens behind a text.
+
+    Attributes:
+        each: Drafter ids of each target token, in int32, padded with −1. Shape `(vocab, pieces)`.
+        joins: Buckets of pairs of drafter ids and the one id that they become side by side, in
+            int32, padded with −1; see `bucket_of`. Shape `(buckets, ways, 3)`.
+    """
+
+    each: Tensor
+    joins: Tensor
+
+
+def bucket_of(left: Tensor, right: Tensor, buckets: int) -> Tensor:
+    """Return the bucket of pairs of ids, int64; there are a power of two."""
+    return ((left * 0x9E3779B1 + right * 0x85EBCA77) >> 8) & (buckets - 1)
+
+
+def _join(left: Tensor, right: Tensor, joins: Tensor) -> Tensor:
+    """Return the ids that pairs become; −1 where they stay apart."""
+    found = joins[bucket_of(left, right, len(joins))].long()
+    same = (found[..., 0] == left[..., None]) & (found[..., 1] == right[..., None])
+    return torch.where(same, found[..., 2], -1).amax(dim=-1)
+
+
 def advance(
     board: Int[Tensor, "rows numbers"],
     line: Line,
-    forth: Int[Tensor, " columns"],
-    runs: Int[Tensor, "columns longest"],
-    spelled: Int[Tensor, "vocab pieces"],
+    known: tuple[Tensor, Tensor] | None,
+    spelling: Spelling,
     steps: int,
+    most: int,
     ends: tuple[int, int],
 ) -> None:
     """Write what the next round begins with, should nobody know better.
 
     The drafter keeps the columns whose runs were accepted to the end, and is fed what it has not
     seen: the last column, where none was refused, and the ids of each target token after these.
+    Where the first of them joins with what stands before, that goes.
 
     Args:
         board: What the round that was judged began with, and what came of it.
         line: Where it stands.
-        forth: The drafter id that each column goes on with.
-        runs: Target tokens of each column, padded with −1; each has at least one.
-        spelled: Drafter ids of each target token, padded with −1.
+        known: The drafter id that each column goes on with, and its target tokens, padded with −1,
+            of which each has at least one; if missing, columns are the ids in the cache, and the
+            line has `reach`: of each, and behind them what is never reached.
+        spelling: How target tokens are written.
         steps: Columns picked in each row.
+        most: Ids that the drafter can be fed; those beyond are left out.
         ends: The last place of the drafter's cache, and of the target's.
     """
-    rows, width = len(board), line.width
+    each, rows, width = spelling.each, len(board), line.width
     columns = board[:, line.columns : line.columns + steps]
     accepted = board[:, line.accepted].clamp(min=0)
-    following = board[:, line.following].clamp(0, len(spelled) - 1)
-    run = runs[columns]
-    length = (run >= 0).sum(dim=2)
-    reach = length.cumsum(dim=1)
+    following = board[:, line.following].clamp(0, len(each) - 1)
+    if known is None:
+        reach, forth = board[:, line.reach : line.reach + steps], columns
+    else:
+        reach, forth = (known[1][columns] >= 0).sum(dim=2).cumsum(dim=1), known[0][columns]
     kept = (reach <= accepted[:, None]).sum(dim=1)
-    left = accepted - torch.where(
-        torch.arange(steps, device=board.device) < kept[:, None], length, 0
-    ).sum(dim=1)
-    row, lane = torch.arange(rows, device=board.device), torch.arange(width, device=board.device)
-    begun = run[row, kept.clamp(max=steps - 1)]
-    begun = torch.where(lane[: run.shape[2]] < left[:, None], begun, -1)
-    ids = torch.where(begun[:, :, None] >= 0, spelled[begun.clamp(min=0)].long(), -1)
-    last = torch.where(kept == steps, forth[columns[:, -1]], -1)
-    ids = torch.cat([last[:, None], ids.flatten(1), spelled[following].long()], dim=1)
+    done = torch.where(reach <= accepted[:, None], reach, 0).amax(dim=1)
+    lane = torch.arange(width, device=board.device)
+    tokens = board[:, line.tokens : line.tokens + width - 1]
+    stop = torch.minimum(accepted, done + PARTS)
+    there = (lane[:-1] >= done[:, None]) & (lane[:-1] < stop[:, None])
+    begun = each[torch.where(there, tokens, 0)].long().masked_fill(~there[:, :, None], -1)
+    ids = torch.cat([begun.flatten(1), each[following].long()], dim=1)
     real = ids >= 0
     place = torch.where(real, real.cumsum(dim=1) - 1, width).clamp(max=width)  # The rest behind.
     fed = board.new_zeros(rows, width + 1).scatter_(1, place, ids)[:, :width]
-    count = real.sum(dim=1).clamp(1, width)
-    held = board[:, line.places] + board[:, line.last] + 1 + kept.clamp(max=steps - 1)
+    count = real.sum(dim=1).clamp(max=width)
+
+    start = board[:, line.places] + board[:, line.last] + 1
+    before = torch.cat([board[:, line.ids : line.ids + width], forth], dim=1)
+    first, going, gone = fed[:, 0], count > 0, torch.zeros_like(kept)
+    for back in range(JOINS):
+        where = kept - 1 - back
+        at = torch.where(where < 0, board[:, line.last] + 1 + where, width + where)
+        left = torch.where(at >= 0, before.gather(1, at.clamp(min=0)[:, None])[:, 0], -1)
+        joined = _join(left, first, spelling.joins)
+        going = going & (joined >= 0) & (left >= 0)
+        first, gone = torch.where(going, joined, first), gone + going
+    fed[:, 0] = first
+    held = torch.minimum(kept - gone, kept.clamp(max=steps - 1))
+    leads = (kept - gone > held)[:, None]  # The last column, which the cache does not hold.
+    fed = torch.where(leads, torch.cat([forth[:, -1:], fed[:, :-1]], dim=1), fed)
+    count = (count + leads[:, 0]).clamp(1, most)
     board[:, line.last] = count - 1
     board[:, line.ids : line.ids + width] = fed
-    for at, start, end, size in (
-        (line.places, held, ends[0], width),
-        (line.later, held + count, ends[0], width - 1),
+    for place_of, begin, end, size in (
+        (line.places, start + held, ends[0], width),
+        (line.later, start + held + count, ends[0], width - 1),
         (line.target_places, board[:, line.target_places] + 1 + accepted, ends[1], width),
     ):
-        board[:, at : at + size] = (start[:, None] + lane[:size]).clamp(max=end)
+        board[:, place_of : place_of + size] = (begin[:, None] + lane[:size]).clamp(max=end)
     board[:, line.pending] = following
     board[:, line.limit] = (board[:, line.limit] - 1 - accepted).clamp(min=0)
