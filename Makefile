@@ -20,10 +20,11 @@ TEST_PATHS = $(if $(PKG),packages/$(PKG)/tests,packages ci/tests)
 PYTEST = $(BIN)/python -m pytest --jaxtyping-packages=$(IMPORTS),beartype.beartype
 REQUIREMENTS := ci/constraints.txt ci/requirements-dev.txt $(wildcard packages/*/pyproject.toml)
 
-.PHONY: help setup demo test test-slow test-gpu lint format typecheck wheels smoke bench docs release clean
+.PHONY: help setup demo test test-slow test-gpu lint format typecheck wheels smoke bench figures docs release clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@printf '\nPKG=mole narrows test, demo, bench, wheels and smoke to one package; ARGS="..." goes to the command.\n'
 
 setup: $(VENV)/.ready  ## make .venv with the five packages and all tools
 
@@ -79,6 +80,9 @@ bench: setup  ## benchmarks of one package: make bench PKG=mole ARGS="..."
 	@set -e; for script in packages/$(PKG)/benchmarks/bench_*.py; do \
 	  echo "$$script"; $(BIN)/python $$script $(ARGS); \
 	done
+
+figures: setup  ## write the front page's table and picture from stored results
+	$(BIN)/python ci/front_page.py
 
 docs: setup  ## build the documentation strictly into docs/site
 	cd docs && ../$(BIN)/zensical build --strict

@@ -1,6 +1,6 @@
 """The front page's table of figures and its picture, from the packages' stored results.
 
-    python ci/front_page.py          # fills README.md, draws docs/assets/figures.png (matplotlib)
+    make figures                     # fills README.md, draws docs/assets/figures.png (matplotlib)
 
 What stands in README.md between `<!-- table: figures -->` and `<!-- end -->` is written here and
 compared by a test, so that no figure on the front page can part from the file it is from.

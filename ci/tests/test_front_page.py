@@ -6,7 +6,7 @@ import pytest
 
 def test_the_table_is_what_the_results_say() -> None:
     text = (front_page.ROOT / "README.md").read_text(encoding="utf-8")
-    assert front_page.filled(text) == text, "run `python ci/front_page.py`"
+    assert front_page.filled(text) == text, "run `make figures`"
 
 
 def test_a_figure_that_was_edited_by_hand_is_noticed() -> None:

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -133,6 +134,16 @@ def test_models_that_are_no_folder_are_named(name):
     assert f"`--model` must be a folder, a hub name like owner/name, or demo; got '{name}'" in (
         result.output
     )
+
+
+def test_a_full_gpu_is_reported_in_one_line(small, demo_pipe, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(type(demo_pipe), "__call__", full)
+    result = run("generate", "--prompt", "a", "--concepts", "a, b", "--output", str(tmp_path))
+    assert result.exit_code == 2
+    assert "Error: out of GPU memory: try `--offload model`" in result.output
 
 
 def test_devices_that_are_missing_are_named():

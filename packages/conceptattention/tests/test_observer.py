@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from conceptattention import Adapter, ConceptAttention, preset, register_adapter, segment
+from conceptattention import (
+    Adapter,
+    ConceptAttention,
+    JointAdapter,
+    preset,
+    register_adapter,
+    segment,
+)
 from conceptattention.selection import resolve
 from conceptattention.testing import (
     ORACLE_ERROR,
@@ -279,6 +286,19 @@ def test_register_adapter_refuses_other_objects():
         register_adapter("flux")
     with pytest.raises(TypeError, match="must be a subclass or an instance of Adapter"):
         register_adapter(dict)
+    unfinished = type("Unfinished", (JointAdapter,), {"encode": lambda *_: None})
+    with pytest.raises(TypeError, match="Unfinished must define family, model_class, temb"):
+        register_adapter(unfinished)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_adapter_that_encodes_something_else_is_named(flux, monkeypatch):
+    from conceptattention.adapters.flux import FluxAdapter
+
+    monkeypatch.setattr(FluxAdapter, "encode", lambda *_: torch.zeros(3, 24))
+    with pytest.raises(TypeError, match=r"`encode` of FluxAdapter must return .* got Tensor"):
+        ConceptAttention(flux, CONCEPTS).__enter__()
+    assert hooks(flux) == 0
 
 
 def test_many_vectors_are_warned_of_once(flux, caplog, monkeypatch):

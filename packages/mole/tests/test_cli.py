@@ -273,6 +273,19 @@ def test_a_chat_shows_the_answer_alone(run, saved):
     assert plain.stdout == "Q B B A " + chat.stdout  # the letters are tokens of their own
 
 
+def test_a_full_gpu_is_reported_in_one_line(run, saved, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(MoleForCausalLM, "generate", full)
+    done = run("generate", "A", "--model", saved, "--new-tokens", 5)
+    assert done.exit_code == 2
+    assert done.stderr == "Error: out of GPU memory: take smaller batches or `--device cpu`.\n"
+    monkeypatch.setattr(MoleForCausalLM, "generate", lambda *_, **__: 1 / 0)
+    done = run("generate", "A", "--model", saved, "--new-tokens", 5)
+    assert isinstance(done.exception, ZeroDivisionError)
+
+
 def test_damage_is_reported_in_one_line(run, saved, tmp_path):
     table = tmp_path / "table"
     run("convert", saved, table)

@@ -55,6 +55,38 @@ def test_table_model(make_mole, tokens, tmp_path, fmt, store):
     assert torch.equal(Decoder(model, 2, 24).generate(tokens, 12), expected)
 
 
+@pytest.mark.parametrize("store", ["device", "pinned", "disk"])
+def test_shorter_prompts_are_padded_on_the_left(make_mole, tokens, tmp_path, store):
+    convert(make_mole(lookup_layers=[0, 2]), tmp_path, "fp32", progress=False)
+    model = MoleForCausalLM.from_pretrained(tmp_path, lut_store=store).eval().to(DEVICE)
+    model.open_lut(tmp_path / "lut", store)
+    tokens = tokens.to(DEVICE)
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    decoder = Decoder(model, 2, 24)
+    given = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens, attention_mask=mask, **given)
+    alone = plain(model, tokens[:1, 3:], 12)
+    assert not torch.equal(expected, plain(model, tokens, 12))
+    for _ in range(2):  # with and without padding, each with a graph of its own
+        found = decoder.generate(tokens, 12, attention_mask=mask)
+        assert torch.equal(found, expected)
+        assert torch.equal(found[:1, 3:], alone)
+        assert torch.equal(decoder.generate(tokens, 12), plain(model, tokens, 12))
+        full = decoder.generate(tokens, 12, attention_mask=torch.ones_like(tokens))
+        assert torch.equal(full, plain(model, tokens, 12))
+
+
+@pytest.mark.usefixtures("our_checks_only")
+def test_padding_that_is_not_on_the_left_is_refused(make_config, tokens):
+    decoder = Decoder(DenseForCausalLM(make_config("dense")).eval(), 2, 24)
+    wrong = [torch.ones(2, 3), torch.ones_like(tokens), torch.zeros_like(tokens)]
+    wrong[1][0, 2] = 0
+    for mask in wrong:
+        with pytest.raises(ValueError, match="`attention_mask` must have the prompts' shape"):
+            decoder.generate(tokens, 4, attention_mask=mask.long())
+
+
 def test_an_upcycled_llama(make_mole, tokens, tmp_path):
     changes = {"mlp_type": "swiglu", "hidden_act": "silu", "num_key_value_heads": 2,
                "tie_word_embeddings": True, "lookup_layers": [1]}  # fmt: skip

@@ -53,12 +53,22 @@ def test_left_padding_changes_nothing(model, tokens):
     assert torch.equal(left[:, 4:], plain)
 
 
-def test_beam_search_and_static_cache_run(model, tokens):
-    beams = model.generate(tokens, num_beams=3, max_new_tokens=4, pad_token_id=0, do_sample=False)
-    assert beams.shape == (2, 15)
+def test_beams_are_likelier_and_a_static_cache_changes_nothing(model, tokens):
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    greedy, beams = (
+        model.generate(tokens, **options),
+        model.generate(tokens, num_beams=3, **options),
+    )
     static = model.generate(tokens, cache_implementation="static", disable_compile=True, **options)
-    assert torch.equal(static, model.generate(tokens, **options))
+    assert torch.equal(static, greedy)
+
+    def likelihood(ids):
+        with torch.no_grad():
+            chances = model(ids).logits.log_softmax(-1)[:, 10:-1]
+        return chances.gather(2, ids[:, 11:, None]).sum((1, 2))
+
+    assert (likelihood(beams) >= likelihood(greedy) - 1e-5).all()
+    assert (likelihood(beams) > likelihood(greedy) + 1e-5).any()
 
 
 def test_hidden_states_and_router_logits_are_returned(make_config, tokens):

@@ -60,6 +60,13 @@ class _OneLineErrors(click.Group):
             message = " ".join(str(error).split())
             click.echo(f"Error: {message}", err=True)
             code = 2
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's
+                raise
+            _logger.debug("details", exc_info=True)
+            message = "try `--offload model`, a smaller picture, or `--device cpu`."
+            click.echo(f"Error: out of GPU memory: {message}", err=True)
+            code = 2
         sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter
+from .adapters.base import Encoded
 
 _logger = logging.getLogger(__name__)
 _logger.addHandler(logging.NullHandler())
@@ -82,6 +83,7 @@ def encode_concepts(adapter: Adapter, pipe: Any, concepts: Words, token: Token) 
 
     Raises:
         ValueError: The pipeline's encoders or tokenizers are missing.
+        TypeError: The adapter's `encode` does not return `Encoded`.
     """
     lists: Any = concepts if per_image(concepts) else (concepts,)
     words = list(dict.fromkeys(word for row in lists for word in row))
@@ -93,6 +95,11 @@ def encode_concepts(adapter: Adapter, pipe: Any, concepts: Words, token: Token) 
             "`pipe` cannot encode concepts, as its text encoders or tokenizers are missing; "
             "pass `concept_embeds`."
         ) from error
+    if not isinstance(encoded, Encoded):
+        raise TypeError(
+            f"`encode` of {type(adapter).__name__} must return what `word_vectors` does, an "
+            f"`Encoded`; got {type(encoded).__name__}."
+        )
     if encoded.unknown:
         _logger.warning("the tokenizer does not know %s", ", ".join(encoded.unknown))
     several = [w for w, n in zip(words, encoded.tokens, strict=True) if n > 1]

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .__about__ import __version__
+from .cli_options import DEVICE, FILE, FOLDER, FORMATS, OUTPUT, where_options
 from .folders import (
     chat_prompt,
     check_new,
@@ -22,12 +23,6 @@ from .folders import (
 
 _logger = logging.getLogger(__name__)
 
-_FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "nf4", "nf3")
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
-_STORES = ("mmap", "disk", "pinned", "device")
-_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
-_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
-_OUTPUT = click.Path(path_type=Path, file_okay=False)
 _ORIGIN = (
     "independent implementation of Mixture of Lookup Experts (arXiv 2503.15798); "
     "not the PyPI project 'mole'"
@@ -56,31 +51,15 @@ class _OneLineErrors(click.Group):
             message = " ".join(str(error).split())
             click.echo(f"Error: {message}", err=True)
             code = 2
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's
+                raise
+            _logger.debug("details", exc_info=True)
+            click.echo(
+                "Error: out of GPU memory: take smaller batches or `--device cpu`.", err=True
+            )
+            code = 2
         sys.exit(code if isinstance(code, int) else 0)
-
-
-_DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-
-
-def _where(command: Any) -> Any:
-    """Add the options that say where a model runs and where its table's rows are."""
-    for option in (
-        click.option(
-            "--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True,
-            help="Type of the weights; auto is that of the files.",
-        ),
-        _DEVICE,
-        click.option(
-            "--cache", type=click.IntRange(min=0), default=0, show_default=True,
-            help="Recently used rows to keep on the device.",
-        ),
-        click.option(
-            "--store", type=click.Choice(_STORES), default="mmap", show_default=True,
-            help="Where a table's rows are kept.",
-        ),
-    ):  # fmt: skip
-        command = option(command)
-    return command
 
 
 @click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -119,7 +98,7 @@ def env(as_json: bool) -> None:
 @main.command()
 @click.option(
     "--output",
-    type=_OUTPUT,
+    type=OUTPUT,
     default=Path("demo-output/mole"),
     show_default=True,
     help="Folder for tables, picture and results.json.",
@@ -127,7 +106,7 @@ def env(as_json: bool) -> None:
 @click.option(
     "--format",
     "fmt",
-    type=click.Choice(_FORMATS),
+    type=click.Choice(FORMATS),
     default="fp16",
     show_default=True,
     help="Format of the table that generates and is timed.",
@@ -172,17 +151,17 @@ def demo(
 
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.argument("output", type=_OUTPUT)
+@click.argument("output", type=OUTPUT)
 @click.option(
     "--format",
     "fmt",
-    type=click.Choice(_FORMATS),
+    type=click.Choice(FORMATS),
     default="fp16",
     show_default=True,
     help="Format of the table.",
 )
 @click.option("--chunk", type=click.IntRange(min=1), help="Ids to compute at a time.")
-@_DEVICE
+@DEVICE
 @click.option("--resume/--no-resume", default=True, help="Go on with an interrupted conversion.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 def convert(
@@ -221,7 +200,8 @@ def convert(
     type=click.Path(path_type=Path),
     help="Model in expert form that the table should have been made from.",
 )
-def verify(table: Path, model: Path | None) -> None:
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+def verify(table: Path, model: Path | None, progress: bool) -> None:
     """Check every byte of a table.
 
     TABLE is the folder of a model in table form, or of its `lut`.
@@ -230,7 +210,8 @@ def verify(table: Path, model: Path | None) -> None:
     from .conversion import verify as verify_table
 
     folder = table / "lut" if (table / "lut").is_dir() else table
-    meta = verify_table(folder, None if model is None else load_lookup(model, "auto"))
+    loaded = None if model is None else load_lookup(model, "auto")
+    meta = verify_table(folder, loaded, progress=progress)
     click.echo(
         f"{folder} is intact: {len(meta.crcs)} checksums, format {meta.format}, "
         f"fingerprint {meta.fingerprint[:16]}..."
@@ -274,7 +255,7 @@ def verify(table: Path, model: Path | None) -> None:
 )
 @click.option("--chat", is_flag=True, help="Put PROMPT into the tokenizer's chat template.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
-@_where
+@where_options
 def generate(
     prompt: str,
     model: Path | None,
@@ -284,10 +265,8 @@ def generate(
     top_p: float,
     chat: bool,
     seed: int,
-    store: str,
-    cache: int,
-    device: str,
     dtype: str,
+    **where: Any,
 ) -> None:
     """Continue PROMPT with a model in either form; on a terminal the text comes as it is made."""
     if not prompt:
@@ -300,9 +279,7 @@ def generate(
 
     from .demo import ASSETS
 
-    loaded = place(
-        load_lookup(ASSETS / "mole" if model is None else model, dtype), store, cache, device
-    )
+    loaded = place(load_lookup(ASSETS / "mole" if model is None else model, dtype), **where)
     tokenizer = load_tokenizer(ASSETS / "tokenizer" if model is None else model)
     if chat:
         prompt = chat_prompt(tokenizer, prompt)
@@ -334,11 +311,11 @@ def generate(
 
 
 @main.command()
-@click.argument("data", nargs=-1, required=True, type=_FILE)
-@click.option("--output", type=_OUTPUT, required=True, help="Folder to write.")
-@click.option("--model", type=_FOLDER, help="Folder of a model to train further.")
+@click.argument("data", nargs=-1, required=True, type=FILE)
+@click.option("--output", type=OUTPUT, required=True, help="Folder to write.")
+@click.option("--model", type=FOLDER, help="Folder of a model to train further.")
 @click.option("--config", type=click.Path(exists=True), help="config.json of a new model.")
-@click.option("--tokenizer", type=_FOLDER, help="Folder; else the model's.")
+@click.option("--tokenizer", type=FOLDER, help="Folder; else the model's.")
 @click.option("--steps", default=1000, show_default=True, help="Optimiser steps.")
 @click.option("--batch", default=64, show_default=True, help="Sequences in a step, in all.")
 @click.option("--micro-batch", default=8, show_default=True, help="Sequences in a forward pass.")
@@ -443,8 +420,8 @@ def train(
 
 
 @main.command("eval")
-@click.argument("model", type=_FOLDER)
-@click.argument("data", nargs=-1, required=True, type=_FILE)
+@click.argument("model", type=FOLDER)
+@click.argument("data", nargs=-1, required=True, type=FILE)
 @click.option(
     "--task",
     type=click.Choice(["perplexity", "cloze"]),
@@ -458,17 +435,15 @@ def train(
     help="Tokens in a window; as many as the model is meant for if left out.",
 )
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
-@_where
+@where_options
 def evaluate(
     model: Path,
     data: tuple[Path, ...],
     task: str,
     context: int | None,
     progress: bool,
-    store: str,
-    cache: int,
-    device: str,
     dtype: str,
+    **where: Any,
 ) -> None:
     """Measure the loss of a model on text.
 
@@ -484,7 +459,7 @@ def evaluate(
     from .training.data import load_tokens, texts
 
     register()
-    loaded = place(load_any(model, dtype), store, cache, device)
+    loaded = place(load_any(model, dtype), **where)
     words = load_tokenizer(model)
     if task == "cloze":
         passages = [text for path in data for text in texts(path)]
@@ -504,7 +479,7 @@ def evaluate(
 
 @main.command()
 @click.argument("base", type=click.Path(path_type=Path, exists=True))
-@click.argument("output", type=_OUTPUT)
+@click.argument("output", type=OUTPUT)
 @click.option("--gguf", help="Name of a GGUF file in the folder BASE (needs the package gguf).")
 @click.option("--experts", default=4, show_default=True, help="Lookup experts in a layer.")
 @click.option("--inner", type=click.IntRange(min=1), help="Inner width of an expert.")
@@ -554,7 +529,7 @@ def upcycle(
 )
 @click.option(
     "--output",
-    type=_OUTPUT,
+    type=OUTPUT,
     default=Path("demo-output/mole-bench"),
     show_default=True,
     help="Folder for TOPIC.json and TOPIC.png.",

@@ -79,18 +79,21 @@ def convert(
     return output
 
 
-def verify(path: str | Path, model: MoleForCausalLM | None = None) -> LutMeta:
+def verify(
+    path: str | Path, model: MoleForCausalLM | None = None, *, progress: bool = False
+) -> LutMeta:
     """Return a table's description after checking its bytes and, given a model, its origin.
 
     Args:
         path: Folder that holds `lut.json`.
         model: The model in expert form that the table should have been made from.
+        progress: Show a progress bar.
 
     Raises:
         LutError: The table is damaged, or was made from other weights.
         ValueError: The model is in table form.
     """
-    meta = verify_lut(path)
+    meta = verify_lut(path, progress=progress)
     if model is not None:
         if model.config.lookup_form != "experts":
             raise ValueError("`model` must be in expert form; a table's origin is not in a table.")

@@ -12,6 +12,7 @@ from .flux import FluxAdapter
 from .flux2 import Flux2Adapter
 from .flux_like import BriaAdapter, LongCatAdapter, OvisAdapter
 from .hunyuan import HunyuanImageAdapter, HunyuanVideoAdapter
+from .joint import JointAdapter
 from .qwen import QwenImageAdapter
 from .sd3 import SD3Adapter
 from .zimage import ZImageAdapter
@@ -29,11 +30,16 @@ def register_adapter(adapter: Adapter | type[Adapter]) -> None:
         adapter: A subclass of `Adapter` or an instance of one.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: It is neither, or does not define all that an adapter has to.
     """
     kind = adapter if isinstance(adapter, type) else type(adapter)
     if not issubclass(kind, Adapter):
         raise TypeError(f"`adapter` must be a subclass or an instance of Adapter; got {adapter!r}.")
+    names = ("family", "model_class") if issubclass(kind, JointAdapter) else ("family",)
+    missing = [name for name in names if not hasattr(kind, name)]
+    missing += sorted(getattr(kind, "__abstractmethods__", ()))
+    if missing:
+        raise TypeError(f"`adapter` {kind.__name__} must define {', '.join(missing)}.")
     _ADAPTERS.insert(0, adapter)
 
 

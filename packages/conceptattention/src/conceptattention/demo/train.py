@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import sys
 import tarfile
 import time
 from dataclasses import asdict
@@ -42,7 +41,7 @@ from .evaluate import (
 )
 from .model import PIXELS, DemoPipeline, build_pipeline, load_pipeline
 from .scenes import patchify, sample_scenes
-from .training import Recipe, Trainer, fit, prepare_device, write_report
+from .training import Recipe, Trainer, begin, fit, training_options, write_report
 
 _logger = logging.getLogger(__name__)
 SMALL_PIXELS = 32
@@ -184,14 +183,7 @@ def pack(folder: Path) -> None:
 
 
 @click.command()
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--minutes", default=7.4, help="Time for training, compilation included.")
-@click.option("--steps", default=10**9, help="Stop, and end the schedule, after so many steps.")
-@click.option("--batch", default=256, help="Scenes per step.")
-@click.option("--rate", default=1e-3, help="Peak learning rate.")
-@click.option("--seed", default=0, help="Seed of weights, scenes and noise.")
-@click.option("--device", default="auto", help="Where to train.")
-@click.option("--compile/--no-compile", "compiled", default=True, help="Use torch.compile.")
+@training_options(minutes=7.4, batch=256, unit="scenes")
 @click.option("--small-share", default=0.65, help="Share of the run with small pictures.")
 @click.option("--evaluation-scenes", default=200, help="Held-out scenes of the evaluation.")
 @click.option("--resume", is_flag=True, help="Continue from OUTPUT's checkpoint.")
@@ -209,14 +201,7 @@ def main(
     resume: bool,
 ) -> None:
     """Train the demo model and write its assets and figures."""
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S",
-        stream=sys.stdout,
-    )  # fmt: skip
-    for name in (__name__, "conceptattention"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    prepare_device()
-    output.mkdir(parents=True, exist_ok=True)
+    begin(output, __name__)
     place, reason = pick_device(device)
     recipe = Recipe(batch, rate, seed)
     source = SceneSource(batch, small_share)

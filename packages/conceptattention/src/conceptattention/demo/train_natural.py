@@ -9,7 +9,6 @@ weights, natural.json with every figure, and maps.png.
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,7 @@ from .natural import (
     sample_natural,
 )
 from .taef2 import TinyAutoencoder, load_taef2
-from .training import Recipe, Trainer, fit, prepare_device, write_report
+from .training import Recipe, Trainer, begin, fit, training_options, write_report
 
 _logger = logging.getLogger(__name__)
 NOISE_LEVELS = (0.2, 0.4, 0.6, 0.8)
@@ -183,14 +182,7 @@ def _one(maps: ConceptMaps, row: int) -> ConceptMaps:
     required=True,
     help="Folder with TAEF2's encoder.safetensors.",
 )
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--minutes", default=7.0, help="Time for training, compilation included.")
-@click.option("--steps", default=10**9, help="Stop, and end the schedule, after so many steps.")
-@click.option("--batch", default=256, help="Scenes per step.")
-@click.option("--rate", default=1e-3, help="Peak learning rate.")
-@click.option("--seed", default=0, help="Seed of weights, scenes and noise.")
-@click.option("--device", default="auto", help="Where to train.")
-@click.option("--compile/--no-compile", "compiled", default=True, help="Use torch.compile.")
+@training_options(minutes=7.0, batch=256, unit="scenes")
 @click.option("--evaluation-scenes", default=200, help="Held-out scenes of each kind.")
 @click.option("--resume", is_flag=True, help="Continue from OUTPUT's checkpoint.")
 def main(
@@ -208,14 +200,7 @@ def main(
     resume: bool,
 ) -> None:
     """Train the model of natural scenes and write weights and figures."""
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S",
-        stream=sys.stdout,
-    )  # fmt: skip
-    for name in (__name__, "conceptattention"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    prepare_device()
-    output.mkdir(parents=True, exist_ok=True)
+    begin(output, __name__)
     place, _ = pick_device(device)
     bank = load_bank(data).to(place)
     vae = load_taef2(taef2).to(place).to(memory_format=torch.channels_last)

@@ -11,7 +11,6 @@ import copy
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from ..maps import ConceptMaps
 from ..observer import ConceptAttention
 from ..stream import Space
 from .scenes import BACKGROUNDS, LABELS, VOCABULARY, _draw
+from .training import begin, training_options
 from .video import (
     FRAMES,
     PIXELS,
@@ -279,14 +279,7 @@ def draw_samples(pipe: VideoDemoPipeline, path: Path) -> None:
 
 
 @click.command()
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--minutes", default=3.5, help="Time for training, compilation included.")
-@click.option("--steps", default=10**9, help="Stop, and end the schedule, after so many steps.")
-@click.option("--batch", default=128, help="Clips per step; small ones three times as many.")
-@click.option("--rate", default=1e-3, help="Peak learning rate.")
-@click.option("--seed", default=0, help="Seed of weights, clips and noise.")
-@click.option("--device", default="auto", help="Where to train.")
-@click.option("--compile/--no-compile", "compiled", default=True, help="Use torch.compile.")
+@training_options(minutes=3.5, batch=128, unit="clips", note="; small ones three times as many")
 @click.option("--small-share", default=0.6, help="Share of the run with small pictures.")
 @click.option("--evaluation-clips", default=256, help="Held-out clips of the evaluation.")
 @click.option("--layers", default=6, help="Layers of the transformer.")
@@ -304,12 +297,7 @@ def main(
     layers: int,
 ) -> None:
     """Train the video model and write weights, figures and samples."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stdout)
-    _logger.setLevel(logging.INFO)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    # cuDNN's attention backward read illegal memory on an H200 (torch 2.11, 5 heads of 32).
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    output.mkdir(parents=True, exist_ok=True)
+    begin(output, __name__)
     started = time.monotonic()
     seed_everything(seed)
     pipe = build_video_pipeline({"num_layers": layers})

@@ -9,12 +9,14 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import Tensor, nn
 
@@ -186,11 +188,61 @@ class Trainer:
         return float(state["seconds"])
 
 
-def prepare_device() -> None:
-    """Set what every training run on a GPU needs."""
+def training_options(*, minutes: float, batch: int, unit: str, note: str = "") -> Any:
+    """Return a decorator that adds the options of all training scripts to a command.
+
+    Args:
+        minutes: Default of `--minutes`.
+        batch: Default of `--batch`.
+        unit: What a batch is made of.
+        note: Ends the help of `--batch`.
+    """
+
+    def add(command: Any) -> Any:
+        for option in reversed((
+            click.option(
+                "--output", type=click.Path(path_type=Path, file_okay=False), required=True,
+                help="Folder to write.",
+            ),
+            click.option(
+                "--minutes", default=minutes, help="Time for training, compilation included."
+            ),
+            click.option(
+                "--steps", default=10**9, help="Stop, and end the schedule, after so many steps."
+            ),
+            click.option(
+                "--batch", default=batch, help=f"{unit.capitalize()} per step{note}."
+            ),
+            click.option("--rate", default=1e-3, help="Peak learning rate."),
+            click.option("--seed", default=0, help=f"Seed of weights, {unit} and noise."),
+            click.option("--device", default="auto", help="Where to train."),
+            click.option(
+                "--compile/--no-compile", "compiled", default=True, help="Use torch.compile."
+            ),
+        )):  # fmt: skip
+            command = option(command)
+        return command
+
+    return add
+
+
+def begin(output: Path, name: str) -> None:
+    """Make the folder, log to the screen, and set what every training run on a GPU needs.
+
+    Args:
+        output: Folder to write.
+        name: Logger of the script, beside the package's.
+    """
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S",
+        stream=sys.stdout,
+    )  # fmt: skip
+    for one in (name, "conceptattention"):
+        logging.getLogger(one).setLevel(logging.INFO)
     torch.backends.cuda.matmul.allow_tf32 = True
     # cuDNN's attention backward read illegal memory on an H200 (torch 2.11, 5 heads of 32).
     torch.backends.cuda.enable_cudnn_sdp(False)
+    output.mkdir(parents=True, exist_ok=True)
 
 
 def fit(

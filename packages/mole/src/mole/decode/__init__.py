@@ -1,4 +1,4 @@
-"""Fast decoding of a batch of prompts of equal length."""
+"""Fast decoding of a batch of prompts."""
 
 from .decoder import Decoder
 

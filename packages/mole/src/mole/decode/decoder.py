@@ -32,7 +32,7 @@ _PROGRAMS = 24
 
 
 class Decoder:
-    """Decoding of one batch of prompts of equal length, greedy or sampled.
+    """Decoding of one batch of prompts, greedy or sampled; shorter ones are padded on the left.
 
     Args:
         model: A `MoleForCausalLM` in table form whose table is open, or one of its twins, a
@@ -82,7 +82,8 @@ class Decoder:
         self._run_compute, self._run_end, self._run_choose = parts
         # How ids are chosen ("greedy", "any" or "some" of them drawn), and a step's graph for each.
         self._way = "greedy"
-        self._graphs: dict[str, Any] = {}
+        self._graphs: dict[tuple[str, bool], Any] = {}
+        self._padded = False  # whether a prompt of the batch begins with padding
         self.turns = 0  # steps that were launched as graphs
         self._generator: torch.Generator | None = None
         self._sampling: Sampling | None = None
@@ -101,6 +102,7 @@ class Decoder:
         self.positions = positions
         self.ids = torch.zeros(self.batch, dtype=torch.long, device=self.device)
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.first = torch.zeros(self.batch, 1, dtype=torch.long, device=self.device)
         self.history = torch.zeros(self.batch, self.length, dtype=torch.long, device=self.device)
         self.rows: list[Any] = [None] * len(self.layers)
         self.sizes = (
@@ -255,7 +257,11 @@ class Decoder:
             model.layers[0].input_layernorm.weight,
             self.config.rms_norm_eps,
         )
-        mask = (self.positions <= self.position)[None, None, None]
+        # Positions count from the cache's beginning: only their differences matter.
+        seen = (self.positions <= self.position)[None]
+        if self._padded:
+            seen = seen & (self.positions >= self.first)
+        mask = seen[:, None, None]
         where = self.cos[self.position], self.sin[self.position], self.position, mask
         return hidden, normed, where
 
@@ -296,17 +302,30 @@ class Decoder:
         self._sampling.top_p.fill_(2 if top_p is None else top_p)  # no sum gets there
 
     @torch.no_grad()
-    def prefill(self, prompts: Int[Tensor, "batch seq_q"]) -> None:
-        """Run the prompts through the model and choose the first new ids."""
+    def prefill(
+        self,
+        prompts: Int[Tensor, "batch seq_q"],
+        attention_mask: Int[Tensor, "batch seq_q"] | None = None,
+    ) -> None:
+        """Run the prompts through the model and choose the first new ids.
+
+        Args:
+            prompts: Ids, one prompt a row.
+            attention_mask: 0 for padding, which comes first, 1 for the prompts; None for no
+                padding.
+
+        Raises:
+            ValueError: The prompts are not `batch` rows or too long, or the mask does not fit.
+        """
         batch, count = prompts.shape
         if batch != self.batch or not 0 < count < self.length:
             raise ValueError(
                 f"`prompts` must have {self.batch} rows of 1 to {self.length - 1} ids; "
                 f"got {batch} of {count}."
             )
-        prompts = prompts.to(self.device)
+        prompts, mask = prompts.to(self.device), self._pad(prompts, attention_mask)
         with self._on_device():
-            found = self.model(prompts, use_cache=True, logits_to_keep=1)
+            found = self.model(prompts, attention_mask=mask, use_cache=True, logits_to_keep=1)
         for number, layer in enumerate(self.layers):
             cached = found.past_key_values.layers[number]
             layer.keys[:, :, :count] = cached.keys
@@ -318,6 +337,24 @@ class Decoder:
             self._renew()
             self._draw(found.logits[:, -1])
         self.position.fill_(count)
+
+    def _pad(self, prompts: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Note where every prompt begins; return the mask on the device, None without padding."""
+        self._padded = False
+        if mask is None:
+            return None
+        mask = mask.to(self.device, torch.long)
+        ascending = mask.shape == prompts.shape and bool(
+            (mask.diff(dim=1) >= 0).all() and (mask[:, -1] == 1).all() and (mask >= 0).all()
+        )
+        if not ascending:
+            raise ValueError(
+                f"`attention_mask` must have the prompts' shape {tuple(prompts.shape)} and zeros "
+                f"before ones in every row, as left padding gives; got {tuple(mask.shape)}."
+            )
+        self.first.copy_((mask == 0).sum(1, keepdim=True))
+        self._padded = bool(self.first.any())
+        return mask if self._padded else None
 
     @torch.no_grad()
     def step(self) -> None:
@@ -359,14 +396,15 @@ class Decoder:
     def _run(self) -> None:
         """Run a step, or replay it; it is captured when it comes for the first time."""
         with self._on_device():
-            if self._way not in self._graphs:
+            way = self._way, self._padded
+            if way not in self._graphs:
                 # One compiled block serves all decoders of a process, in a version for each shape.
                 with torch._dynamo.config.patch(recompile_limit=64):
                     if not self.captured:
                         self._step()
                         return
-                    self._graphs[self._way] = self._capture()
-            self._graphs[self._way].replay()
+                    self._graphs[way] = self._capture()
+            self._graphs[way].replay()
             self.turns += 1
 
     def _capture(self) -> Any:
@@ -408,20 +446,22 @@ class Decoder:
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
+        attention_mask: Int[Tensor, "batch seq_q"] | None = None,
     ) -> Int[Tensor, "batch total"]:
         """Return the prompts with `new_tokens` chosen ids after each.
 
         Args:
-            prompts: Ids, one prompt a row.
+            prompts: Ids, one prompt a row; shorter ones padded on the left, with any id.
             new_tokens: How many ids to add.
             temperature: What logits are divided by before one is drawn; 0 takes the likeliest.
             top_k: Draw one of the likeliest so many only.
             top_p: Draw one of the likeliest only that together have this chance.
             generator: Source of chance, on the model's device; torch's own if None.
+            attention_mask: 0 for padding, 1 for the prompts; None for no padding.
 
         Raises:
             ValueError: The prompts are not `batch` rows, or do not fit into `length`; temperature
-                or limits are out of range.
+                or limits are out of range; the mask is not one of left padding.
         """
         self._choose_by(temperature, top_k, top_p, generator)
         total = prompts.shape[1] + new_tokens
@@ -430,7 +470,7 @@ class Decoder:
                 f"`new_tokens` must be 1 to {self.length - prompts.shape[1]}, what fits into "
                 f"`length` {self.length}; got {new_tokens}."
             )
-        self.prefill(prompts)
+        self.prefill(prompts, attention_mask)
         for _ in range(new_tokens - 1):
             self.step()
         self.history.index_copy_(1, self.position, self.ids[:, None])

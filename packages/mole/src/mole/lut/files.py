@@ -8,16 +8,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .errors import LutChecksumError, LutTruncatedError
 from .format import DATA_FILE, HEADER_BYTES, META_FILE, LutMeta
 
 
-def verify_lut(path: str | Path) -> LutMeta:
+def verify_lut(path: str | Path, *, progress: bool = False) -> LutMeta:
     """Return the table's description after reading the whole file and comparing its checksums.
 
     Args:
         path: Folder that holds `lut.json`.
+        progress: Show a progress bar.
 
     Raises:
         LutError: A file is missing, truncated, damaged, or of another version.
@@ -37,7 +39,8 @@ def verify_lut(path: str | Path) -> LutMeta:
                 f"{folder / DATA_FILE} must start with the header that {meta.vocab} rows of "
                 f"{meta.row_stride} bytes have; got another. Convert the model again."
             )
-        for number, expected in enumerate(meta.crcs):
+        bar = tqdm(meta.crcs, desc="verifying", unit="chunk", delay=1, disable=not progress)
+        for number, expected in enumerate(bar):
             first = number * meta.chunk
             rows = min(meta.chunk, meta.vocab - first)
             found = zlib.crc32(file.read(rows * meta.row_stride))
