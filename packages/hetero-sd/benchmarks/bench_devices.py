@@ -19,7 +19,7 @@ import torch
 from fourfold_common import Results
 from hetero_sd import HeteroSpeculativeDecoder
 from hetero_sd.demo.inflate import inflate
-from hetero_sd.demo.run import load_model
+from hetero_sd.demo.models import load_model
 
 QUESTIONS = ("What is bread?", "Write a story about a dog.", "Why is the sky blue?")
 LAYERS = 12

@@ -26,7 +26,7 @@ from torch import Tensor
 from fourfold_common import Results
 from hetero_sd.bench import Decoding, run_bench
 from hetero_sd.demo.inflate import inflate, shape_for
-from hetero_sd.demo.run import load_model
+from hetero_sd.demo.models import load_model
 from hetero_sd.pairs import Pair, load_side, prompt_ids, read_prompts
 from hetero_sd.verify import verify_pair
 

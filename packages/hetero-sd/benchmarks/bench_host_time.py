@@ -19,7 +19,7 @@ import torch
 
 from fourfold_common import Results
 from hetero_sd import HeteroSpeculativeDecoder
-from hetero_sd.demo.run import load_model
+from hetero_sd.demo.models import load_model
 from hetero_sd.graphs import GraphRunner
 
 PROMPT = "<s>user\nWrite a short story about the sea.</s>\n<s>assistant\n"

@@ -1,7 +1,7 @@
 """Two models with different vocabularies, both shipped with the package, on the CPU."""
 
 from hetero_sd import HeteroSpeculativeDecoder, inspect_vocab
-from hetero_sd.demo.run import load_model
+from hetero_sd.demo.models import load_model
 
 target, target_tokenizer = load_model("target")
 drafter, drafter_tokenizer = load_model("drafter")

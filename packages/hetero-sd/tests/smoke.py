@@ -6,7 +6,7 @@ import sys
 import torch
 
 import hetero_sd
-from hetero_sd.demo.run import load_model
+from hetero_sd.demo.models import load_model
 
 target, target_tokenizer = load_model("target")
 drafter, drafter_tokenizer = load_model("drafter")

