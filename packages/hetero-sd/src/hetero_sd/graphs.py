@@ -341,8 +341,7 @@ class GraphRunner:
                 run.
             begin: If not, only see to it that there is a graph for it.
         """
-        if self._last is None:
-            return
+        assert self._last is not None
         kind, run = self._last
         key = kind, said.data_ptr()
         if key not in self._graphs:

@@ -223,9 +223,8 @@ class GraphRound:
             if not count:
                 self._board.copy_(self._host, non_blocking=True)
             flying = self._fly("weighed" if weighed else "told" if count else "plain", count)
-            if count:
-                begin = known and ahead and self._drafter.pays
-                self._drafter.go_on_ahead(self._board, begin)
+            if known:
+                self._drafter.go_on_ahead(self._board, ahead and self._drafter.pays)
         answer = flying.read()
         if known:
             self._drafter.expect(answer)
