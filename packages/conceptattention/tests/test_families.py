@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from conceptattention import ConceptAttention, segment
 from conceptattention.adapters import Call, adapter_for
-from conceptattention.testing import ORACLE_ERROR
+from conceptattention.testing import ORACLE_ERROR, hooks
 from conceptattention.tiny import FAMILIES, TEXT, Dense, normal, tiny_vae
 
 diffusers.utils.logging.set_verbosity_error()
@@ -27,20 +27,12 @@ DUAL = [case for case in VARIANTS if case[0] != "z-image"]  # test_zimage.py com
 DUAL_IDS = [name + ("-variant" if config else "") for name, config in DUAL]
 
 
-def hooks(model):
-    return sum(
-        len(getattr(module, kind))
-        for module in model.modules()
-        for kind in ("_forward_hooks", "_forward_pre_hooks")
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("name", "config"), VARIANTS, ids=IDS)
 def test_latents_are_bit_identical(name, config, dtype):
     family = FAMILIES[name]
     pipe = family.build(dtype, **config)
-    before = hooks(pipe.transformer)
+    before = hooks(pipe)
     for guided in (False, True) if family.guidance else (False,):
         plain = family.run(pipe, guided)
         with ConceptAttention(pipe, WORDS, concept_embeds=EMBEDS, layers="all") as observer:
@@ -54,7 +46,7 @@ def test_latents_are_bit_identical(name, config, dtype):
         totals = maps.values.sum(1)
         torch.testing.assert_close(totals, torch.ones_like(totals))
         assert maps.values.shape[2:] == family.grid
-    assert hooks(pipe.transformer) == before
+    assert hooks(pipe) == before
 
 
 def first_call(family, pipe):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from conceptattention import ConceptAttention
-from conceptattention.testing import tiny_flux
+from conceptattention.testing import hooks, tiny_flux
 from conceptattention.tiny import FAMILIES, TEXT, normal
 
 WORDS = ["cat", "sky"]
@@ -152,12 +152,6 @@ def test_prompts_and_vectors_that_do_not_fit_the_batch(flux):
 
 @pytest.mark.parametrize("inside", [False, True], ids=["on entering", "in a forward pass"])
 def test_an_attachment_that_fails_half_way_leaves_no_hook(flux, monkeypatch, inside):
-    def hooks():
-        return sum(
-            len(module._forward_hooks) + len(module._forward_pre_hooks)
-            for module in flux.transformer.modules()
-        )
-
     observer = ConceptAttention(flux, WORDS, layers="all")
     taps = type(observer.adapter).taps
 
@@ -173,11 +167,11 @@ def test_an_attachment_that_fails_half_way_leaves_no_hook(flux, monkeypatch, ins
             monkeypatch.setattr(type(observer.adapter), "taps", fails)
             generate(flux)
 
-    before = hooks()
+    before = hooks(flux)
     with pytest.raises(AttributeError, match="to_k"):
         observe()
     monkeypatch.undo()
-    assert hooks() == before
+    assert hooks(flux) == before
     with ConceptAttention(flux, WORDS) as again:
         generate(flux)
     assert set(again.heatmaps().coverage.values()) == {1.0}

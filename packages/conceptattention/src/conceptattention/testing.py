@@ -147,6 +147,13 @@ def _word_tokenizer(length: int) -> Any:
     )
 
 
+def hooks(pipe: Any) -> int:
+    """Return how many hooks hang on the modules of a pipeline's transformer."""
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"
+    modules = pipe.transformer.modules()
+    return sum(len(getattr(module, kind)) for module in modules for kind in kinds)
+
+
 def flux_arguments(pipe: Any, *, batch: int = 2, rows: int = 3, columns: int = 5) -> dict[str, Any]:
     """Return random arguments of a Flux transformer whose pooled vector is zero."""
     config = pipe.transformer.config
