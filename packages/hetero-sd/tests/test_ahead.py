@@ -9,7 +9,7 @@ import torch
 from hetero_sd import HeteroSpeculativeDecoder
 from hetero_sd.ahead import Foresight, foretell
 from hetero_sd.control import PLAIN, Arm, Bandit
-from hetero_sd.graphs import Answer, GraphRunner
+from hetero_sd.graphs import DRAFT_LINE, Answer, GraphRunner
 from hetero_sd.kernels.judge import Line, Spelling, pick_rules
 from hetero_sd.kernels.judge.reference import bucket_of
 from hetero_sd.testing import make_model
@@ -199,6 +199,22 @@ def test_a_wrong_guess_is_noticed(pairs, monkeypatch):
     monkeypatch.setattr(GraphRound, "_row_foreseen", lambda *_: True)
     found, _ = written(pairs, "tli", True, sampled, PROMPTS[0])
     assert found != wanted, "guesses that are never checked must show"
+
+
+def test_the_capture_of_a_draft_ahead_is_one(pairs):
+    """What it has overwritten in the cache is not taken to be there."""
+    model = pairs["others"][1].to(DEVICE)
+    runner, fresh = (GraphRunner(model, 1, 64) for _ in range(2))
+    first = runner.write([[1, 2, 3]], [4])()[0][0]
+    assert runner.lengths == [6]
+    said = torch.zeros(1, DRAFT_LINE, dtype=torch.long)
+    runner.tell(said.numpy()[0], 4, [5])
+    on_device = said.to(DEVICE)
+    runner.go_on_ahead(on_device, begin=False)
+    runner.expect(said.tolist())
+    assert runner.lengths == [4]
+    assert runner.write([[5]], [4])() == fresh.write([[1, 2, 3, first, 5]], [4])()
+    assert runner.foresight.foreseen == 1
 
 
 def test_foresight_pays_where_what_is_lost_is_less_than_what_is_hidden():

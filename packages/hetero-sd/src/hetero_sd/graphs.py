@@ -339,16 +339,18 @@ class GraphRunner:
         Args:
             said: A line for each row that begins as `tell` writes it, when the graphs before have
                 run.
-            begin: If not, only see to it that there is a graph for it.
+            begin: If not, a draft begins only where there is no graph: its capture is one.
         """
         assert self._last is not None
         kind, run = self._last
         key = kind, said.data_ptr()
         if key not in self._graphs:
             self._graphs[key] = self.capture(partial(run, self.draft_widths[0], said))
-        if begin:
+        elif begin:
             self._graphs[key][0].replay()
-            self._begun = kind
+        else:
+            return
+        self._begun = kind
 
     @property
     def pays(self) -> bool:
